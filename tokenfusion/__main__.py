@@ -1,0 +1,5 @@
+import sys
+
+from tokenfusion.cli.main import main
+
+sys.exit(main())

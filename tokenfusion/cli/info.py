@@ -1,0 +1,123 @@
+"""tokenfusion info: versions, what was built, what can run here and why the rest cannot."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tokenfusion
+from tokenfusion.kernels import dispatch, extension
+
+_BY_NAME = "by name only until a GPU record exists"
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser("info", help="versions, what was built, and what can run here")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+
+
+def run(args) -> int:
+    facts = collect()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+    return 0
+
+
+def collect() -> dict:
+    """Everything that the command shows, as plain data."""
+    return {
+        "versions": {
+            "tokenfusion": tokenfusion.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _installed("triton"),
+            "timm": _installed("timm"),
+            "CUDA of torch": torch.version.cuda,
+            "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "build": extension.build_info(),
+        "isa": _isa(),
+        "backend": dispatch.get_backend(),
+        "backends": {name: {"runs": why is None, "reason": why} for name, why in tokenfusion.backends().items()},
+        "operators": {operator.name: _implementations(operator) for operator in dispatch.OPERATORS.values()},
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _isa() -> str | None:
+    """Instruction set of the C++ kernels that run here; None when the extension is not loaded."""
+    if extension.why_not() is not None:
+        return None
+    from tokenfusion import _C
+
+    return _C.capability()
+
+
+def _implementations(operator: dispatch.Operator) -> dict[str, dict]:
+    here = tokenfusion.backends()
+    return {
+        implementation.backend: {
+            "runs": here[implementation.backend] is None,
+            "automatic": implementation.automatic,
+            "reason": here[implementation.backend],
+        }
+        for implementation in operator.implementations
+    }
+
+
+def _state(implementation: dict | None) -> str:
+    if implementation is None:
+        return "no implementation for this backend"
+    notes = [implementation["reason"], None if implementation["automatic"] else _BY_NAME]
+    return "; ".join(filter(None, notes)) or "runs"
+
+
+def _built(build: dict, isa: str | None) -> list[tuple[str, str]]:
+    """Part of the extension -> what it was built for, or why it was not."""
+    why_not = extension.why_not()
+    if why_not is not None:
+        cpp = why_not
+    else:
+        isas = ", ".join(build["cpp"]["isas"])
+        cpp = f"built for torch {build['torch']} by {build['compiler']}: {isas}; {isa} runs here"
+    if build and build["cuda"]["built"]:
+        cuda = f"built by nvcc {build['cuda']['nvcc']}: {', '.join(build['cuda']['archs'])}"
+    else:
+        cuda = extension.why_not_cuda()
+    return [("C++ extension", cpp), ("CUDA kernels", cuda)]
+
+
+def _print(facts: dict) -> None:
+    width = None if sys.stdout.isatty() else 10_000  # a pipe has no width: one line per row
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    sections = [
+        ("Versions", [(name, version or "none") for name, version in facts["versions"].items()]),
+        ("Built", _built(facts["build"], facts["isa"])),
+        (
+            f"Backends (in force: {facts['backend']})",
+            [(name, entry["reason"] or "runs") for name, entry in facts["backends"].items()],
+        ),
+    ]
+    for name, implementations in facts["operators"].items():
+        rows = [(backend, _state(implementations.get(backend))) for backend in dispatch.BACKENDS]
+        sections.append((name, rows))
+    for title, rows in sections:
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
+        table.add_column(min_width=max(len(name) for _, rows in sections for name, _ in rows), no_wrap=True)
+        table.add_column(overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()

@@ -1,0 +1,26 @@
+"""Argument checks shared by the operators: each error names the argument, what came and what was expected."""
+
+import torch
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_floating(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64")
+
+
+def check_rank(name: str, tensor: torch.Tensor, layout: str) -> None:
+    rank = layout.count(",") + 1
+    if tensor.dim() != rank:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {rank} dimensions {layout}")
+
+
+def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Same device and dtype."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: is on {tensor.device}, expected {other.device}, where {other_name} is")
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {other.dtype}, the dtype of {other_name}")

@@ -1,0 +1,135 @@
+"""Which backend runs an operator, and why the others do not.
+
+Every operator offers one `Implementation` per backend. Each can say for a given call why it cannot run; the same
+answer picks a backend under "auto", explains an error when a backend was asked for by name, and fills
+`tokenfusion info`.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tokenfusion.kernels import extension, triton_support
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_CHOICES = ("auto", *BACKENDS)
+
+_log = logging.getLogger("tokenfusion")
+_logged: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's form of an operator.
+
+    can_run takes the operator's tensors and returns None, or the reason why this backend cannot take them.
+    automatic says whether "auto" may pick it: a GPU kernel enters once a record in benchmarks/records/ supports it.
+    """
+
+    backend: str
+    run: Callable
+    can_run: Callable[..., str | None]
+    automatic: bool = True
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator's implementations, fastest first; the reference is last and takes every valid call."""
+
+    name: str
+    implementations: tuple[Implementation, ...]
+
+    def select(self, *tensors) -> Implementation:
+        """The implementation to run for these tensors under the backend in force.
+
+        Raises:
+            RuntimeError: the backend asked for by name cannot run them; the message says why.
+        """
+        choice = _backend
+        if torch.compiler.is_exporting():
+            choice = "reference"
+        reasons = []
+        for implementation in self.implementations:
+            if implementation.backend == choice or (choice == "auto" and implementation.automatic):
+                reason = implementation.can_run(*tensors)
+                if reason is None:
+                    if reasons and not torch.compiler.is_compiling():
+                        _log_once(self.name, implementation.backend, reasons)
+                    return implementation
+                reasons.append(f"{implementation.backend}: {reason}")
+        if not reasons:
+            reasons.append(f"{choice}: {self.name} has no {choice} implementation")
+        raise RuntimeError(f"tokenfusion.{self.name}: backend {choice!r} cannot run here: {'; '.join(reasons)}")
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def register(name: str, *implementations: Implementation) -> Operator:
+    OPERATORS[name] = Operator(name, implementations)
+    return OPERATORS[name]
+
+
+def _log_once(name: str, chosen: str, reasons: list[str]) -> None:
+    for reason in reasons:
+        if (name, reason) not in _logged:
+            _logged.add((name, reason))
+            _log.info("%s runs on %s; not on %s", name, chosen, reason)
+
+
+def _validated(name: str) -> str:
+    if name not in _CHOICES:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, _CHOICES))}")
+    return name
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of every operator, for the whole process.
+
+    Args:
+        name: "auto" (the fastest that can run each call), or "reference", "cpu", "triton", "cuda"; one chosen by
+            name raises where it cannot run. The variable TOKENFUSION_BACKEND sets the choice at import.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _backend
+    _backend = _validated(name)
+
+
+def get_backend() -> str:
+    """The backend in force, as `set_backend` takes it."""
+    return _backend
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """`set_backend(name)` for the length of a with-block."""
+    previous = _backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(previous)
+
+
+def backends() -> dict[str, str | None]:
+    """What can run on this machine: backend name -> None, or the reason why not."""
+    return {
+        "reference": None,
+        "cpu": extension.why_not(),
+        "triton": triton_support.why_not(),
+        "cuda": extension.why_not_cuda(),
+    }
+
+
+_backend = "auto"
+if "TOKENFUSION_BACKEND" in os.environ:
+    try:
+        set_backend(os.environ["TOKENFUSION_BACKEND"])
+    except ValueError as error:
+        raise ValueError(f"environment variable TOKENFUSION_BACKEND: {error}") from None

@@ -1,0 +1,49 @@
+"""The compiled extension: loads it, or keeps the reason why it is not there."""
+
+import json
+from pathlib import Path
+
+import torch
+
+_BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"
+
+
+def build_info() -> dict:
+    """What setup.py recorded about the build; empty for an installation that never ran it."""
+    return json.loads(_BUILD_INFO.read_text()) if _BUILD_INFO.exists() else {}
+
+
+def _load() -> str | None:
+    info = build_info()
+    if not info:
+        return "not built: the package is used from its sources without an installation"
+    if not info["cpp"]["built"]:
+        return f"not built: {info['cpp']['reason']}"
+    try:
+        import tokenfusion._C  # noqa: F401  (registers the operators)
+    except ImportError as error:
+        return (
+            f"built for torch {info['torch']}, found torch {torch.__version__}, and cannot load ({error}): "
+            "install tokenfusion again beside this torch"
+        )
+    return None
+
+
+_error = _load()
+
+
+def why_not() -> str | None:
+    """None when the C++ extension is loaded, otherwise the reason."""
+    return _error
+
+
+def why_not_cuda() -> str | None:
+    """None when the extension holds CUDA kernels and a GPU is here, otherwise the reason."""
+    if _error is not None:
+        return _error
+    cuda = build_info()["cuda"]
+    if not cuda["built"]:
+        return f"not built: {cuda['reason']}"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    return None

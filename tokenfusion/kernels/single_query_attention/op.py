@@ -1,0 +1,213 @@
+"""single_query_attention: argument checks, registration, autograd and the public function."""
+
+import torch
+
+from tokenfusion.kernels import extension, triton_support
+from tokenfusion.kernels.checks import check_floating, check_rank, check_same
+from tokenfusion.kernels.dispatch import Implementation, register
+from tokenfusion.kernels.library import LIBRARY, define, second_order
+from tokenfusion.kernels.single_query_attention import reference
+
+MAX_CHANNELS = 1024
+MAX_QUERIES = 64
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_SCHEMA = (
+    "(Tensor query, Tensor tokens, Tensor? extra_token, bool normalize, float eps)"
+    " -> (Tensor context, Tensor log_sum_exp)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_context, Tensor query, Tensor tokens, Tensor? extra_token, Tensor context, Tensor log_sum_exp,"
+    " bool normalize, float eps, bool[3] needed) -> (Tensor grad_query, Tensor grad_tokens, Tensor grad_extra_token)"
+)
+
+
+def statistics_dtype(tokens: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tokens.dtype == torch.float64 else torch.float32
+
+
+def _fake(query, tokens, extra_token, normalize, eps):
+    context = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return context, query.new_empty(query.shape[:2], dtype=statistics_dtype(tokens))
+
+
+def empty_gradients(query, tokens, extra_token, needed):
+    """Uninitialised contiguous gradients of (query, tokens, extra_token); of size 0 where none is needed."""
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else query.new_empty(0)
+        for tensor, wanted in zip((query, tokens, extra_token), needed, strict=True)
+    )
+
+
+def _fake_backward(grad_context, query, tokens, extra_token, context, log_sum_exp, normalize, eps, needed):
+    return empty_gradients(query, tokens, extra_token, needed)
+
+
+def _setup_context(ctx, inputs, output):
+    query, tokens, extra_token, ctx.normalize, ctx.eps = inputs
+    context, log_sum_exp = output
+    ctx.mark_non_differentiable(log_sum_exp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, tokens, extra_token, context, log_sum_exp)
+
+
+def _backward_through(backend: str):
+    def backward(ctx, grad_context, _):
+        if grad_context is None:
+            return None, None, None, None, None
+        needed = ctx.needs_input_grad[:3]
+        run_backward = getattr(torch.ops.tokenfusion, f"single_query_attention_backward_{backend}").default
+        query, tokens, extra_token, context, log_sum_exp = ctx.saved_tensors
+        grads = run_backward(
+            grad_context, query, tokens, extra_token, context, log_sum_exp, ctx.normalize, ctx.eps, needed
+        )
+        return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None, None
+
+    return backward
+
+
+def _setup_double_backward(ctx, inputs, output):
+    grad_context, query, tokens, extra_token, _, _, ctx.normalize, ctx.eps, ctx.needed = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_context, query, tokens, extra_token)
+
+
+def _double_backward(ctx, *grad_grads):
+    def definition(query, tokens, extra_token):
+        return reference.single_query_attention(
+            query, tokens, extra_token, normalize=ctx.normalize, eps=ctx.eps
+        )
+
+    grad_context, *inputs = ctx.saved_tensors
+    wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
+    return *second_order(definition, grad_context, inputs, wanted), None, None, None, None, None
+
+
+def _define(backend: str):
+    define(
+        f"single_query_attention_backward_{backend}",
+        _BACKWARD_SCHEMA,
+        fake=_fake_backward,
+        setup_context=_setup_double_backward,
+        backward=_double_backward,
+    )
+    forward = define(
+        f"single_query_attention_{backend}",
+        _SCHEMA,
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=_backward_through(backend),
+    )
+
+    def run(query, tokens, extra_token, normalize, eps):
+        return forward(query, tokens, extra_token, normalize, eps)[0]
+
+    return run
+
+
+def _run_reference(query, tokens, extra_token, normalize, eps):
+    return reference.single_query_attention(query, tokens, extra_token, normalize=normalize, eps=eps)
+
+
+def _why_not_kernel(query, tokens, dtypes) -> str | None:
+    """What the kernels of every backend ask of a call."""
+    channels = tokens.shape[2]
+    if tokens.dtype not in dtypes:
+        return f"dtype {tokens.dtype} is not supported"
+    if channels % 8 or channels > MAX_CHANNELS:
+        return f"C = {channels} is not a multiple of 8 up to {MAX_CHANNELS}"
+    if query.shape[1] > MAX_QUERIES:
+        return f"Q = {query.shape[1]} is more than {MAX_QUERIES}"
+    if tokens.stride(2) != 1:
+        return "the innermost dimension of tokens is not contiguous"
+    return None
+
+
+def _cpu_can_run(query, tokens, extra_token) -> str | None:
+    if extension.why_not() is not None:
+        return extension.why_not()
+    if tokens.device.type != "cpu":
+        return f"tensors are on {tokens.device.type}, expected cpu"
+    return _why_not_kernel(query, tokens, _CPU_DTYPES)
+
+
+def _triton_can_run(query, tokens, extra_token) -> str | None:
+    return triton_support.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _TRITON_DTYPES)
+
+
+OPERATOR = register(
+    "single_query_attention",
+    Implementation("triton", _define("triton"), _triton_can_run, automatic=False),
+    Implementation("cpu", _define("cpu"), _cpu_can_run),
+    Implementation("reference", _run_reference, lambda query, tokens, extra_token: None),
+)
+
+
+def _check(query, tokens, extra_token) -> None:
+    check_floating("query", query)
+    check_floating("tokens", tokens)
+    check_rank("query", query, "[B, Q, C]")
+    check_rank("tokens", tokens, "[B, N, C]")
+    check_same("query", query, "tokens", tokens)
+    if query.shape[0] != tokens.shape[0] or query.shape[2] != tokens.shape[2]:
+        raise ValueError(
+            f"query: got shape {list(query.shape)}, expected [{tokens.shape[0]}, Q, {tokens.shape[2]}] "
+            f"to match tokens {list(tokens.shape)}"
+        )
+    if extra_token is not None:
+        check_floating("extra_token", extra_token)
+        check_rank("extra_token", extra_token, "[B, C]")
+        check_same("extra_token", extra_token, "tokens", tokens)
+        if extra_token.shape != (tokens.shape[0], tokens.shape[2]):
+            raise ValueError(
+                f"extra_token: got shape {list(extra_token.shape)}, expected [{tokens.shape[0]}, {tokens.shape[2]}] "
+                f"to match tokens {list(tokens.shape)}"
+            )
+    if tokens.shape[1] == 0:
+        raise ValueError(f"tokens: got shape {list(tokens.shape)}, expected at least one token (N >= 1)")
+
+
+def single_query_attention(
+    query: torch.Tensor,
+    tokens: torch.Tensor,
+    extra_token: torch.Tensor | None = None,
+    *,
+    normalize: bool = False,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Attention of a few queries over tokens that are their own keys and values, in one pass over the tokens.
+
+    context[b, q] = sum_j p_j n_j with p = softmax_j(query[b, q] . n_j), j over {extra_token, tokens}; n is the token,
+    or its LayerNorm without affine when normalize. Multi-head attention of one query token (CrossViT,
+    arXiv:2103.14899, Eq. 6) is this with query = W_k^T q for each head; `reference.py` has the algebra. Scale the
+    query beforehand: the scores are not divided by anything. Differentiable in all three tensors.
+
+    Args:
+        query: [B, Q, C]; Q = heads x queries.
+        tokens: [B, N, C], N >= 1, any strides (a slice such as x[:, 1:] is read in place).
+        extra_token: [B, C], one more token that takes part, such as a class token of another branch; or None.
+        normalize: use (t - mean) / sqrt(variance + eps) over C in place of each token t.
+        eps: added to the variance.
+
+    All of one device and of one dtype: float16, bfloat16, float32 or float64. Under autocast, query and extra_token
+    are cast to the dtype of the tokens, which are read as they are.
+
+    Returns:
+        context [B, Q, C], in the dtype of the tokens.
+
+    Raises:
+        TypeError: a dtype that is not floating point, or differing dtypes.
+        ValueError: wrong rank, mismatching B or C, no token, tensors on different devices.
+        RuntimeError: the backend chosen by `set_backend` cannot run this call; the message says why.
+    """
+    if (
+        isinstance(query, torch.Tensor)
+        and isinstance(tokens, torch.Tensor)
+        and torch.is_autocast_enabled(tokens.device.type)
+    ):
+        query = query.to(tokens.dtype)
+        extra_token = None if extra_token is None else extra_token.to(tokens.dtype)
+    _check(query, tokens, extra_token)
+    implementation = OPERATOR.select(query, tokens, extra_token)
+    return implementation.run(query, tokens, extra_token, normalize, eps)
