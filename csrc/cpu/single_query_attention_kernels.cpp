@@ -423,7 +423,8 @@ void backward(const Params& p, int64_t begin_item, int64_t end_item, void* memor
           const int64_t at = q * kTile + t;
           const Vec<A> score = load(s.scores + at), grad_weight = load(s.weights + at);
           const Vec<A> weight = first_lanes<A>(exp_nonpositive(score - lse), rows.count - t);
-          const Vec<A> grad_score = weight * (grad_weight - s.delta[q]);
+          // a lone token has weight 1 whatever its score
+          const Vec<A> grad_score = p.rows == 1 ? Vec<A>{} : weight * (grad_weight - s.delta[q]);
           store(s.scores + at, weight);
           store(s.weights + at, grad_score);
           if (p.normalize) {

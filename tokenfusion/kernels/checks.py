@@ -24,3 +24,15 @@ def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
         raise ValueError(f"{name}: is on {tensor.device}, expected {other.device}, where {other_name} is")
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {other.dtype}, the dtype of {other_name}")
+
+
+def autocast_like(leader: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Under autocast, the others in the dtype of the leader, the big tensor that is read as it is."""
+    if all(other is None or getattr(other, "dtype", None) == getattr(leader, "dtype", None) for other in others):
+        return others
+    if not isinstance(leader, torch.Tensor) or not torch.is_autocast_enabled(leader.device.type):
+        return others
+    return tuple(
+        other.to(leader.dtype) if isinstance(other, torch.Tensor) and other.is_floating_point() else other
+        for other in others
+    )

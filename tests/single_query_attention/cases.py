@@ -1,0 +1,47 @@
+"""Inputs for the tests of single_query_attention, and what to hold results against."""
+
+from collections.abc import Callable
+
+import torch
+
+from tests.parity import assert_parity
+from tokenfusion.kernels.single_query_attention import reference
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+def make_inputs(
+    batch: int, queries: int, tokens: int, channels: int, *, dtype: torch.dtype, extra: bool = False, seed: int = 0
+) -> Tensors:
+    """query, tokens and extra_token that require gradients, and a gradient of the context; scores of about unit size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query = (normal(batch, queries, channels) / channels**0.5).to(dtype).requires_grad_()
+    x = (normal(batch, tokens, channels) + 0.3).to(dtype).requires_grad_()
+    extra_token = normal(batch, channels).to(dtype).requires_grad_() if extra else None
+    return query, x, extra_token, normal(batch, queries, channels).to(dtype)
+
+
+def with_gradients(function: Callable, inputs: Tensors, **options) -> list[torch.Tensor]:
+    """The context, and the gradients of those inputs that are there."""
+    *tensors, grad = inputs
+    present = [t for t in tensors if t is not None and t.requires_grad]
+    context = function(*tensors, **options)
+    return [context, *torch.autograd.grad(context, present, grad)]
+
+
+def in_float64(inputs: Tensors) -> Tensors:
+    return tuple(None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
+
+
+def check_parity(function: Callable, inputs: Tensors, **options) -> None:
+    """Output and gradients of function obey the parity rule."""
+    actual = with_gradients(function, inputs, **options)
+    unfused = with_gradients(reference.single_query_attention, inputs, **options)
+    exact = with_gradients(reference.single_query_attention, in_float64(inputs), **options)
+    names = ["context", *(n for n, t in zip(("query", "tokens", "extra_token"), inputs) if t is not None)]
+    for name, *tensors in zip(names, actual, unfused, exact):
+        assert_parity(*tensors, name=name)

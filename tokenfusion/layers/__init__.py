@@ -1,0 +1,5 @@
+"""Layers around the operators. They hold the parameters of the layers that they replace."""
+
+from tokenfusion.layers.crossvit import CrossAttentionBlock, MultiScaleBlock
+
+__all__ = ["CrossAttentionBlock", "MultiScaleBlock"]
