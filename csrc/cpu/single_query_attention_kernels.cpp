@@ -406,6 +406,7 @@ void backward(const Params& p, int64_t begin_item, int64_t end_item, void* memor
         store(s.grad_query + c, Vec<A>{});
       }
       s.delta[q] = sum_lanes<A>(product);
+      store(s.total + q * lanes, Vec<A>{});
       s.keep[q] = 1;
       s.query_mean[q] = row_sum(s.query + q * s.pitch, s) / A(p.channels);
       s.grad_mean[q] = row_sum(s.grad_context + q * s.pitch, s) / A(p.channels);
@@ -427,6 +428,7 @@ void backward(const Params& p, int64_t begin_item, int64_t end_item, void* memor
           const Vec<A> grad_score = p.rows == 1 ? Vec<A>{} : weight * (grad_weight - s.delta[q]);
           store(s.scores + at, weight);
           store(s.weights + at, grad_score);
+          store(s.total + q * lanes, load(s.total + q * lanes) + grad_score);
           if (p.normalize) {
             store(mean + t, load(mean + t) + weight * s.grad_mean[q] + grad_score * s.query_mean[q]);
             store(slope + t,
@@ -453,11 +455,14 @@ void backward(const Params& p, int64_t begin_item, int64_t end_item, void* memor
         accumulate_tile(s.weights, s, s.grad_query, next);
       }
     }
+    // The score gradients sum to zero but for rounding in delta, whose share of the query's gradient goes here.
     if (p.grad_query != nullptr)
       for (int64_t q = 0; q < p.queries; ++q) {
+        const A excess = sum_lanes<A>(load(s.total + q * lanes));
         A* const out = static_cast<A*>(p.grad_query) + (item * p.queries + q) * p.channels;
-        each_vector<A>(p.channels,
-                       [&](int64_t c, int64_t n) { store_lanes(out + c, load(s.grad_query + q * s.pitch + c), n); });
+        each_vector<A>(p.channels, [&](int64_t c, int64_t n) {
+          store_lanes(out + c, load(s.grad_query + q * s.pitch + c) - load(s.context + q * s.pitch + c) * excess, n);
+        });
       }
   }
 }
