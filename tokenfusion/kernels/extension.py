@@ -19,14 +19,18 @@ def _load() -> str | None:
         return "not built: the package is used from its sources without an installation"
     if not info["cpp"]["built"]:
         return f"not built: {info['cpp']['reason']}"
+    versions = f"built for torch {info['torch']}, found torch {torch.__version__}"
+    if _minor(info["torch"]) != _minor(torch.__version__):  # torch's C++ interface changes with each minor version
+        return f"{versions}: install tokenfusion again beside this torch"
     try:
         import tokenfusion._C  # noqa: F401  (registers the operators)
     except ImportError as error:
-        return (
-            f"built for torch {info['torch']}, found torch {torch.__version__}, and cannot load ({error}): "
-            "install tokenfusion again beside this torch"
-        )
+        return f"{versions}, and cannot load ({error}): install tokenfusion again beside this torch"
     return None
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 _error = _load()

@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc')
+
+.PHONY: demo test bench clean
+
+demo: $(STAMP)
+	$(BIN)/tokenfusion compare crossvit_15_240
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# torch comes first, so that the extension is compiled against the torch that it runs beside. The installation is
+# editable: Python sources need no reinstallation.
+$(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	  sys.exit(sys.version_info < (3, 10) and "tokenfusion needs Python 3.10 or newer, and $(PYTHON) is " + v + ": make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing torch and the other packages of constraints.txt (the first time: about 5 GB) ..."
+	@$(PIP) install -qq -c constraints.txt torch setuptools ninja
+	@echo "Compiling and installing tokenfusion ..."
+	@$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[demo,test]'
+	@$(BIN)/tokenfusion info
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .benchmarks .ruff_cache
+	rm -f tokenfusion/_C*.so tokenfusion/_build_info.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
