@@ -7,7 +7,16 @@ rounding.
 import torch
 from timm.models import crossvit
 
+from tokenfusion.layers.in_place import run_blocks
 from tokenfusion.layers.single_query_attention import absorbed_attention
+
+
+def split_class_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, 1 + N, C] -> views [B, 1, C] and [B, N, C].
+
+    In one operation: two slices would each fill a gradient of the size of x with zeros.
+    """
+    return x.split((1, x.shape[1] - 1), dim=1)
 
 
 class CrossAttentionBlock(crossvit.CrossAttentionBlock):
@@ -30,13 +39,14 @@ class CrossAttentionBlock(crossvit.CrossAttentionBlock):
         """
         if self.training and self.attn.attn_drop.p > 0:
             return super().forward(x if patches is None else torch.cat((x, patches), dim=1))
-        token = x[:, 0]
-        tokens, extra_token = (x, None) if patches is None else (patches, token)
+        if patches is None and x.shape[1] > 1:
+            x, patches = split_class_token(x)
+        token = x.squeeze(1)
         attn = self.attn
         out = absorbed_attention(
             self.norm1(token),
-            tokens,
-            extra_token,
+            x if patches is None else patches,
+            None if patches is None else token,
             self.norm1,
             attn.wq,
             attn.wk,
@@ -45,13 +55,14 @@ class CrossAttentionBlock(crossvit.CrossAttentionBlock):
             scale=attn.scale,
         )
         out = attn.proj_drop(attn.proj(out)).unsqueeze(1)
-        return x[:, 0:1] + self.drop_path(out)
+        return x + self.drop_path(out)
 
 
 class MultiScaleBlock(crossvit.MultiScaleBlock):
     """Transformer blocks of two branches, then the exchange of their class tokens, Eq. 5 to 7 of CrossViT.
 
-    Takes and holds what timm's MultiScaleBlock does, with `CrossAttentionBlock`s of this module in `fusion`.
+    Takes and holds what timm's MultiScaleBlock does, with `CrossAttentionBlock`s of this module in `fusion`. In
+    inference the transformer blocks work in place on the tensors that they make.
     """
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -62,8 +73,8 @@ class MultiScaleBlock(crossvit.MultiScaleBlock):
         Returns:
             the same shapes.
         """
-        branches = [block(tokens) for block, tokens in zip(self.blocks, x)]
-        split = [tokens.split((1, tokens.shape[1] - 1), dim=1) for tokens in branches]
+        branches = [run_blocks(blocks, tokens) for blocks, tokens in zip(self.blocks, x)]
+        split = [split_class_token(tokens) for tokens in branches]
         outs = []
         for i, (proj, fusion, revert_proj) in enumerate(zip(self.projs, self.fusion, self.revert_projs)):
             cls_token, patches = split[i]

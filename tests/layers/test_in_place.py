@@ -1,0 +1,55 @@
+"""Blocks run in place give what they give otherwise, bit for bit, and touch nothing that somebody else holds."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from tests.crossvit import randomize
+from tokenfusion.layers import in_place
+
+X = torch.randn(2, 9, 16)
+
+
+def blocks(**options) -> nn.Sequential:
+    torch.manual_seed(0)
+    return randomize(nn.Sequential(*(Block(16, 2, qkv_bias=True, **options) for _ in range(2)))).eval()
+
+
+@pytest.fixture
+def runs_in_place(monkeypatch):
+    """How many blocks went the in-place way."""
+    calls = []
+    run_block = in_place._run_block
+    monkeypatch.setattr(in_place, "_run_block", lambda block, x: calls.append(block) or run_block(block, x))
+    return calls
+
+
+@pytest.mark.parametrize("options", [{}, dict(init_values=0.1), dict(drop_path=0.1)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_same_bits_and_untouched_input(options, autocast, runs_in_place):
+    model, x = blocks(**options), X.clone()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected = model(x)
+        got = in_place.run_blocks(model, x)
+    assert len(runs_in_place) == 2
+    assert got.dtype == expected.dtype and torch.equal(got, expected)
+    assert torch.equal(x, X)
+
+
+def test_training_and_changed_blocks_go_the_usual_way(runs_in_place):
+    assert torch.equal(in_place.run_blocks(blocks(), X), blocks()(X))  # gradients are recorded
+    identity = blocks()
+    for block in identity:
+        block.mlp, block.norm2 = nn.Identity(), nn.Identity()
+    with torch.no_grad():
+        assert torch.equal(in_place.run_blocks(identity, X), identity(X))
+    assert not runs_in_place
+
+
+def test_hooks_run_and_keep_what_they_saw():
+    model, seen = blocks(), []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        in_place.run_blocks(model, X)
+        assert torch.equal(seen[0], model[0](X))

@@ -1,0 +1,219 @@
+"""The Triton kernels of single_query_attention against the reference: in the interpreter, or on a GPU where there is one."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import tests.interpreter  # noqa: F401
+import tokenfusion
+from tests.parity import assert_runs
+from tests.single_query_attention.cases import check_parity, make_inputs, with_gradients
+from tokenfusion.kernels import single_query_attention, triton_support
+from tokenfusion.kernels.single_query_attention import triton_host
+
+pytestmark = pytest.mark.skipif(not triton_support.INTERPRET, reason="the interpreter is off: a GPU is here")
+
+FORWARD, BACKWARD = "single_query_attention_triton", "single_query_attention_backward_triton"
+DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 is wrong
+OPTIONS = [dict(normalize=normalize, extra=extra) for normalize in (False, True) for extra in (False, True)]
+
+
+@pytest.fixture(autouse=True)
+def on_triton_backend():
+    with tokenfusion.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def one_split(monkeypatch):
+    monkeypatch.setattr(triton_host, "MAX_SPLITS", 1)
+
+
+def check(inputs, **options):
+    with assert_runs(FORWARD, BACKWARD):
+        with_gradients(single_query_attention, inputs, **options)
+    check_parity(single_query_attention, inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 197, 401])
+def test_any_number_of_tokens(tokens, dtype):
+    check(make_inputs(2, 6, tokens, 24, dtype=dtype, extra=True), normalize=True)
+
+
+@pytest.mark.parametrize("tokens", [401, 577, 1157])
+def test_one_split_takes_every_token(tokens, one_split):
+    check(make_inputs(1, 3, tokens, 16, dtype=torch.float32, extra=True), normalize=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_options(option, dtype):
+    inputs = make_inputs(2, 6, 70, 48, dtype=dtype, extra=option["extra"])
+    check(inputs, normalize=option["normalize"])
+
+
+@pytest.mark.parametrize("channels", [8, 24, 96, 128, 192, 224, 384, 768, 1000])
+def test_any_channels(channels):
+    check(make_inputs(1, 4, 35, channels, dtype=torch.float32, extra=True), normalize=True)
+
+
+@pytest.mark.parametrize("channels", [96, 224, 448])
+def test_any_channels_in_half_precision(channels):
+    check(make_inputs(1, 4, 35, channels, dtype=torch.float16, extra=True), normalize=True)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 12, 17, 64])
+def test_any_number_of_queries(queries):
+    check(make_inputs(2, queries, 40, 40, dtype=torch.float32, extra=True), normalize=True)
+
+
+@pytest.mark.parametrize("batch", [3, 50, 270])
+def test_batches_split_over_tokens_or_not(batch):
+    splits, _ = triton_host._splits(batch, 3, torch.device("cpu"))
+    assert splits == {3: 3, 50: 3, 270: 1}[batch]
+    check(make_inputs(batch, 2, 36, 16, dtype=torch.float32, extra=True), normalize=True)
+
+
+def test_splits_cover_every_block_and_none_is_empty():
+    for batch in (1, 2, 7, 64, 256, 1000):
+        for blocks in (1, 2, 5, 13, 40, 1000):
+            splits, each = triton_host._splits(batch, blocks, torch.device("cpu"))
+            assert (splits - 1) * each < blocks <= splits * each and 1 <= splits <= triton_host.MAX_SPLITS
+
+
+def test_chunks_pad_little():
+    for channels in (96, 128, 192, 224, 256, 384, 448, 768):
+        for itemsize in (2, 4):
+            for backward in (False, True):
+                widest, *_ = triton_host._tile(channels, itemsize, backward)
+                assert channels % triton_host._chunk(channels, widest) == 0, (channels, itemsize, backward)
+
+
+def test_strided_tokens_are_read_in_place():
+    query, x, extra_token, grad = make_inputs(3, 4, 40, 64, dtype=torch.float32, extra=True)
+    views = {
+        "slice of tokens": x[:, 1:],
+        "every other token": x[:, ::2],
+        "slice of channels": x[..., 8:48],
+        "tokens before batch": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "one token for all": x[:, :1].expand(-1, 9, -1),
+        "one image for all": x[:1].expand(3, -1, -1),
+        "odd strides": torch.nn.functional.pad(x, (0, 1))[..., :64],
+    }
+    for name, tokens in views.items():
+        channels = tokens.shape[2]
+        arguments = query[..., :channels], tokens, extra_token[..., :channels]
+        results = []
+        for inputs in (arguments, [t.contiguous() for t in arguments]):
+            context = single_query_attention(*inputs, normalize=True)
+            present = (query, x, extra_token)
+            results.append([context, *torch.autograd.grad(context, present, grad[..., :channels], retain_graph=True)])
+        for got, expected in zip(*results, strict=True):
+            assert torch.equal(got, expected), name
+
+
+def test_query_and_gradient_of_any_strides():
+    query, tokens, extra_token, grad = make_inputs(2, 3, 20, 16, dtype=torch.float32, extra=True)
+    expected = with_gradients(single_query_attention, (query, tokens, extra_token, grad))
+    inputs = [t.mT.contiguous().mT for t in (query, tokens, grad)]
+    inputs[1] = tokens
+    stepped = torch.stack((extra_token, extra_token), -1)[..., 0]
+    got = with_gradients(single_query_attention, (inputs[0], tokens, stepped, inputs[2]))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    ones = torch.ones((), dtype=torch.float32).expand(grad.shape)
+    got, expected = (with_gradients(single_query_attention, (query, tokens, None, g)) for g in (ones, ones.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("batch", [2, 140])
+@pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}], ids=str)
+def test_frozen_inputs(frozen, batch, one_split):
+    inputs = make_inputs(min(batch, 2), 3, 20, 16, dtype=torch.float32, extra=True)
+    full = with_gradients(single_query_attention, inputs, normalize=True)[1:]
+    partly = tuple(t.detach() if i in frozen else t for i, t in enumerate(inputs))
+    got = with_gradients(single_query_attention, partly, normalize=True)[1:]
+    want = [grad for i, grad in enumerate(full) if i not in frozen]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_unneeded_gradients_are_empty():
+    query, tokens, extra_token, grad = (t.detach() for t in make_inputs(2, 3, 40, 16, dtype=torch.float32, extra=True))
+    context, lse = torch.ops.tokenfusion.single_query_attention_triton(query, tokens, extra_token, True, 1e-6)
+    for needed in ([True, False, False], [False, True, False], [False, False, True]):
+        grads = torch.ops.tokenfusion.single_query_attention_backward_triton(
+            grad, query, tokens, extra_token, context, lse, True, 1e-6, needed
+        )
+        assert [g.numel() > 0 for g in grads] == needed
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_log_sum_exp(extra):
+    query, tokens, extra_token, _ = make_inputs(2, 3, 100, 16, dtype=torch.float32, extra=extra)
+    _, lse = torch.ops.tokenfusion.single_query_attention_triton(query, tokens, extra_token, False, 1e-6)
+    keys = tokens if extra_token is None else torch.cat((extra_token[:, None], tokens), 1)
+    torch.testing.assert_close(lse, (query @ keys.mT).logsumexp(-1))
+
+
+def test_guard_bands_are_not_read():
+    query, x, _, grad = make_inputs(2, 3, 40, 24, dtype=torch.float32)
+    guarded = torch.full((4, 44, 40), torch.nan)
+    guarded[1:3, 2:42, 8:32] = x.detach()
+    tokens = guarded[1:3, 2:42, 8:32].requires_grad_()
+    got = with_gradients(single_query_attention, (query, tokens, None, grad), normalize=True)
+    want = with_gradients(single_query_attention, (query, x, None, grad), normalize=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_empty_batch(extra):
+    inputs = make_inputs(0, 3, 20, 16, dtype=torch.float32, extra=extra)
+    context, *grads = with_gradients(single_query_attention, inputs, normalize=True)
+    assert context.shape == (0, 3, 16)
+    assert [g.shape for g in grads] == [t.shape for t in inputs[:3] if t is not None]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["query", "tokens", "extra_token"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_nan_and_inf_propagate_as_in_the_reference(value, where, normalize):
+    inputs = make_inputs(2, 2, 50, 16, dtype=torch.float32, extra=True)
+    query, tokens, extra_token, _ = (t.detach() for t in inputs)
+    {"query": query[1, 0], "tokens": tokens[1, 7], "extra_token": extra_token[1]}[where][3] = value
+    got = single_query_attention(query, tokens, extra_token, normalize=normalize)
+    with tokenfusion.backend("reference"):
+        want = single_query_attention(query, tokens, extra_token, normalize=normalize)
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_large_scores_do_not_overflow():
+    query, tokens, extra_token, _ = (t.detach() for t in make_inputs(2, 3, 50, 16, dtype=torch.float32, extra=True))
+    with tokenfusion.backend("reference"):
+        want = single_query_attention(query * 1e4, tokens, extra_token)
+    torch.testing.assert_close(single_query_attention(query * 1e4, tokens, extra_token), want)
+
+
+def test_tokens_with_a_large_mean_keep_their_precision():
+    query, tokens, extra_token, grad = make_inputs(2, 3, 50, 64, dtype=torch.float32, extra=True)
+    check_parity(single_query_attention, (query, (tokens.detach() + 1000).requires_grad_(), extra_token, grad), normalize=True)
+
+
+def test_elements_beyond_the_range_of_32_bits():
+    channels, tokens, far = 8, 20, 2**31 + 64
+    memory = torch.empty(0, dtype=torch.float16)
+    memory.untyped_storage().resize_(2 * (far + channels * tokens))  # pages that nobody touches take no memory
+    query, values, _, _ = (t if t is None else t.detach() for t in make_inputs(2, 2, tokens, channels, dtype=torch.float16))
+    for stride_b, stride_n in ((far, channels), (channels, 2 * (far // (2 * tokens)))):
+        x = memory.as_strided((2, tokens, channels), (stride_b, stride_n, 1))
+        x.copy_(values)
+        assert torch.equal(single_query_attention(query, x), single_query_attention(query, values))
+
+
+def test_opcheck():
+    query, tokens, extra_token, grad = make_inputs(2, 3, 5, 16, dtype=torch.float32, extra=True)
+    torch.library.opcheck(torch.ops.tokenfusion.single_query_attention_triton, (query, tokens, extra_token, True, 1e-6))
+    context, lse = torch.ops.tokenfusion.single_query_attention_triton(query, tokens, extra_token, True, 1e-6)
+    arguments = (grad, query, tokens, extra_token, context.detach(), lse, True, 1e-6, [True, True, True])
+    torch.library.opcheck(torch.ops.tokenfusion.single_query_attention_backward_triton, arguments)
