@@ -22,7 +22,8 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kItemsPerThread = 4;       // below it, images are split into parts
-constexpr int64_t kRowsPerPart = 64;         // a part is not smaller
+constexpr int64_t kMinRowsPerPart = 64;      // threads do not pay for less
+constexpr int64_t kMaxRowsPerPart = 1024;    // a longer sum would lose precision
 constexpr int64_t kWorkPerThread = 1 << 16;  // multiplications below which threads do not pay
 
 const SingleQueryAttentionKernels::ForDtype& kernels_for(at::ScalarType dtype) {
@@ -46,9 +47,8 @@ at::ScalarType accumulation_dtype(const Tensor& tokens) {
 Tensor with_contiguous_rows(const Tensor& small) { return small.stride(-1) == 1 ? small : small.contiguous(); }
 
 int64_t count_parts(int64_t batch, int64_t rows) {
-  const int64_t wanted = kItemsPerThread * at::get_num_threads();
-  if (batch == 0 || batch >= wanted) return 1;
-  return std::clamp<int64_t>(rows / kRowsPerPart, 1, (wanted + batch - 1) / batch);
+  const int64_t wanted = batch == 0 ? 1 : at::divup(kItemsPerThread * at::get_num_threads(), batch);
+  return std::max(std::min(wanted, rows / kMinRowsPerPart), at::divup(rows, kMaxRowsPerPart));
 }
 
 SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, c
     p.partial_sum = partial_sum.data_ptr();
   }
   run_items(p, batch, kernels, kernels.forward);
-  if (p.parts > 1) kernels.combine(p, 0, batch);
+  if (p.parts > 1) at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) { kernels.combine(p, begin, end); });
   return {context, statistics};
 }
 

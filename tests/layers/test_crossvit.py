@@ -118,21 +118,30 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_compiles_without_graph_breaks(training):
+def test_block_compiles_without_graph_breaks(training):
     torch.compiler.reset()
-    plain = randomize(small_crossvit(depth=((1, 1, 0),))).train(training)
-    fused = fused_copy(plain)
+    plain, fused = block_of(crossvit.CrossAttentionBlock), block_of(layers.CrossAttentionBlock)
     compiled = torch.compile(fused, fullgraph=True)
-    images = torch.randn(2, 3, 48, 48)
+    x = torch.randn(3, 21, 48)
     with torch.set_grad_enabled(training), assert_runs(*((FORWARD, BACKWARD) if training else (FORWARD,))):
-        out = compiled(images)
+        out = compiled(x)
         if training:
             out.square().sum().backward()
-    torch.testing.assert_close(out, plain(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, plain(x), rtol=1e-4, atol=1e-5)
     if training:
-        plain(images).square().sum().backward()
+        plain(x).square().sum().backward()
         for (name, expected), got in zip(plain.named_parameters(), fused.parameters()):
             torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_model_is_one_graph(training):
+    torch.compiler.reset()
+    plain = randomize(small_crossvit()).train(training)
+    compiled = torch.compile(fused_copy(plain), fullgraph=True, backend="aot_eager")
+    images = torch.randn(2, 3, 48, 48)
+    with torch.set_grad_enabled(training), assert_runs(FORWARD):
+        torch.testing.assert_close(compiled(images), plain(images), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_of_the_size_of_the_tokens_is_written():

@@ -41,6 +41,10 @@ def test_any_channels(channels, dtype):
     check(make_inputs(3, 4, 37, channels, dtype=dtype, extra=True), normalize=True)
 
 
+def test_long_sums_keep_their_precision():
+    check(make_inputs(1, 2, 16385, 24, dtype=torch.float32), normalize=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [1, 2, 3, 7, 12, 63, 64])
 def test_any_number_of_queries(queries, dtype):

@@ -50,7 +50,7 @@ class Operator:
             RuntimeError: the backend asked for by name cannot run them; the message says why.
         """
         choice = _backend
-        if torch.compiler.is_exporting():
+        if torch.compiler._is_exporting_flag:  # is_exporting() says True in compiled code, too, in torch 2.11
             choice = "reference"
         reasons = []
         for implementation in self.implementations:

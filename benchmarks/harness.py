@@ -1,0 +1,176 @@
+"""Checks and times one problem: all variants in turn in every round, so that a drifting machine drifts for all."""
+
+import contextlib
+import random
+import re
+import statistics
+from dataclasses import dataclass, field
+
+import torch
+
+import tokenfusion
+from benchmarks import ceilings
+from benchmarks.parity import Parity, compare, in_float64
+from benchmarks.problem import COMPILED, Problem, Variant, dtype_of
+from benchmarks.timing import Ring, seconds_a_call
+from tokenfusion import measure
+from tokenfusion.kernels.dispatch import BACKENDS
+
+_SAMPLE_SECONDS = 1e-3  # the least that a sample of the fastest variant should last
+_MOST_CALLS = 100
+_SLACK_OF_OTHERS = 8  # code of others has to compute the same thing, and is not on trial for its rounding
+_OPERATOR = re.compile(rf"tokenfusion::\w+_({'|'.join(BACKENDS)})$")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time a case may take, compilation and checks apart, and how many rounds it must and may have."""
+
+    seconds: float
+    fewest: int
+    most: int
+
+
+class Clock:
+    """pytest-benchmark's timer: it stands still but for what this package's variant took."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What one call of a variant showed. A variant with a fault is not timed."""
+
+    parity: Parity | None = None
+    peak_bytes: int | None = None
+    fault: str | None = None
+
+
+@dataclass
+class Timed:
+    call: object
+    ring: Ring
+    backend: str | None = None
+    samples: list[float] = field(default_factory=list)
+
+    def sample(self, calls: int) -> float:
+        with _in_force(self.backend):
+            return seconds_a_call(self.call, self.ring.take(calls))
+
+
+def run(problem: Problem, benchmark, effort: Effort) -> list[dict]:
+    """The rows of a problem, one for each variant; pytest-benchmark gets the time of this package's first one."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    ring = Ring(problem.make_inputs)
+    inspections = _inspect_all(problem, ring.take(1)[0])
+    timed = {v.name: Timed(v.call, ring, v.backend) for v in problem.variants if inspections[v.name].fault is None}
+    stream = Timed(*ceilings.stream(problem.moved, problem.written))
+    subject = next((timed[v.name] for v in problem.variants if v.backend and v.name in timed), stream)
+    entries = [*timed.values(), stream]
+    calls, rounds = _plan(entries, effort)
+
+    def one_round():
+        for entry in random.sample(entries, len(entries)):
+            entry.samples.append(entry.sample(calls))
+        CLOCK.now += subject.samples[-1]
+
+    benchmark.pedantic(one_round, rounds=rounds)
+    rows = [_row(problem, v, inspections[v.name], timed, stream) for v in problem.variants]
+    benchmark.extra_info["rows"] = rows
+    return rows
+
+
+def _in_force(backend: str | None):
+    return tokenfusion.backend(backend) if backend else contextlib.nullcontext()
+
+
+def _inspect_all(problem: Problem, inputs) -> dict[str, Inspection]:
+    exact = problem.reference(*in_float64(inputs))
+    eager = problem.variants[0].call(*inputs)
+    return {variant.name: _inspect(variant, inputs, eager, exact) for variant in problem.variants}
+
+
+def _inspect(variant: Variant, inputs, eager, exact) -> Inspection:
+    def call():
+        return variant.call(*inputs)
+
+    with _in_force(variant.backend):
+        try:
+            results = call()
+        except Exception as error:  # one variant that cannot run leaves the others to be measured
+            return Inspection(fault=f"{type(error).__name__}: {error}".strip().splitlines()[0])
+        slack = 1 if variant.backend else _SLACK_OF_OTHERS
+        parity = compare(results, variant.comparable(eager), variant.comparable(exact), slack)
+        del results
+        ran = _backends_that_run(call)
+        peak_bytes = measure.peak_extra_bytes(call)
+    fault = None
+    if not parity.passes:
+        fault = f"relative error {parity.error:.1e}, allowed {parity.allowed:.1e}"
+    if ran != {variant.backend} - {"reference", None}:
+        fault = f"expected backend {variant.backend}, ran {', '.join(sorted(ran)) or 'plain PyTorch'}"
+    return Inspection(parity, peak_bytes, fault)
+
+
+def _backends_that_run(call) -> set[str]:
+    """Whose operators of this package a call reaches; the reference has none and leaves no trace."""
+    with torch.autograd.profiler.profile() as profile:
+        call()
+    return {match[1] for event in profile.function_events if (match := _OPERATOR.match(event.name))}
+
+
+def _plan(entries: list[Timed], effort: Effort) -> tuple[int, int]:
+    """Calls a sample and rounds, after every variant has been warmed up."""
+    for entry in entries:
+        entry.sample(1)
+    seconds = [entry.sample(1) for entry in entries]
+    calls = min(max(round(_SAMPLE_SECONDS / min(seconds)), 1), _MOST_CALLS)
+    rounds = int(effort.seconds / (calls * sum(seconds)))
+    return calls, min(max(rounds, effort.fewest), effort.most)
+
+
+def _row(problem: Problem, variant: Variant, inspection: Inspection, timed: dict[str, Timed], stream: Timed) -> dict:
+    row = {
+        "group": problem.group,
+        "case": problem.case,
+        "variant": variant.name,
+        "backend": variant.backend,
+        "fault": inspection.fault,
+        "peak_bytes": inspection.peak_bytes,
+        "moved_bytes": problem.moved,
+        "flops": problem.flops,
+        "error": inspection.parity and inspection.parity.error,
+        "allowed_error": inspection.parity and inspection.parity.allowed,
+    }
+    if inspection.fault is None:
+        row |= _times(problem, timed, timed[variant.name].samples, stream)
+    return row
+
+
+def _times(problem: Problem, timed: dict[str, Timed], samples: list[float], stream: Timed) -> dict:
+    def faster_than(name: str) -> float | None:
+        return measure.median_ratio(timed[name].samples, samples) if name in timed else None
+
+    seconds = statistics.median(samples)
+    memory = statistics.median(stream.samples)
+    arithmetic = problem.flops / ceilings.matmul_flops(dtype_of(problem.case["dtype"]))
+    return {
+        "seconds": seconds,
+        "quartiles": torch.tensor(samples).quantile(torch.tensor([0.25, 0.75])).tolist(),
+        "rounds": len(samples),
+        "times_eager": faster_than(problem.variants[0].name),
+        "times_compiled": faster_than(COMPILED),
+        "bytes_per_second": problem.moved / seconds,
+        "flops_per_second": problem.flops / seconds,
+        "memory_ceiling_seconds": memory,
+        "arithmetic_ceiling_seconds": arithmetic,
+        "share_of_ceiling": max(memory, arithmetic) / seconds,
+    }

@@ -1,0 +1,94 @@
+"""What a benchmark is made of: one case, computed in several ways."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tokenfusion.kernels.dispatch import OPERATORS
+
+EAGER = "eager"
+COMPILED = "torch.compile"
+PROJECTIONS = "projections + SDPA"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of computing a case.
+
+    call takes one set of inputs and returns a tuple of tensors. backend is the backend of this package that has to
+    run, None for code of others. comparable turns eager's results into those of this variant, where they differ.
+    """
+
+    name: str
+    call: Callable[..., tuple[torch.Tensor, ...]]
+    backend: str | None = None
+    comparable: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = lambda results: results
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One case with everything needed to check and to time it.
+
+    case names the sizes, as the tables show them. make_inputs returns a fresh set of inputs. reference takes such a
+    set in float64 and returns what the variants do; it may leave out the end of a batch. The first variant is eager.
+    moved is the bytes that must move, written whether some of them are written, flops the arithmetic that must be
+    done.
+    """
+
+    group: str
+    case: dict[str, int | str]
+    variants: list[Variant]
+    make_inputs: Callable[[], tuple[torch.Tensor, ...]]
+    reference: Callable[..., tuple[torch.Tensor, ...]]
+    moved: int
+    written: bool
+    flops: int
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def package(backend: str) -> str:
+    """The name of this package's variant."""
+    return f"tokenfusion ({backend})"
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for the shapes of one case."""
+    return torch.compile(function, dynamic=False)
+
+
+def forward(function: Callable) -> Callable[..., tuple[torch.Tensor, ...]]:
+    @torch.no_grad()
+    def call(*inputs):
+        return (function(*inputs),)
+
+    return call
+
+
+def forward_backward(function: Callable, parameters=()) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A call of (*tensors, gradient of the output) that returns the output and the gradients of all the rest."""
+    parameters = list(parameters)
+
+    def call(*inputs):
+        *tensors, grad_output = inputs
+        output = function(*tensors)
+        return output, *torch.autograd.grad(output, [*tensors, *parameters], grad_output)
+
+    return call
+
+
+def backends_for(operator: str, *tensors: torch.Tensor) -> list[str]:
+    """The backends that can run an operator on these tensors, fastest first."""
+    return [i.backend for i in OPERATORS[operator].implementations if i.can_run(*tensors) is None]
+
+
+def kernels_for(operator: str, *tensors: torch.Tensor) -> list[str]:
+    """The backends with a kernel of their own, or the reference where there is none."""
+    return [name for name in backends_for(operator, *tensors) if name != "reference"] or ["reference"]

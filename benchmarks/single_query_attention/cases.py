@@ -1,0 +1,71 @@
+"""The sizes at which single_query_attention and the layer around it are measured."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from benchmarks.problem import dtype_of
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int
+    N: int
+    C: int
+    heads: int
+    dtype: str = "float32"
+    direction: str = "forward"
+
+    def __str__(self) -> str:
+        return f"B{self.B}-N{self.N}-C{self.C}-heads{self.heads}-{self.dtype}-{self.direction}".replace(" + ", "+")
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == TRAINING
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return dtype_of(self.dtype)
+
+    def sizes(self) -> dict[str, int | str]:
+        return asdict(self)
+
+    def moved(self, shared: int, per_image: int) -> int:
+        """Bytes that must move: the tokens once a pass, their gradient once, and the small tensors.
+
+        The backward pass starts after the whole forward pass, so it reads what that read again, and writes a gradient
+        for it. Args: elements that a batch shares, and elements of an image beside its tokens.
+        """
+        elements = shared + self.B * (self.N * self.C + per_image)
+        return elements * self.torch_dtype.itemsize * (3 if self.backward else 1)
+
+
+TRAINING = "forward + backward"
+_SMOKE = [Case(2, 65, 64, 2), Case(2, 65, 64, 2, direction=TRAINING)]
+_LENGTHS = (65, 197, 401, 1025, 4097, 16385)
+_PASSES = (("float32", "forward"), ("float32", TRAINING), ("bfloat16", "forward"), ("bfloat16", TRAINING))
+
+
+def _named(*lengths: int) -> list[Case]:
+    """The points that the README names, and a row of lengths for the plots."""
+    return [
+        Case(64, 401, 384, 6),
+        Case(64, 401, 384, 6, direction=TRAINING),
+        Case(64, 401, 384, 6, dtype="bfloat16"),
+        Case(1, 401, 384, 6),
+        *(Case(8, length, 384, 6) for length in lengths),
+    ]
+
+
+def _full() -> list[Case]:
+    lengths = [Case(8, n, 384, 6, *kind) for kind in _PASSES for n in _LENGTHS]
+    widths = [
+        Case(batch, 401, channels, heads, *kind)
+        for kind in _PASSES[:3]
+        for channels, heads in ((192, 6), (384, 6), (768, 12))
+        for batch in (64, 8, 1)
+    ]
+    return list(dict.fromkeys((*_named(), *lengths, *widths)))
+
+
+CASES = {"smoke": _SMOKE, "quick": _named(65, 1025, 4097), "full": _full()}

@@ -1,0 +1,73 @@
+"""The rows of a record as a table: one line for each variant of a case."""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+HEADINGS = ("variant", "median", "x eager", "x compile", "peak MB", "GB/s", "% ceiling", "parity")
+_COLUMNS = 120
+_WIDTHS = (31, 9, 9, 10, 9, 8, 10)
+
+
+def groups(rows: list[dict]) -> Iterator[tuple[str, list[tuple[dict, list[dict]]]]]:
+    """(group, [(case, its rows)]), in the order of the record."""
+    for group, members in groupby(rows, key=lambda row: row["group"]):
+        yield group, [(case, list(of_case)) for case, of_case in groupby(members, key=lambda row: row["case"])]
+
+
+def case_name(case: dict) -> str:
+    """Sizes with their letters, words alone: "B 64, N 401, C 384, heads 6, float32, forward"."""
+    return ", ".join(f"{name} {value}" if isinstance(value, int) else value for name, value in case.items())
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    """What the table shows of a row, in the order of HEADINGS."""
+    peak = megabytes(row["peak_bytes"])
+    if row["fault"]:
+        return row["variant"], "-", "-", "-", peak, "-", "-", f"FAILED: {row['fault']}"
+    return (
+        row["variant"],
+        duration(row["seconds"]),
+        times(row["times_eager"]),
+        times(row["times_compiled"]),
+        peak,
+        _number(row["bytes_per_second"] / 1e9),
+        f"{row['share_of_ceiling']:.0%}",
+        f"{row['error']:.0e} of {row['allowed_error']:.0e}",
+    )
+
+
+def megabytes(count: int | None) -> str:
+    return "-" if count is None else _number(count / 1e6)
+
+
+def times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x"
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("s", 1), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def text(rows: list[dict]) -> str:
+    lines = []
+    for group, cases in groups(rows):
+        lines += ["", group, _line(HEADINGS)]
+        for case, members in cases:
+            lines.append(f" {case_name(case)}")
+            lines += [_line(cells(row)) for row in members]
+    return "\n".join(lines)
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    name, *numbers = cells[: len(_WIDTHS)]
+    aligned = "".join(f"{number:>{width}}" for number, width in zip(numbers, _WIDTHS[1:], strict=True))
+    return f"   {name:<{_WIDTHS[0]}}{aligned}   {cells[-1]}"[:_COLUMNS]
+
+
+def _number(value: float) -> str:
+    if 0 < value < 0.01:
+        return "<0.01"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
