@@ -1,5 +1,6 @@
 """Time and peak memory of PyTorch callables, as `tokenfusion compare` and the benchmarks report them."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -51,11 +52,12 @@ def peak_extra_bytes(call: Callable[[], object], *, device: str | None = None) -
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler prints an error where there is no GPU driver
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = call()
     del result
     held = peak = 0
-    events = profile.profiler.kineto_results.events()
+    events = profile.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)

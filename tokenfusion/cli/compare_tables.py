@@ -1,0 +1,133 @@
+"""What `tokenfusion compare` prints, from the plain data that it also writes as JSON."""
+
+import os
+from collections import Counter
+
+from rich.console import Console
+
+from tokenfusion.cli import variants
+from tokenfusion.cli.display import table
+from tokenfusion.kernels import dispatch
+from tokenfusion.surgery import FuseReport
+
+
+def print_conditions(out: Console, facts: dict) -> None:
+    device = facts["device_name"]
+    if facts["device"] == "cpu":
+        device += f", {_count(facts['threads'], 'thread')}, ATen for {facts['aten_cpu_capability']}"
+    size = " x ".join(map(str, facts["image_size"]))
+    rows = [
+        ("weights", facts["weights"]),
+        ("device", device),
+        ("versions", ", ".join(f"{name} {facts[name]}" for name in ("tokenfusion", "torch", "timm"))),
+        ("timed", f"{facts['dtype']}, batch {facts['batch_size']}, images {size}, {_count(facts['rounds'], 'round')}"),
+    ]
+    load, cores = facts["load_average"], os.cpu_count()
+    if load is not None and load > cores / 2:
+        rows.append(("load", f"{load:.1f} on {cores} cores before it starts: expect noisy times"))
+    _print(out, table(facts["model"], ("", ""), rows))
+
+
+def print_top(out: Console, classified: list[dict], pretrained: bool) -> None:
+    if not any(entry["top"] for entry in classified):
+        _print(out, "The model has no classifier: its features are compared.")
+        return
+    rows = []
+    for entry in classified:
+        for i, guess in enumerate(entry["top"]):
+            rows.append(("" if i else entry["image"], guess["label"], f"{guess['probability']:.1%}"))
+    columns = ("image", "label", "probability")
+    remark = [] if pretrained else ["The weights are random, so these labels mean nothing."]
+    _print(out, table("What timm's model sees", columns, rows, numbers=columns[2:]), *remark)
+
+
+def print_modules(out: Console, report: FuseReport) -> None:
+    if not report.modules:
+        _print(out, "tokenfusion.fuse found no module of a kind that it can replace: only timm's model is timed.")
+        return
+    outcomes = Counter(
+        (module.kind, f"replaced ({module.op})" if module.replaced else f"left alone: {module.reason}")
+        for module in report.modules
+    )
+    rows = [(str(count), kind, outcome) for (kind, outcome), count in outcomes.items()]
+    _print(out, table("Modules that tokenfusion.fuse knows", ("count", "kind", "outcome"), rows, numbers=("count",)))
+
+
+def print_differences(out: Console, difference: dict, dtype: str, images: int) -> None:
+    described = {"fused_from_timm": "fused against timm"}
+    if dtype != "float32":
+        described["timm_from_float32"] = f"timm in {dtype} against float32"
+        described["fused_from_float32"] = f"fused in {dtype} against float32"
+    columns = ("largest difference of an output", "absolute", "of the largest output")
+    rows = [
+        (text, f"{difference[name]['absolute']:.1e}", f"{difference[name]['relative']:.1e}")
+        for name, text in described.items()
+    ]
+    agreement = f"The same top-1 class in {difference['same_top_1']} of {_count(images, 'image')}."
+    _print(out, table("Outputs", columns, rows, numbers=columns[1:]), agreement)
+
+
+def print_backends(out: Console, chosen: dict[str, variants.Dispatched]) -> None:
+    for name, choice in chosen.items():
+        rows = [
+            (implementation.backend, _backend_state(implementation, choice))
+            for implementation in dispatch.OPERATORS[name].implementations
+        ]
+        _print(out, table(f"Backends of {name} (asked for: {dispatch.get_backend()})", ("", ""), rows))
+
+
+def _backend_state(implementation: dispatch.Implementation, choice: variants.Dispatched) -> str:
+    backend = implementation.backend
+    if choice.calls[backend]:
+        return f"runs {choice.calls[backend]} of {sum(choice.calls.values())} calls"
+    by_name = "" if implementation.automatic else f"only by name, with --backend {backend}"
+    return choice.why_not[backend] or by_name or "could run"
+
+
+def print_timings(out: Console, title: str, timings: dict[str, dict]) -> None:
+    compiled = variants.COMPILED in timings
+    columns = ["", "time [ms]", "fastest", "vs timm", "vs compile", "peak [MB]", "note"]
+    if not compiled:
+        columns = [column for column in columns if column not in ("vs compile", "note")]
+    rows = []
+    for name, timing in timings.items():
+        cells = {
+            "": name,
+            "time [ms]": _number(timing["median_seconds"], 1e3, ".2f"),
+            "fastest": _number(timing["fastest_seconds"], 1e3, ".2f"),
+            "vs timm": _number(timing["vs_timm"], 1, ".2f", "x"),
+            "vs compile": _number(timing["vs_compile"], 1, ".2f", "x"),
+            "peak [MB]": _number(timing["peak_extra_bytes"], 1e-6, ".2f"),
+            "note": _note(name, timing),
+        }
+        rows.append([cells[column] for column in columns])
+    _print(out, table(title, columns, rows, numbers=columns[1:6]))
+
+
+def _number(value: float | None, scale: float, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value * scale:{form}}{unit}"
+
+
+def _note(name: str, timing: dict) -> str:
+    if timing["unavailable"]:
+        return f"not available: {timing['unavailable']}"
+    return f"first call {timing['first_call_seconds']:.1f} s" if name in variants.THAT_COMPILE else ""
+
+
+def print_legend(out: Console) -> None:
+    _print(
+        out,
+        "time: median over the rounds, in which the variants take turns; fastest: the best round.",
+        "vs: how many times as fast, the median of the rounds' ratios; below 1.00x is slower.",
+        "peak: the most memory that PyTorch's allocator holds in a call, beyond weights and inputs.",
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _print(out: Console, *lines) -> None:
+    for line in lines:
+        out.print(line)
+    out.print()

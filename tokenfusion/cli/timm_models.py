@@ -1,0 +1,117 @@
+"""timm models by name: pretrained where the weights can be had, random otherwise, and which of the two it was."""
+
+import contextlib
+import difflib
+import logging
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import timm
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars
+from timm.models import split_model_name_tag
+from torch import nn
+
+from tokenfusion.cli.errors import UsageError, first_line
+
+SEED = 0
+_HUB_SECONDS = 3
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode; weights says in words where they come from."""
+
+    model: nn.Module
+    pretrained: bool
+    weights: str
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        UsageError: timm has no such model, or no such weights of it.
+    """
+    _, tag = split_model_name_tag(name)
+    pretrained = timm.list_models(pretrained=True)
+    if timm.is_model(name) and (not tag or name in pretrained):
+        return
+    close = difflib.get_close_matches(name, timm.list_models() + (pretrained if tag else []), n=4, cutoff=0.5)
+    if os.path.exists(name):
+        hint = f"an image file comes after the model's name, as in: tokenfusion compare crossvit_15_240 {name}"
+    elif close:
+        hint = f"close to it: {', '.join(close)}"
+    else:
+        hint = "timm.list_models() has the names"
+    raise UsageError(f"MODEL: got {name!r}, expected the name of a timm model; {hint}")
+
+
+def load(name: str) -> Loaded:
+    """The model with pretrained weights if they are cached or can be downloaded, else with seeded random ones.
+
+    Raises:
+        UsageError: the model cannot be built.
+    """
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    model, why_not = _pretrained(name)
+    if model is not None:
+        return Loaded(model.eval(), True, f"pretrained ({timm.get_pretrained_cfg(name).tag or 'the default ones'})")
+    torch.manual_seed(SEED)
+    try:
+        model = timm.create_model(name)
+    except (OSError, RuntimeError, ValueError, TypeError, ImportError, AssertionError) as error:
+        raise UsageError(f"MODEL: timm cannot build {name}: {first_line(error)}") from None
+    return Loaded(model.eval(), False, f"random, seed {SEED}: {why_not}")
+
+
+def _pretrained(name: str) -> tuple[nn.Module | None, str | None]:
+    """(the model, None), or (None, why there are no pretrained weights)."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        return None, "timm has no pretrained weights for this model"
+    unreachable = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _why_no_hub()
+    if unreachable and not config.hf_hub_id:
+        return None, unreachable
+    try:
+        with _offline(unreachable is not None):
+            return timm.create_model(name, pretrained=True), None
+    except Exception as error:  # noqa: BLE001  (whatever a download raises, random weights still serve)
+        return None, unreachable or f"no pretrained weights: {first_line(error)}"
+
+
+@contextlib.contextmanager
+def _offline(offline: bool) -> Iterator[None]:
+    """Keeps huggingface_hub to its cache; it would otherwise retry for a minute where there is no network."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _why_no_hub() -> str | None:
+    """None if the hub answers within a few seconds, otherwise why not."""
+    outcome = [f"no answer within {_HUB_SECONDS} s"]
+
+    def ask() -> None:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
+            outcome[0] = None
+        except urllib.error.HTTPError:
+            outcome[0] = None  # it answered
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            outcome[0] = getattr(reason, "strerror", None) or first_line(reason)
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up the host's name knows no timeout
+    thread.start()
+    thread.join(_HUB_SECONDS)
+    return outcome[0] and f"{constants.ENDPOINT} cannot be reached ({outcome[0]})"
