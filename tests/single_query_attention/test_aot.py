@@ -18,8 +18,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 CROSSVIT = {96: 3, 128: 4, 192: 6, 224: 7, 256: 4, 384: 12, 448: 7, 768: 12}  # C: heads
 
 SHAPES = [(90, dtype, channels, heads) for dtype in ("bfloat16", "float32") for channels, heads in CROSSVIT.items()]
-SHAPES += [(90, "float16", 192, 6), (90, "bfloat16", 192, 3), (90, "float16", 768, 12), (90, "bfloat16", 1024, 16)]
-SHAPES += [(80, "bfloat16", 192, 6), (80, "bfloat16", 384, 12), (80, "float32", 192, 6)]
+SHAPES += [(90, "float16", 192, 3), (90, "float16", 768, 12), (90, "bfloat16", 1024, 16), (90, "bfloat16", 256, 32)]
+SHAPES += [(80, "bfloat16", 192, 6), (80, "bfloat16", 448, 7), (80, "float32", 192, 6)]
 SHAPES += [(100, "bfloat16", 192, 6), (100, "bfloat16", 768, 12), (100, "float32", 192, 6)]
 
 

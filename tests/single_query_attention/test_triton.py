@@ -25,25 +25,21 @@ def on_triton_backend():
         yield
 
 
-@pytest.fixture
-def one_split(monkeypatch):
-    monkeypatch.setattr(triton_host, "MAX_SPLITS", 1)
-
-
 def check(inputs, **options):
     with assert_runs(FORWARD, BACKWARD):
-        with_gradients(single_query_attention, inputs, **options)
-    check_parity(single_query_attention, inputs, **options)
+        check_parity(single_query_attention, inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 197, 401])
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 197])
 def test_any_number_of_tokens(tokens, dtype):
     check(make_inputs(2, 6, tokens, 24, dtype=dtype, extra=True), normalize=True)
 
 
 @pytest.mark.parametrize("tokens", [401, 577, 1157])
-def test_one_split_takes_every_token(tokens, one_split):
+@pytest.mark.parametrize("splits", [1, 4])
+def test_many_tokens_in_few_splits(tokens, splits, monkeypatch):
+    monkeypatch.setattr(triton_host, "MAX_SPLITS", splits)
     check(make_inputs(1, 3, tokens, 16, dtype=torch.float32, extra=True), normalize=True)
 
 
@@ -56,12 +52,12 @@ def test_options(option, dtype):
 
 @pytest.mark.parametrize("channels", [8, 24, 96, 128, 192, 224, 384, 768, 1000])
 def test_any_channels(channels):
-    check(make_inputs(1, 4, 35, channels, dtype=torch.float32, extra=True), normalize=True)
+    check(make_inputs(1, 4, 18, channels, dtype=torch.float32, extra=True), normalize=True)
 
 
 @pytest.mark.parametrize("channels", [96, 224, 448])
 def test_any_channels_in_half_precision(channels):
-    check(make_inputs(1, 4, 35, channels, dtype=torch.float16, extra=True), normalize=True)
+    check(make_inputs(1, 4, 18, channels, dtype=torch.float16, extra=True), normalize=True)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 12, 17, 64])
@@ -69,11 +65,10 @@ def test_any_number_of_queries(queries):
     check(make_inputs(2, queries, 40, 40, dtype=torch.float32, extra=True), normalize=True)
 
 
-@pytest.mark.parametrize("batch", [3, 50, 270])
-def test_batches_split_over_tokens_or_not(batch):
-    splits, _ = triton_host._splits(batch, 3, torch.device("cpu"))
-    assert splits == {3: 3, 50: 3, 270: 1}[batch]
-    check(make_inputs(batch, 2, 36, 16, dtype=torch.float32, extra=True), normalize=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_queries_over_many_channels_run_in_blocks(dtype):
+    assert triton_host._query_block(40, 520) == 16
+    check(make_inputs(1, 40, 18, 520, dtype=dtype, extra=True), normalize=True)
 
 
 def test_splits_cover_every_block_and_none_is_empty():
@@ -127,10 +122,9 @@ def test_query_and_gradient_of_any_strides():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("batch", [2, 140])
 @pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}], ids=str)
-def test_frozen_inputs(frozen, batch, one_split):
-    inputs = make_inputs(min(batch, 2), 3, 20, 16, dtype=torch.float32, extra=True)
+def test_frozen_inputs(frozen):
+    inputs = make_inputs(2, 3, 20, 16, dtype=torch.float32, extra=True)
     full = with_gradients(single_query_attention, inputs, normalize=True)[1:]
     partly = tuple(t.detach() if i in frozen else t for i, t in enumerate(inputs))
     got = with_gradients(single_query_attention, partly, normalize=True)[1:]
@@ -203,12 +197,12 @@ def test_tokens_with_a_large_mean_keep_their_precision():
 def test_elements_beyond_the_range_of_32_bits():
     channels, tokens, far = 8, 20, 2**31 + 64
     memory = torch.empty(0, dtype=torch.float16)
-    memory.untyped_storage().resize_(2 * (far + channels * tokens))  # pages that nobody touches take no memory
+    memory.untyped_storage().resize_(4 * (far + channels * tokens))  # pages that nobody touches take no memory
     query, values, _, _ = (t if t is None else t.detach() for t in make_inputs(2, 2, tokens, channels, dtype=torch.float16))
-    for stride_b, stride_n in ((far, channels), (channels, 2 * (far // (2 * tokens)))):
-        x = memory.as_strided((2, tokens, channels), (stride_b, stride_n, 1))
-        x.copy_(values)
-        assert torch.equal(single_query_attention(query, x), single_query_attention(query, values))
+    for n, stride_b, stride_n in ((tokens, far, channels), (tokens, channels, far // 16), (2, channels, far)):
+        x = memory.as_strided((2, n, channels), (stride_b, stride_n, 1))
+        x.copy_(values[:, :n])
+        assert torch.equal(single_query_attention(query, x), single_query_attention(query, values[:, :n]))
 
 
 def test_opcheck():

@@ -54,11 +54,15 @@ def _normalize(b_t, m_n, eps, C: tl.constexpr, BC: tl.constexpr):
     for i in tl.static_range(1, len(b_t)):
         b_mean += tl.sum(b_t[i].to(tl.float32), 1)
     b_mean *= 1.0 / C
+    b_shift = tl.zeros_like(b_mean)
     b_var = tl.zeros_like(b_mean)
     for i in tl.static_range(len(b_t)):
         b_d = _center(b_t[i], b_mean, i * BC, C)
+        b_shift += tl.sum(b_d, 1)
         b_var += tl.sum(b_d * b_d, 1)
-    b_rstd = tl.where(m_n, tl.rsqrt(b_var * (1.0 / C) + eps), 0.0)
+    b_shift *= 1.0 / C
+    b_mean += b_shift
+    b_rstd = tl.where(m_n, tl.rsqrt(b_var * (1.0 / C) - b_shift * b_shift + eps), 0.0)
     b_n = ()
     for i in tl.static_range(len(b_t)):
         b_d = _center(b_t[i], b_mean, i * BC, C)
@@ -69,8 +73,8 @@ def _normalize(b_t, m_n, eps, C: tl.constexpr, BC: tl.constexpr):
 @triton.jit
 def _dot_queries(b_n, b_q):
     # K x [BN, BC] @ [BC, BQ] -> [BN, BQ]
-    b_s = tl.dot(b_n[0], b_q[0], input_precision="ieee")
-    for i in tl.static_range(1, len(b_n)):
+    b_s = tl.zeros([b_n[0].shape[0], b_q[0].shape[1]], tl.float32)
+    for i in tl.static_range(len(b_n)):
         b_s = tl.dot(b_n[i], b_q[i], b_s, input_precision="ieee")
     return b_s
 
@@ -93,9 +97,9 @@ def _scale(b_sum, b_scale):
 
 
 @triton.jit
-def _row_pointers(tokens, extra_token, o_n, stride_n, HAS_EXTRA: tl.constexpr):
+def _row_pointers(tokens, extra_token, o_n, stride_n, STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr):
     # the extra token is row 0
-    p_t = tokens + (o_n - HAS_EXTRA).to(tl.int64) * stride_n
+    p_t = tokens + (o_n - HAS_EXTRA).to(tl.int64) * stride_n * STRIDE_UNIT
     if HAS_EXTRA:
         p_t = tl.where(o_n == 0, extra_token, p_t)
     return p_t
@@ -111,18 +115,17 @@ def forward_kernel(
     i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tokens += i_b * stride_tb * STRIDE_UNIT
     extra_token += i_b * C
-    o_q = tl.arange(0, BQ)
+    o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
     m_q = o_q < Q
 
     b_q = _load_queries(query + i_b * Q * C, o_q, m_q, C, BC)
     b_max = tl.full([BQ], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BQ], tl.float32)
+    b_sum = tl.zeros([BN, BQ], tl.float32)
     b_c = _zeros(C, BC, BQ)
-    end = tl.minimum(N + HAS_EXTRA, (i_s + 1) * rows_per_split)
-    for i_n in range(i_s * rows_per_split, end, BN):
-        o_n = i_n + tl.arange(0, BN)
-        m_n = o_n < end
-        p_t = _row_pointers(tokens, extra_token, o_n, stride_tn * STRIDE_UNIT, HAS_EXTRA)
+    for i_n in range(0, rows_per_split, BN):
+        o_n = i_s * rows_per_split + i_n + tl.arange(0, BN)
+        m_n = o_n < N + HAS_EXTRA
+        p_t = _row_pointers(tokens, extra_token, o_n, stride_tn, STRIDE_UNIT, HAS_EXTRA)
         b_n = _load_tokens(p_t, m_n, C, BC)
         if NORMALIZE:
             b_n, _ = _normalize(b_n, m_n, eps, C, BC)
@@ -130,60 +133,67 @@ def forward_kernel(
         b_new = tl.maximum(b_max, tl.max(b_s, 0))
         b_scale = tl.exp(b_max - b_new)
         b_p = tl.exp(b_s - b_new[None, :])
-        b_sum = b_sum * b_scale + tl.sum(b_p, 0)
+        b_sum = b_sum * b_scale[None, :] + b_p
         b_c = _sum_tokens(_scale(b_c, b_scale), b_n, b_p)
         b_max = b_new
 
+    b_sum = tl.sum(b_sum, 0)
     i_o = i_b * tl.num_programs(1) + i_s
     tl.store(log_sum_exp + i_o * Q + o_q, b_max + tl.log(b_sum), mask=m_q)
     _store_queries(context + i_o * Q * C, _scale(b_c, 1.0 / b_sum), o_q, m_q, C, BC)
 
 
-@triton.jit(do_not_specialize=["N", "Q", "rows_per_split", "stride_tb", "stride_tn"])
+@triton.jit(do_not_specialize=["first_query", "N", "Q", "rows_per_split", "stride_tb", "stride_tn"])
 def backward_kernel(
     grad_context, query, tokens, extra_token, context, log_sum_exp, grad_query, grad_tokens, grad_extra_token,
-    N, Q, rows_per_split, stride_tb, stride_tn, eps,
+    first_query, N, Q, rows_per_split, stride_tb, stride_tn, eps,
     C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
     STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, NORMALIZE: tl.constexpr,
     NEED_QUERY: tl.constexpr, NEED_TOKENS: tl.constexpr, NEED_EXTRA: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
     i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tokens += i_b * stride_tb * STRIDE_UNIT
     extra_token += i_b * C
     grad_tokens += i_b * N * C
     grad_extra_token += i_b * C
-    o_q = tl.arange(0, BQ)
+    o_q = first_query + tl.arange(0, BQ)
     m_q = o_q < Q
 
     b_q = _load_queries(query + i_b * Q * C, o_q, m_q, C, BC)
     b_g = _load_queries(grad_context + i_b * Q * C, o_q, m_q, C, BC)
-    b_c = _load_queries(context + i_b * Q * C, o_q, m_q, C, BC)
+    b_o = _load_queries(context + i_b * Q * C, o_q, m_q, C, BC)
     b_lse = tl.load(log_sum_exp + i_b * Q + o_q, mask=m_q, other=0.0)
     b_delta = tl.zeros([BQ], tl.float32)
     b_q_sum = tl.zeros([BQ], tl.float32)
     b_g_sum = tl.zeros([BQ], tl.float32)
     for i in tl.static_range(len(b_q)):
-        b_delta += tl.sum(b_g[i].to(tl.float32) * b_c[i].to(tl.float32), 0)
+        b_delta += tl.sum(b_g[i].to(tl.float32) * b_o[i].to(tl.float32), 0)
         b_q_sum += tl.sum(b_q[i].to(tl.float32), 0)
         b_g_sum += tl.sum(b_g[i].to(tl.float32), 0)
 
     b_dq = _zeros(C, BC, BQ)
-    end = tl.minimum(N + HAS_EXTRA, (i_s + 1) * rows_per_split)
-    for i_n in range(i_s * rows_per_split, end, BN):
-        o_n = i_n + tl.arange(0, BN)
-        m_n = o_n < end
-        p_t = _row_pointers(tokens, extra_token, o_n, stride_tn * STRIDE_UNIT, HAS_EXTRA)
+    b_excess = tl.zeros([BN, BQ], tl.float32)
+    # hoisted addresses of the queries' shared memory would spill
+    for i_n in tl.range(0, rows_per_split, BN, disable_licm=True):
+        o_n = i_s * rows_per_split + i_n + tl.arange(0, BN)
+        m_n = o_n < N + HAS_EXTRA
+        p_t = _row_pointers(tokens, extra_token, o_n, stride_tn, STRIDE_UNIT, HAS_EXTRA)
         b_n = _load_tokens(p_t, m_n, C, BC)
         if NORMALIZE:
             b_n, b_rstd = _normalize(b_n, m_n, eps, C, BC)
-        b_s = _dot_queries(b_n, b_q)
-        b_dp = _dot_queries(b_n, b_g)
+        b_s = tl.zeros([BN, BQ], tl.float32)
+        b_dp = tl.zeros([BN, BQ], tl.float32)
+        for i in tl.static_range(len(b_n)):
+            b_s = tl.dot(b_n[i], b_q[i], b_s, input_precision="ieee")
+            b_dp = tl.dot(b_n[i], b_g[i], b_dp, input_precision="ieee")
         b_p = tl.where(m_n[:, None] & m_q[None, :], tl.exp(b_s - b_lse[None, :]), 0.0)
         b_ds = b_p * (b_dp - b_delta[None, :])
         if NEED_QUERY:
             b_dq = _sum_tokens(b_dq, b_n, b_ds)
+            b_excess += b_ds.to(b_q[0].dtype).to(tl.float32)
         if NEED_TOKENS or NEED_EXTRA:
-            p_d = _row_pointers(grad_tokens, grad_extra_token, o_n, C, HAS_EXTRA)
+            p_d = _row_pointers(grad_tokens, grad_extra_token, o_n, C, 1, HAS_EXTRA)
             m_d = m_n
             if not NEED_TOKENS:
                 m_d = m_n & (o_n < HAS_EXTRA)
@@ -199,12 +209,22 @@ def backward_kernel(
                 b_d = tl.dot(b_ds.to(b_q[i].dtype), tl.trans(b_q[i]), b_d, input_precision="ieee")
                 if NORMALIZE:
                     b_d = b_rstd[:, None] * (b_d - b_mean[:, None] - b_n[i].to(tl.float32) * b_slope[:, None])
-                b_d = b_d.to(grad_tokens.dtype.element_ty)
-                tl.store(p_d[:, None] + o_c[None, :], b_d, mask=m_d[:, None] & (o_c < C)[None, :])
+                m_dc = m_d[:, None] & (o_c < C)[None, :]
+                if ADD:
+                    b_d += tl.load(p_d[:, None] + o_c[None, :], mask=m_dc, other=0.0)
+                tl.store(p_d[:, None] + o_c[None, :], b_d.to(grad_tokens.dtype.element_ty), mask=m_dc)
 
     if NEED_QUERY:
         i_o = i_b * tl.num_programs(1) + i_s
-        _store_queries(grad_query + i_o * Q * C, b_dq, o_q, m_q, C, BC)
+        b_excess = tl.sum(b_excess, 0)
+        for i in tl.static_range(len(b_dq)):
+            o_c = i * BC + tl.arange(0, BC)
+            m_cq = (o_c < C)[:, None] & m_q[None, :]
+            o_cq = o_q[None, :] * C + o_c[:, None]
+            b_c = tl.load(context + i_b * Q * C + o_cq, mask=m_cq, other=0.0).to(tl.float32)
+            # sum ds = 0 but for rounding, whose share of dq goes here
+            b_o = b_dq[i] - b_c * b_excess[None, :]
+            tl.store(grad_query + i_o * Q * C + o_cq, b_o.to(grad_query.dtype.element_ty), mask=m_cq)
 
 
 @triton.jit(do_not_specialize=["S", "Q"])
