@@ -47,7 +47,9 @@ def _loop(ptx: str) -> str:
 
 def _loaded_bytes(code: str) -> int:
     """Bytes that one thread reads from global memory by these instructions."""
-    copied = sum(int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*\],\s*(0x[0-9a-f]+|\d+)", code))
+    copied = sum(
+        int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*\],\s*(0x[0-9a-f]+|\d+)", code)
+    )
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\s", code)
     return copied + sum(int(vector or 1) * int(bits) // 8 for vector, bits in loads)
 

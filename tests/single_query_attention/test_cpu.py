@@ -119,7 +119,9 @@ def test_query_and_gradient_of_any_strides():
     expected = with_gradients(single_query_attention, (query, tokens, None, grad), normalize=True)
     transposed = query.transpose(0, 2).contiguous().transpose(0, 2)
     actual = with_gradients(
-        single_query_attention, (transposed, tokens, None, grad.transpose(1, 2).contiguous().transpose(1, 2)), normalize=True
+        single_query_attention,
+        (transposed, tokens, None, grad.transpose(1, 2).contiguous().transpose(1, 2)),
+        normalize=True,
     )
     for got, want in zip(actual, expected):
         assert torch.equal(got, want)
@@ -197,7 +199,9 @@ def test_elements_beyond_the_range_of_32_bits():
     memory = torch.empty(0, dtype=torch.bfloat16)
     memory.untyped_storage().resize_((far + channels * tokens) * 2)  # pages that nobody touches take no memory
     x = memory.as_strided((2, tokens, channels), (far, channels, 1))
-    query, values, _, _ = (t if t is None else t.detach() for t in make_inputs(2, 2, tokens, channels, dtype=torch.bfloat16))
+    query, values, _, _ = (
+        t if t is None else t.detach() for t in make_inputs(2, 2, tokens, channels, dtype=torch.bfloat16)
+    )
     x.copy_(values)
     assert torch.equal(single_query_attention(query, x), single_query_attention(query, values))
 

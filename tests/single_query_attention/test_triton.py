@@ -118,7 +118,9 @@ def test_query_and_gradient_of_any_strides():
     got = with_gradients(single_query_attention, (inputs[0], tokens, stepped, inputs[2]))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     ones = torch.ones((), dtype=torch.float32).expand(grad.shape)
-    got, expected = (with_gradients(single_query_attention, (query, tokens, None, g)) for g in (ones, ones.contiguous()))
+    got, expected = (
+        with_gradients(single_query_attention, (query, tokens, None, g)) for g in (ones, ones.contiguous())
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -191,14 +193,18 @@ def test_large_scores_do_not_overflow():
 
 def test_tokens_with_a_large_mean_keep_their_precision():
     query, tokens, extra_token, grad = make_inputs(2, 3, 50, 64, dtype=torch.float32, extra=True)
-    check_parity(single_query_attention, (query, (tokens.detach() + 1000).requires_grad_(), extra_token, grad), normalize=True)
+    check_parity(
+        single_query_attention, (query, (tokens.detach() + 1000).requires_grad_(), extra_token, grad), normalize=True
+    )
 
 
 def test_elements_beyond_the_range_of_32_bits():
     channels, tokens, far = 8, 20, 2**31 + 64
     memory = torch.empty(0, dtype=torch.float16)
     memory.untyped_storage().resize_(4 * (far + channels * tokens))  # pages that nobody touches take no memory
-    query, values, _, _ = (t if t is None else t.detach() for t in make_inputs(2, 2, tokens, channels, dtype=torch.float16))
+    query, values, _, _ = (
+        t if t is None else t.detach() for t in make_inputs(2, 2, tokens, channels, dtype=torch.float16)
+    )
     for n, stride_b, stride_n in ((tokens, far, channels), (tokens, channels, far // 16), (2, channels, far)):
         x = memory.as_strided((2, n, channels), (stride_b, stride_n, 1))
         x.copy_(values[:, :n])

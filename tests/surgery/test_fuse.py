@@ -28,7 +28,9 @@ def test_replaces_in_place_and_back():
     report = tokenfusion.fuse(model)
     assert not report.left
     assert {m.kind for m in report.replaced} == {"MultiScaleBlock", "CrossAttentionBlock"}
-    assert len(report.replaced) == sum(issubclass(c, (crossvit.MultiScaleBlock, crossvit.CrossAttentionBlock)) for c in before.values())
+    assert len(report.replaced) == sum(
+        issubclass(c, (crossvit.MultiScaleBlock, crossvit.CrossAttentionBlock)) for c in before.values()
+    )
     assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
     assert list(model.state_dict()) == keys
     with assert_runs("single_query_attention_cpu"):
@@ -61,7 +63,9 @@ def test_optimizer_made_before_goes_on():
     before = copy.deepcopy(model.state_dict())
     model(IMAGES).square().sum().backward()
     optimizer.step()
-    assert all(not torch.equal(before[name], value) for name, value in model.state_dict().items() if "wq.weight" in name)
+    assert all(
+        not torch.equal(before[name], value) for name, value in model.state_dict().items() if "wq.weight" in name
+    )
 
 
 @pytest.mark.parametrize("copied", ["deepcopy", "pickle", "torch.save", "state_dict"])

@@ -58,8 +58,6 @@ def second_order(
         pairs = [(next(first), gg) for t, gg in zip(leaves[1:], grad_grads, strict=True) if t is not None]
         pairs = [(grad, gg) for grad, gg in pairs if gg is not None]
         second = iter(
-            torch.autograd.grad(
-                [grad for grad, _ in pairs], present, [gg for _, gg in pairs], allow_unused=True
-            )
+            torch.autograd.grad([grad for grad, _ in pairs], present, [gg for _, gg in pairs], allow_unused=True)
         )
     return tuple(None if t is None else next(second) for t in leaves)

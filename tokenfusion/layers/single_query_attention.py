@@ -37,6 +37,7 @@ def absorbed_attention(
     Returns:
         [B, C], the heads' outputs side by side, before the output projection.
     """
+
     def heads_of(weight: torch.Tensor) -> torch.Tensor:
         return weight.unflatten(0, (num_heads, -1))  # [heads, d, C]
 

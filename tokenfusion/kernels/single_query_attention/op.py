@@ -64,9 +64,7 @@ def _setup_double_backward(ctx, inputs, output):
 
 def _double_backward(ctx, *grad_grads):
     def definition(query, tokens, extra_token):
-        return reference.single_query_attention(
-            query, tokens, extra_token, normalize=ctx.normalize, eps=ctx.eps
-        )
+        return reference.single_query_attention(query, tokens, extra_token, normalize=ctx.normalize, eps=ctx.eps)
 
     grad_context, *inputs = ctx.saved_tensors
     wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
