@@ -39,19 +39,17 @@ class _Driver:
 
 def _loop(ptx: str) -> str:
     """The body of the kernel's longest loop."""
-    labels = {match[1]: match.start() for match in re.finditer(r"^(\$L\w+):", ptx, re.M)}
+    labels = {match[1]: match.start() for match in re.finditer(r"^(\$L\w+):", ptx, re.MULTILINE)}
     branches = [(labels[match[1]], match.start()) for match in re.finditer(r"\bbra(?:\.uni)?\s+(\$L\w+);", ptx)]
     start, end = max(branches, key=lambda branch: branch[1] - branch[0], default=(0, 0))
     return ptx[start:end]
 
 
-def _loaded_bytes(code: str) -> int:
-    """Bytes that one thread reads from global memory by these instructions."""
-    copied = sum(
-        int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*\],\s*(0x[0-9a-f]+|\d+)", code)
-    )
+def _loads(code: str) -> list[int]:
+    """Bytes that one thread reads from global memory by each of these instructions."""
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*\],\s*(0x[0-9a-f]+|\d+)", code)
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\s", code)
-    return copied + sum(int(vector or 1) * int(bits) // 8 for vector, bits in loads)
+    return [int(size, 0) for size in copies] + [int(vector or 1) * int(bits) // 8 for vector, bits in loads]
 
 
 def _describe(kernel) -> dict:
@@ -61,6 +59,7 @@ def _describe(kernel) -> dict:
         usage = subprocess.run([_CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
+    loads = _loads(_loop(ptx))
     return dict(
         name=kernel.metadata.name,
         registers=used["REG"],
@@ -68,7 +67,8 @@ def _describe(kernel) -> dict:
         shared=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
         matrix=sorted(set(re.findall(_MATRIX, ptx))),
-        loop_bytes=_loaded_bytes(_loop(ptx)) * 32 * kernel.metadata.num_warps,
+        loop_bytes=sum(loads) * 32 * kernel.metadata.num_warps,
+        narrowest_load=min(loads, default=0),
     )
 
 

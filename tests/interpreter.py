@@ -1,6 +1,6 @@
 """Triton's interpreter beside NumPy 2.4, which Triton before 3.9 does not know; a test of Triton kernels imports this."""
 
-import triton.runtime.interpreter as interpreter
+from triton.runtime import interpreter
 
 _patch_lang_tensor = interpreter._patch_lang_tensor
 

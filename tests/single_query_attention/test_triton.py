@@ -109,6 +109,15 @@ def test_strided_tokens_are_read_in_place():
             assert torch.equal(got, expected), name
 
 
+def test_only_aligned_rows_are_promised_to_the_compiler():
+    def unit(tokens, extra_token=None):
+        return triton_host._plan(tokens, tokens, extra_token, False, 1e-6, backward=False)[1]["STRIDE_UNIT"]
+
+    x = torch.zeros(2, 8, 32, dtype=torch.float16)
+    assert unit(x) == unit(x[:, 1:]) == unit(x[..., 8:16]) == unit(x, x[:, 0]) == 8
+    assert unit(x[..., 4:12]) == unit(x[..., :8], x[:, 0, 4:12]) == unit(x.view(2, 64, 4)[:, ::3]) == 1
+
+
 def test_query_and_gradient_of_any_strides():
     query, tokens, extra_token, grad = make_inputs(2, 3, 20, 16, dtype=torch.float32, extra=True)
     expected = with_gradients(single_query_attention, (query, tokens, extra_token, grad))

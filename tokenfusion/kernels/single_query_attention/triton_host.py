@@ -57,7 +57,9 @@ def _plan(query, tokens, extra_token, normalize, eps, backward):
     widest, block_n, num_warps, num_stages = _tile(channels, tokens.element_size(), backward)
     has_extra = int(extra_token is not None)
     splits, blocks_per_split = _splits(batch, triton.cdiv(length + has_extra, block_n), tokens.device)
-    stride_unit = 8 if tokens.stride(0) % 8 == 0 and tokens.stride(1) % 8 == 0 else 1
+    pointers = tokens.data_ptr(), 0 if extra_token is None else extra_token.data_ptr()
+    aligned = all(stride % 8 == 0 for stride in tokens.stride()[:2]) and all(p % 16 == 0 for p in pointers)
+    stride_unit = 8 if aligned else 1
     return splits, dict(
         N=length,
         Q=query.shape[1],

@@ -102,6 +102,8 @@ def _row_pointers(tokens, extra_token, o_n, stride_n, STRIDE_UNIT: tl.constexpr,
     p_t = tokens + (o_n - HAS_EXTRA).to(tl.int64) * stride_n * STRIDE_UNIT
     if HAS_EXTRA:
         p_t = tl.where(o_n == 0, extra_token, p_t)
+        if STRIDE_UNIT == 8:
+            p_t = tl.multiple_of(p_t, 16)  # bytes; the choice hides it from Triton 3.9
     return p_t
 
 
@@ -193,7 +195,7 @@ def backward_kernel(
             b_dq = _sum_tokens(b_dq, b_n, b_ds)
             b_excess += b_ds.to(b_q[0].dtype).to(tl.float32)
         if NEED_TOKENS or NEED_EXTRA:
-            p_d = _row_pointers(grad_tokens, grad_extra_token, o_n, C, 1, HAS_EXTRA)
+            p_d = _row_pointers(grad_tokens, grad_extra_token, o_n, C // 8, 8, HAS_EXTRA)
             m_d = m_n
             if not NEED_TOKENS:
                 m_d = m_n & (o_n < HAS_EXTRA)
