@@ -124,6 +124,12 @@ def test_subclasses_and_changed_parts_are_left_alone():
     block.norm1 = nn.Identity()
     assert "norm1 is Identity" in tokenfusion.fuse(block).left[0].reason
     block = crossvit.CrossAttentionBlock(16, 2)
+    block.attn = nn.Identity()
+    assert "attn is Identity" in tokenfusion.fuse(block).left[0].reason
+    block = crossvit.CrossAttentionBlock(16, 2)
+    block.forward = lambda x: x
+    assert "set on the instance" in tokenfusion.fuse(block).left[0].reason
+    block = crossvit.CrossAttentionBlock(16, 2)
     block.attn.wk = nn.Sequential(block.attn.wk)
     assert "attn.wk is Sequential" in tokenfusion.fuse(block).left[0].reason
     model = small_crossvit()

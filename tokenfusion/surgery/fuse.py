@@ -40,7 +40,7 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         rule = rule_for(module)
         if rule is None or (ops is not None and rule.op not in ops):
             continue
-        reason = rule.why_not(module)
+        reason = "its forward was set on the instance" if "forward" in vars(module) else rule.why_not(module)
         reports.append(ModuleReport(name, rule.original.__name__, rule.op, reason))
         if reason is None:
             replacements.append((module, rule.fused))

@@ -11,8 +11,7 @@ from torch import nn
 class Rule:
     """original -> fused, a subclass of it that changes the forward pass alone, so that parameters stay in place.
 
-    why_not tells, for a module and a function that answers the same for its submodules, why it is to be left alone;
-    None when it can be replaced.
+    why_not tells why a module of the original class is to be left alone; None when it can be replaced.
     """
 
     op: str
@@ -22,7 +21,11 @@ class Rule:
 
 
 def _why_not_cross_attention(block: nn.Module) -> str | None:
+    from timm.models.crossvit import CrossAttention
+
     attn = block.attn
+    if type(attn) is not CrossAttention:
+        return f"attn is {type(attn).__name__}, expected timm's CrossAttention"
     if type(block.norm1) is not nn.LayerNorm or len(block.norm1.normalized_shape) != 1:
         return f"norm1 is {type(block.norm1).__name__}, expected nn.LayerNorm over the channels"
     for name in ("wq", "wk", "wv"):
