@@ -22,9 +22,9 @@ def split_class_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class CrossAttentionBlock(crossvit.CrossAttentionBlock):
     """y = x_0 + drop_path(CA(norm(x))), Eq. 6 and 7 of CrossViT: the first token attends to all tokens.
 
-    Takes and holds what timm's CrossAttentionBlock does. Keys, values, the normalised tokens and, when patches are
-    given apart from the class token, their concatenation are never written. Attention dropout in training makes the
-    attention weights of a token not sum to one; timm's forward runs then.
+    Takes and holds what timm's CrossAttentionBlock does. Keys and values are never written; nor, where a kernel runs and
+    not the reference, are the normalised tokens and the concatenation of class token and patches. Attention dropout in
+    training makes the attention weights of a token not sum to one; timm's forward runs then.
     """
 
     def forward(self, x: torch.Tensor, patches: torch.Tensor | None = None) -> torch.Tensor:
