@@ -1,23 +1,28 @@
-"""Options, the fixture that measures, and the table after the run."""
+"""Options, the fixture that measures, the journal, and the table after the run."""
 
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, record, table
+from benchmarks import conditions, harness, journal, record, table
 
 EFFORTS = {
     "smoke": harness.Effort(seconds=0.05, fewest=3, most=5),
     "quick": harness.Effort(seconds=2, fewest=7, most=41),
     "full": harness.Effort(seconds=8, fewest=15, most=101),
+    "gpu": harness.Effort(seconds=1, fewest=15, most=51),
 }
+_UNSOUND = ("CUDA error", "CUDA driver error")  # after these the process can measure nothing more
 _ROWS = pytest.StashKey[list]()
+_FAULT = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("tokenfusion")
     group.addoption("--profile", choices=EFFORTS, default="quick", help="which cases to measure (default: quick)")
     group.addoption("--record", type=Path, metavar="FILE", help="where the record goes (default: benchmarks/results/)")
+    group.addoption("--journal", type=Path, metavar="FILE", help="keep each case as it ends; leave out those kept")
 
 
 def pytest_configure(config):
@@ -28,12 +33,52 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", metafunc.module.CASES[metafunc.config.option.profile], ids=str)
+        cases = metafunc.module.CASES
+        profile = metafunc.config.option.profile
+        metafunc.parametrize("case", cases.get(profile, cases["full"]), ids=str)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=harness.CLOCK, disable_gc=True))
+    path = config.option.journal
+    if path is not None:
+        known = {entry["case"] for entry in journal.read(path) if "case" in entry}
+        items[:] = sorted((item for item in items if item.nodeid not in known), key=_place)
+        journal.note(path, to_do=[item.nodeid for item in items])
+
+
+def _place(item) -> int:
+    """The first case of every group, then every second one: a run that ends early has something of each."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.indices["case"] if callspec else 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    path = item.config.option.journal
+    if path is None:
+        return (yield)
+    start = time.monotonic()
+    journal.note(path, case=item.nodeid, state="started")
+    item.stash[_ROWS] = []
+    result = yield
+    rows, fault = item.stash[_ROWS], item.stash.get(_FAULT, None)
+    journal.note(path, case=item.nodeid, state="ended", fault=fault, rows=rows, seconds=time.monotonic() - start)
+    unsound = [text for text in _UNSOUND if text in (fault or "")]
+    if unsound or any("not_captured" in row for row in rows):
+        item.session.shouldstop = "the rest is for a fresh process"
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        item.stash[_FAULT] = str(call.excinfo.value)
+    elif report.skipped:
+        item.stash[_FAULT] = f"skipped: {call.excinfo.value}"
+    return report
 
 
 @pytest.fixture
@@ -44,6 +89,7 @@ def run(benchmark, request):
         benchmark.group = problem.group
         rows = harness.run(problem, benchmark, EFFORTS[request.config.option.profile])
         request.config.stash[_ROWS].extend(rows)
+        request.node.stash[_ROWS] = rows
         faults = [f"{row['variant']}: {row['fault']}" for row in rows if row["fault"]]
         if faults:
             pytest.fail("; ".join(faults), pytrace=False)
@@ -53,11 +99,11 @@ def run(benchmark, request):
 
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[_ROWS]
-    if not rows:
+    if not rows or config.option.journal:
         return
-    conditions = record.conditions(config.option.profile)
-    path = record.save(config.option.record, conditions, rows)
+    facts = conditions.collect(config.option.profile)
+    path = record.save(config.option.record or record.default_path(facts), {"conditions": facts, "rows": rows})
     terminalreporter.section("benchmarks")
-    terminalreporter.write_line(record.summary(conditions))
+    terminalreporter.write_line(record.summary(facts))
     terminalreporter.write_line(table.text(rows))
     terminalreporter.write_line(f"\nrecord: {path}")

@@ -12,12 +12,12 @@ import tokenfusion
 from benchmarks import ceilings
 from benchmarks.parity import Parity, compare, in_float64
 from benchmarks.problem import COMPILED, Problem, Variant, dtype_of
-from benchmarks.timing import Ring, seconds_a_call
+from benchmarks.timing import MOST_CALLS, Replay, Ring, seconds_a_call
 from tokenfusion import measure
 from tokenfusion.kernels.dispatch import BACKENDS
 
 _SAMPLE_SECONDS = 1e-3  # the least that a sample of the fastest variant should last
-_MOST_CALLS = 100
+_WARM_UP_SECONDS = 0.3  # of a GPU, whose clocks rise with work
 _SLACK_OF_OTHERS = 8  # code of others has to compute the same thing, and is not on trial for its rounding
 _OPERATOR = re.compile(rf"tokenfusion::\w+_({'|'.join(BACKENDS)})$")
 
@@ -55,14 +55,29 @@ class Inspection:
 
 @dataclass
 class Timed:
+    """A variant's samples: in `seconds` those that count, in `called` those of calls from Python where they differ."""
+
     call: object
     ring: Ring
     backend: str | None = None
-    samples: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    called: list[float] = field(default_factory=list)
+    replay: Replay | None = None
 
-    def sample(self, calls: int) -> float:
+    def from_python(self, calls: int) -> float:
         with _in_force(self.backend):
             return seconds_a_call(self.call, self.ring.take(calls))
+
+    def capture(self, calls: int) -> None:
+        with _in_force(self.backend):
+            self.replay = Replay(self.call, self.ring.take(calls))
+
+    def sample(self, calls: int) -> None:
+        if self.replay is None:
+            self.seconds.append(self.from_python(calls))
+        else:
+            self.seconds.append(self.replay.seconds_a_call())
+            self.called.append(self.from_python(calls))
 
 
 def run(problem: Problem, benchmark, effort: Effort) -> list[dict]:
@@ -70,20 +85,21 @@ def run(problem: Problem, benchmark, effort: Effort) -> list[dict]:
     torch.compiler.reset()
     torch.manual_seed(0)
     ring = Ring(problem.make_inputs)
-    inspections = _inspect_all(problem, ring.take(1)[0])
+    inspections = _inspect_all(problem, problem.make_checked() if problem.make_checked else ring.take(1)[0])
     timed = {v.name: Timed(v.call, ring, v.backend) for v in problem.variants if inspections[v.name].fault is None}
     stream = Timed(*ceilings.stream(problem.moved, problem.written))
     subject = next((timed[v.name] for v in problem.variants if v.backend and v.name in timed), stream)
     entries = [*timed.values(), stream]
     calls, rounds = _plan(entries, effort)
+    not_captured = _capture(entries, calls)
 
     def one_round():
         for entry in random.sample(entries, len(entries)):
-            entry.samples.append(entry.sample(calls))
-        CLOCK.now += subject.samples[-1]
+            entry.sample(calls)
+        CLOCK.now += subject.seconds[-1]
 
     benchmark.pedantic(one_round, rounds=rounds)
-    rows = [_row(problem, v, inspections[v.name], timed, stream) for v in problem.variants]
+    rows = [_row(problem, v, inspections[v.name], timed, stream) | not_captured for v in problem.variants]
     benchmark.extra_info["rows"] = rows
     return rows
 
@@ -106,7 +122,7 @@ def _inspect(variant: Variant, inputs, eager, exact) -> Inspection:
         try:
             results = call()
         except Exception as error:  # one variant that cannot run leaves the others to be measured
-            return Inspection(fault=f"{type(error).__name__}: {error}".strip().splitlines()[0])
+            return Inspection(fault=_first_line(error))
         slack = 1 if variant.backend else _SLACK_OF_OTHERS
         parity = compare(results, variant.comparable(eager), variant.comparable(exact), slack)
         del results
@@ -130,11 +146,34 @@ def _backends_that_run(call) -> set[str]:
 def _plan(entries: list[Timed], effort: Effort) -> tuple[int, int]:
     """Calls a sample and rounds, after every variant has been warmed up."""
     for entry in entries:
-        entry.sample(1)
-    seconds = [entry.sample(1) for entry in entries]
-    calls = min(max(round(_SAMPLE_SECONDS / min(seconds)), 1), _MOST_CALLS)
+        entry.from_python(1)
+    seconds = [entry.from_python(1) for entry in entries]
+    most = MOST_CALLS
+    if torch.cuda.is_available():
+        most = min(len(entry.ring) for entry in entries)
+        for _ in range(min(int(_WARM_UP_SECONDS / sum(seconds)), MOST_CALLS)):
+            seconds = [entry.from_python(1) for entry in entries]
+    calls = min(max(round(_SAMPLE_SECONDS / min(seconds)), 1), most)
     rounds = int(effort.seconds / (calls * sum(seconds)))
     return calls, min(max(rounds, effort.fewest), effort.most)
+
+
+def _capture(entries: list[Timed], calls: int) -> dict[str, str]:
+    """Graphs of all variants on a GPU. Where one cannot be captured none is, so that all are timed alike; says why."""
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        for entry in entries:
+            entry.capture(calls)
+    except Exception as error:
+        for entry in entries:
+            entry.replay = None
+        return {"not_captured": _first_line(error)}
+    return {}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def _row(problem: Problem, variant: Variant, inspection: Inspection, timed: dict[str, Timed], stream: Timed) -> dict:
@@ -151,22 +190,23 @@ def _row(problem: Problem, variant: Variant, inspection: Inspection, timed: dict
         "allowed_error": inspection.parity and inspection.parity.allowed,
     }
     if inspection.fault is None:
-        row |= _times(problem, timed, timed[variant.name].samples, stream)
+        row |= _times(problem, timed, timed[variant.name], stream)
     return row
 
 
-def _times(problem: Problem, timed: dict[str, Timed], samples: list[float], stream: Timed) -> dict:
-    def faster_than(name: str) -> float | None:
-        return measure.median_ratio(timed[name].samples, samples) if name in timed else None
+def _times(problem: Problem, timed: dict[str, Timed], entry: Timed, stream: Timed) -> dict:
+    def faster_than(name: str, of: str = "seconds") -> float | None:
+        return measure.median_ratio(getattr(timed[name], of), getattr(entry, of)) if name in timed else None
 
-    seconds = statistics.median(samples)
-    memory = statistics.median(stream.samples)
+    eager = problem.variants[0].name
+    seconds = statistics.median(entry.seconds)
+    memory = statistics.median(stream.seconds)
     arithmetic = problem.flops / ceilings.matmul_flops(dtype_of(problem.case["dtype"]))
-    return {
+    times = {
         "seconds": seconds,
-        "quartiles": torch.tensor(samples).quantile(torch.tensor([0.25, 0.75])).tolist(),
-        "rounds": len(samples),
-        "times_eager": faster_than(problem.variants[0].name),
+        "quartiles": torch.tensor(entry.seconds).quantile(torch.tensor([0.25, 0.75])).tolist(),
+        "rounds": len(entry.seconds),
+        "times_eager": faster_than(eager),
         "times_compiled": faster_than(COMPILED),
         "bytes_per_second": problem.moved / seconds,
         "flops_per_second": problem.flops / seconds,
@@ -174,3 +214,10 @@ def _times(problem: Problem, timed: dict[str, Timed], samples: list[float], stre
         "arithmetic_ceiling_seconds": arithmetic,
         "share_of_ceiling": max(memory, arithmetic) / seconds,
     }
+    if entry.called:
+        times |= {
+            "called_seconds": statistics.median(entry.called),
+            "called_times_eager": faster_than(eager, "called"),
+            "called_times_compiled": faster_than(COMPILED, "called"),
+        }
+    return times

@@ -20,7 +20,8 @@ class Parity:
 
 
 def in_float64(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs)
+    """Inputs whose floating-point tensors are in float64."""
+    return tuple(t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs)
 
 
 def compare(results, eager, exact, slack: float = 1) -> Parity:

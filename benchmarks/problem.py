@@ -33,7 +33,7 @@ class Problem:
     case names the sizes, as the tables show them. make_inputs returns a fresh set of inputs. reference takes such a
     set in float64 and returns what the variants do; it may leave out the end of a batch. The first variant is eager.
     moved is the bytes that must move, written whether some of them are written, flops the arithmetic that must be
-    done.
+    done. make_checked returns the inputs on which results are compared, where they have to be special ones.
     """
 
     group: str
@@ -44,6 +44,7 @@ class Problem:
     moved: int
     written: bool
     flops: int
+    make_checked: Callable[[], tuple[torch.Tensor, ...]] | None = None
 
 
 def device() -> str:
@@ -59,9 +60,14 @@ def package(backend: str) -> str:
     return f"tokenfusion ({backend})"
 
 
-def compiled(function: Callable) -> Callable:
+def compile_mode() -> str:
+    """torch.compile's mode for ops and layers: the one that tunes most; graphs are left to the timing."""
+    return "max-autotune-no-cudagraphs" if torch.cuda.is_available() else "default"
+
+
+def compiled(function: Callable, mode: str | None = None) -> Callable:
     """torch.compile for the shapes of one case."""
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, mode=mode or compile_mode())
 
 
 def forward(function: Callable) -> Callable[..., tuple[torch.Tensor, ...]]:

@@ -1,38 +1,22 @@
-"""A record: the conditions of a run and its rows, as JSON."""
+"""A record: the conditions of a run, its rows, and what `make gpu-check` found, as JSON. Needs no torch."""
 
-import datetime
 import json
 import os
-import platform
 import re
-import subprocess
 from pathlib import Path
 
-import torch
-
-from benchmarks import timing
-from tokenfusion.cli import info
-
 _ROOT = Path(__file__).parent.parent
+RECORDS = _ROOT / "benchmarks" / "records"  # kept in the repository
+RESULTS = _ROOT / "benchmarks" / "results"  # of a single run
 
 
-def conditions(profile: str) -> dict:
-    facts = info.collect()
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "profile": profile,
-        "device": _device(),
-        "versions": facts["versions"],
-        "isa": facts["isa"],
-        "commit": _commit(),
-        "cache": timing.policy(),
-    }
-
-
-def save(path: Path | None, conditions: dict, rows: list[dict]) -> Path:
-    path = path or _default_path(conditions)
+def save(path: Path, content: dict) -> Path:
+    """Writes conditions, rows and the rest, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
+    content = content | {"rows": ordered(content["rows"])}
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)
     return path
 
 
@@ -40,14 +24,28 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def ordered(rows: list[dict]) -> list[dict]:
+    """Group by group and case by case, as they first appear; of rows of the same variant of a case the last one."""
+    places: dict[str, dict[str, dict[str, dict]]] = {}
+    for row in rows:
+        cases = places.setdefault(row["group"], {})
+        cases.setdefault(json.dumps(row["case"]), {})[row["variant"]] = row
+    return [row for cases in places.values() for variants in cases.values() for row in variants.values()]
+
+
 def file_name(words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def default_path(conditions: dict) -> Path:
+    return RESULTS / f"{file_name(conditions['device']['name'] + ' ' + conditions['date'].split('+')[0])}.json"
 
 
 def summary(conditions: dict) -> str:
     """The conditions in a few lines."""
     device, versions = conditions["device"], conditions["versions"]
-    installed = ", ".join(f"{name} {versions[name]}" for name in ("tokenfusion", "torch", "triton", "timm"))
+    names = ("tokenfusion", "torch", "triton", "timm")
+    installed = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
     parts = [device["name"], f"{device['threads']} threads", conditions["isa"], device["driver"]]
     return "\n".join(
         (
@@ -56,38 +54,3 @@ def summary(conditions: dict) -> str:
             f"{conditions['cache']}; variants in turn in every round, x = median of the ratios round by round",
         )
     )
-
-
-def _default_path(conditions: dict) -> Path:
-    name = file_name(f"{conditions['device']['name']} {conditions['date'].split('+')[0]}")
-    return _ROOT / "benchmarks" / "results" / f"{name}.json"
-
-
-def _device() -> dict:
-    gpu = torch.cuda.is_available()
-    return {
-        "kind": "cuda" if gpu else "cpu",
-        "name": torch.cuda.get_device_name() if gpu else _cpu_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout, marked where files differ from it."""
-    return _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None

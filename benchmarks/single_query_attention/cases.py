@@ -68,4 +68,12 @@ def _full() -> list[Case]:
     return list(dict.fromkeys((*_named(), *lengths, *widths)))
 
 
-CASES = {"smoke": _SMOKE, "quick": _named(65, 1025, 4097), "full": _full()}
+def _gpu() -> list[Case]:
+    """A GPU's: CrossViT-15's two branches in batches that fill it, the smaller batches, and lengths for the plots."""
+    branches = [Case(256, n, c, 6, *kind) for kind in reversed(_PASSES) for n, c in ((401, 192), (197, 384))]
+    batches = [Case(batch, 401, 192, 6, "bfloat16") for batch in (1, 8, 64)]
+    lengths = [Case(64, n, 384, 6, *kind) for kind in _PASSES[2:] for n in _LENGTHS]
+    return [*branches, *batches, *lengths]
+
+
+CASES = {"smoke": _SMOKE, "quick": _named(65, 1025, 4097), "full": _full(), "gpu": _gpu()}

@@ -1,0 +1,88 @@
+"""On what a run was made; `python -m benchmarks.conditions` prints it as JSON."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from benchmarks import problem, timing
+from tokenfusion.cli import info
+
+COMMIT = "TOKENFUSION_COMMIT"  # the variable that names the commit of a copy without git
+_ROOT = Path(__file__).parent.parent
+
+
+def collect(profile: str) -> dict:
+    facts = info.collect()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "profile": profile,
+        "device": _device(),
+        "versions": facts["versions"],
+        "isa": facts["isa"],
+        "commit": os.environ.get(COMMIT) or _commit(),
+        "cache": timing.policy(),
+        "compile_mode": problem.compile_mode(),
+        "tools": {"nvcc": _nvcc(), "compute-sanitizer": find_tool("compute-sanitizer")},
+        "missing_packages": [name for name, version in facts["versions"].items() if version is None and name != "GPU"],
+    }
+
+
+def find_tool(name: str) -> str | None:
+    """Path of one of CUDA's tools, on PATH or where CUDA usually lies."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [f"{home}/{folder}" for home in homes if home for folder in ("bin", "compute-sanitizer")]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
+
+
+def _device() -> dict:
+    gpu = torch.cuda.is_available()
+    return {
+        "kind": "cuda" if gpu else "cpu",
+        "name": torch.cuda.get_device_name() if gpu else _cpu_name(),
+        "driver": _smi("driver_version") if gpu else None,
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if gpu else None,
+        "clocks": _smi("clocks.sm,clocks.mem,clocks.max.sm,power.limit") if gpu else None,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _smi(query: str) -> str | None:
+    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _nvcc() -> str | None:
+    nvcc = find_tool("nvcc")
+    banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
+    release = re.search(r"release ([\d.]+)", banner)
+    return release and release[1]
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, marked where files differ from it."""
+    return _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+if __name__ == "__main__":
+    print(json.dumps(collect(profile="none")))
