@@ -47,6 +47,20 @@ class Problem:
     make_checked: Callable[[], tuple[torch.Tensor, ...]] | None = None
 
 
+@dataclass(frozen=True)
+class SmallCall:
+    """A call of an operator, function(*tensors), on shapes small enough for thousands of repeats and for checkers.
+
+    label says what is special about it. Tensors are on the CPU, None where one is absent; those that require gradients
+    get them.
+    """
+
+    operator: str
+    label: str
+    function: Callable[..., torch.Tensor]
+    tensors: tuple[torch.Tensor | None, ...]
+
+
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

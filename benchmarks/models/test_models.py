@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenfusion
 from benchmarks import problem
 from benchmarks.models import cases
-from benchmarks.models.cases import CASES, Case  # noqa: F401  (CASES is read by conftest.py)
 from benchmarks.problem import Problem, Variant
 
+CASES = cases.CASES
 _CHECKED = 2  # different images of the batch on which results are compared
 _WEIGHTS_COMPARED = 3
 _FLOPS_OF_TRAINING = 3  # forward, gradients of activations, gradients of weights
@@ -33,7 +33,7 @@ if importlib.util.find_spec("tokenfusion.models"):
     importlib.import_module("tokenfusion.models")
 
 
-def test_models(case: Case, run, request):
+def test_models(case: cases.Case, run, request):
     torch.manual_seed(0)
     model = timm.create_model(case.model).train(case.training).to(problem.device())
     fused = copy.deepcopy(model)
@@ -42,7 +42,7 @@ def test_models(case: Case, run, request):
     run(_problem(case, model, fused, with_compile=request.config.option.profile in ("full", "gpu")))
 
 
-def _problem(case: Case, model: nn.Module, fused: nn.Module, with_compile: bool) -> Problem:
+def _problem(case: cases.Case, model: nn.Module, fused: nn.Module, with_compile: bool) -> Problem:
     dtype, size = problem.dtype_of(case.dtype), model.default_cfg["input_size"]
     if not case.training:
         model, fused = model.to(dtype), fused.to(dtype)

@@ -1,10 +1,13 @@
 """The sizes at which single_query_attention and the layer around it are measured."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
-from benchmarks.problem import dtype_of
+from benchmarks.problem import SmallCall, dtype_of
+from tokenfusion.kernels import single_query_attention
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,23 @@ def _gpu() -> list[Case]:
 
 
 CASES = {"smoke": _SMOKE, "quick": _named(65, 1025, 4097), "full": _full(), "gpu": _gpu()}
+
+
+def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
+    """Calls that reach every GPU kernel: with and without splits over the tokens, blocks of queries, unaligned rows."""
+    for label, batch, queries, length, channels, extra, normalize, first in (
+        ("split over the tokens", 2, 6, 197, 96, True, True, 0),
+        ("no split", 140, 3, 20, 8, False, False, 0),
+        ("blocks of queries", 1, 40, 18, 264, True, True, 0),
+        ("unaligned rows", 2, 3, 50, 24, True, False, 4),
+    ):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, generator=generator) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        query = (normal(batch, queries, channels) / channels**0.5).to(dtype).requires_grad_()
+        tokens = normal(batch, length, channels + first).to(dtype)[..., first:].requires_grad_()
+        extra_token = normal(batch, channels).to(dtype).requires_grad_() if extra else None
+        function = partial(single_query_attention, normalize=normalize)
+        yield SmallCall("single_query_attention", label, function, (query, tokens, extra_token))

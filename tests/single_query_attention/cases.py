@@ -11,13 +11,21 @@ Tensors = tuple[torch.Tensor | None, ...]
 
 
 def make_inputs(
-    batch: int, queries: int, tokens: int, channels: int, *, dtype: torch.dtype, extra: bool = False, seed: int = 0
+    batch: int,
+    queries: int,
+    tokens: int,
+    channels: int,
+    *,
+    dtype: torch.dtype,
+    extra: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Tensors:
     """query, tokens and extra_token that require gradients, and a gradient of the context; scores of about unit size."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
     query = (normal(batch, queries, channels) / channels**0.5).to(dtype).requires_grad_()
     x = (normal(batch, tokens, channels) + 0.3).to(dtype).requires_grad_()

@@ -1,5 +1,7 @@
 """The Triton kernels of single_query_attention against the reference: in the interpreter, or on a GPU where there is one."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,14 +10,15 @@ pytest.importorskip("triton")
 import tests.interpreter  # noqa: F401
 import tokenfusion
 from tests.parity import assert_runs
-from tests.single_query_attention.cases import check_parity, make_inputs, with_gradients
+from tests.single_query_attention import cases
+from tests.single_query_attention.cases import check_parity, with_gradients
 from tokenfusion.kernels import single_query_attention, triton_support
 from tokenfusion.kernels.single_query_attention import triton_host
 
-pytestmark = pytest.mark.skipif(not triton_support.INTERPRET, reason="the interpreter is off: a GPU is here")
-
 FORWARD, BACKWARD = "single_query_attention_triton", "single_query_attention_backward_triton"
-DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 is wrong
+DEVICE = "cpu" if triton_support.INTERPRET else "cuda"
+DTYPES = (torch.float32, torch.float16, *([] if triton_support.INTERPRET else [torch.bfloat16]))  # wrong there
+make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
 OPTIONS = [dict(normalize=normalize, extra=extra) for normalize in (False, True) for extra in (False, True)]
 
 
@@ -74,7 +77,7 @@ def test_many_queries_over_many_channels_run_in_blocks(dtype):
 def test_splits_cover_every_block_and_none_is_empty():
     for batch in (1, 2, 7, 64, 256, 1000):
         for blocks in (1, 2, 5, 13, 40, 1000):
-            splits, each = triton_host._splits(batch, blocks, torch.device("cpu"))
+            splits, each = triton_host._splits(batch, blocks, torch.device(DEVICE))
             assert (splits - 1) * each < blocks <= splits * each and 1 <= splits <= triton_host.MAX_SPLITS
 
 
@@ -113,7 +116,7 @@ def test_only_aligned_rows_are_promised_to_the_compiler():
     def unit(tokens, extra_token=None):
         return triton_host._plan(tokens, tokens, extra_token, False, 1e-6, backward=False)[1]["STRIDE_UNIT"]
 
-    x = torch.zeros(2, 8, 32, dtype=torch.float16)
+    x = torch.zeros(2, 8, 32, dtype=torch.float16, device=DEVICE)
     assert unit(x) == unit(x[:, 1:]) == unit(x[..., 8:16]) == unit(x, x[:, 0]) == 8
     assert unit(x[..., 4:12]) == unit(x[..., :8], x[:, 0, 4:12]) == unit(x.view(2, 64, 4)[:, ::3]) == 1
 
@@ -126,7 +129,7 @@ def test_query_and_gradient_of_any_strides():
     stepped = torch.stack((extra_token, extra_token), -1)[..., 0]
     got = with_gradients(single_query_attention, (inputs[0], tokens, stepped, inputs[2]))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    ones = torch.ones((), dtype=torch.float32).expand(grad.shape)
+    ones = torch.ones((), device=DEVICE).expand(grad.shape)
     got, expected = (
         with_gradients(single_query_attention, (query, tokens, None, g)) for g in (ones, ones.contiguous())
     )
@@ -163,7 +166,7 @@ def test_log_sum_exp(extra):
 
 def test_guard_bands_are_not_read():
     query, x, _, grad = make_inputs(2, 3, 40, 24, dtype=torch.float32)
-    guarded = torch.full((4, 44, 40), torch.nan)
+    guarded = torch.full((4, 44, 40), torch.nan, device=DEVICE)
     guarded[1:3, 2:42, 8:32] = x.detach()
     tokens = guarded[1:3, 2:42, 8:32].requires_grad_()
     got = with_gradients(single_query_attention, (query, tokens, None, grad), normalize=True)
@@ -209,7 +212,7 @@ def test_tokens_with_a_large_mean_keep_their_precision():
 
 def test_elements_beyond_the_range_of_32_bits():
     channels, tokens, far = 8, 20, 2**31 + 64
-    memory = torch.empty(0, dtype=torch.float16)
+    memory = torch.empty(0, dtype=torch.float16, device=DEVICE)
     memory.untyped_storage().resize_(4 * (far + channels * tokens))  # pages that nobody touches take no memory
     query, values, _, _ = (
         t if t is None else t.detach() for t in make_inputs(2, 2, tokens, channels, dtype=torch.float16)
