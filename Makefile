@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc')
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/tokenfusion compare crossvit_15_240
@@ -15,6 +15,10 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# Uses the packages of $(PYTHON) as they are and installs nothing. ARGS="--minutes 9 --resume" and the like.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 # torch comes first, so that the extension is compiled against the torch that it runs beside. The installation is
 # editable: Python sources need no reinstallation.

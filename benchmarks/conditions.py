@@ -1,6 +1,7 @@
 """On what a run was made; `python -m benchmarks.conditions` prints it as JSON."""
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -15,6 +16,18 @@ from benchmarks import problem, timing
 from tokenfusion.cli import info
 
 COMMIT = "TOKENFUSION_COMMIT"  # the variable that names the commit of a copy without git
+_PACKAGES = (
+    "triton",
+    "timm",
+    "rich",
+    "PIL",
+    "matplotlib",
+    "sklearn",
+    "pytest",
+    "pytest_benchmark",
+    "setuptools",
+    "ninja",
+)
 _ROOT = Path(__file__).parent.parent
 
 
@@ -30,7 +43,7 @@ def collect(profile: str) -> dict:
         "cache": timing.policy(),
         "compile_mode": problem.compile_mode(),
         "tools": {"nvcc": _nvcc(), "compute-sanitizer": find_tool("compute-sanitizer")},
-        "missing_packages": [name for name, version in facts["versions"].items() if version is None and name != "GPU"],
+        "missing_packages": [name for name in _PACKAGES if not importlib.util.find_spec(name)],
     }
 
 
@@ -56,7 +69,8 @@ def _device() -> dict:
 
 
 def _smi(query: str) -> str | None:
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    lines = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    return lines and lines.splitlines()[0]
 
 
 def _cpu_name() -> str:
@@ -67,9 +81,8 @@ def _cpu_name() -> str:
 
 def _nvcc() -> str | None:
     nvcc = find_tool("nvcc")
-    banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
-    release = re.search(r"release ([\d.]+)", banner)
-    return release and release[1]
+    version = nvcc and re.search(r"release ([\d.]+)", _output(nvcc, "--version") or "")
+    return version and version[1]
 
 
 def _commit() -> str | None:
@@ -79,8 +92,8 @@ def _commit() -> str | None:
 
 def _output(*command: str) -> str | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
         return None
 
 

@@ -49,9 +49,21 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _place(item) -> int:
-    """The first case of every group, then every second one: a run that ends early has something of each."""
+    """The first case of every group, then every second one: a run that ends early has something of each.
+
+    COST of a module: as how many cases one of its own counts.
+    """
     callspec = getattr(item, "callspec", None)
-    return callspec.indices["case"] if callspec else 0
+    return callspec.indices["case"] * getattr(item.module, "COST", 1) if callspec else 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    path = collector.config.option.journal
+    if path is not None and report.failed:
+        journal.note(path, case=report.nodeid, state="ended", fault=str(report.longrepr), rows=[], seconds=0.0)
+    return report
 
 
 @pytest.hookimpl(wrapper=True)

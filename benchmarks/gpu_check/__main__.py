@@ -12,11 +12,12 @@ from pathlib import Path
 
 from benchmarks import record
 from benchmarks.gpu_check.process import FAILED, PASSED
-from benchmarks.gpu_check.steps import NO_GPU, NOT_REACHED, ROOT, SKIPPED, STEPS, Check, Outcome, Step
+from benchmarks.gpu_check.steps import NOT_REACHED, ROOT, SKIPPED, STEPS, Check, Outcome, Step
 
 _FINAL = (PASSED, FAILED)  # what --resume does not repeat
 _ALWAYS = ("environment", "report")
 _LEAST_SECONDS = 5
+_SECONDS_OF_ALWAYS = 60  # at least
 _WIDTH = 12
 _UNKNOWN = {
     "date": "",
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.save = lambda: record.save(check.path, check.record)
     _note(check, chosen[0], first)
     run_steps(chosen[1:], check, end, repeat=args.steps is not None)
-    print(f"\n{table(check.record)}\n\nrecord: {check.path}")
+    print(f"\n{check.record['steps']['report']['log']}\n\n{table(check.record)}\n\nrecord: {check.path}")
     return 0
 
 
@@ -133,18 +134,20 @@ def _seconds(steps: list[Step], end: float) -> float:
 
 def _run_step(step: Step, check: Check, seconds: float) -> Outcome:
     if step.needs_gpu and not check.has_gpu:
-        return Outcome(SKIPPED, NO_GPU)
-    if seconds < _LEAST_SECONDS and step.name not in _ALWAYS:
+        return Outcome(SKIPPED, check.why_no_gpu)
+    if step.name in _ALWAYS:
+        seconds = max(seconds, _SECONDS_OF_ALWAYS)
+    if seconds < _LEAST_SECONDS:
         return Outcome(NOT_REACHED, "no time was left")
     print(f"{step.name} (up to {seconds:.0f} s) ...", flush=True)
     try:
-        return step.run(check, max(seconds, _LEAST_SECONDS))
+        return step.run(check, seconds)
     except Exception as error:  # noqa: BLE001  (a step that fails leaves the rest to be done)
         return Outcome(FAILED, f"{type(error).__name__}: {error}")
 
 
 def _note(check: Check, step: Step, result: Outcome) -> None:
-    print(f"  {result.status}, {result.seconds:.1f} s: {result.summary}", flush=True)
+    print(f"{step.name}: {result.status}, {result.seconds:.1f} s: {result.summary}", flush=True)
     kept = {"status": result.status, "summary": result.summary, "seconds": round(result.seconds, 1)}
     check.record["steps"][step.name] = kept | {"log": result.log} | result.facts
     check.save()

@@ -5,10 +5,10 @@ import json
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from xml.etree import ElementTree
 
 from benchmarks.gpu_check import cases, process
 from benchmarks.gpu_check.process import FAILED, PASSED, TIMED_OUT
@@ -39,6 +39,10 @@ class Check:
     @property
     def has_gpu(self) -> bool:
         return self.conditions["device"]["kind"] == "cuda"
+
+    @property
+    def why_no_gpu(self) -> str:
+        return NO_GPU if self.conditions["device"]["kind"] == "cpu" else "the environment is not known"
 
 
 @dataclass(frozen=True)
@@ -169,20 +173,27 @@ def ceilings(check: Check, seconds: float) -> Outcome:
 def benchmarks(check: Check, seconds: float) -> Outcome:
     """Every case, in a process that is started anew where one hangs or crashes."""
     start = time.monotonic()
-    runner = cases.Runner(check.record, check.profile, check.case_seconds, check.save)
-    log = runner.run(start + seconds)
+    runner = cases.Runner(check.record, cases.command(check.profile), check.case_seconds, check.save)
+    finished = runner.run(start + seconds)
     states = [case["state"] for case in check.record["cases"].values()]
     counts = {state: states.count(state) for state in dict.fromkeys((cases.MEASURED, *states))}
     summary = ", ".join(f"{count} cases {state}" for state, count in counts.items())
-    status = PASSED if set(counts) <= {cases.MEASURED, SKIPPED} and counts[cases.MEASURED] else FAILED
-    if NOT_REACHED in counts or runner.unfinished:
+    log = finished.log if finished else ""
+    if not states:
+        ended = finished is not None and finished.status != TIMED_OUT
+        status, summary = FAILED if ended else TIMED_OUT, f"no case was begun: {last_line(log)}"
+    elif NOT_REACHED in counts:
         status = TIMED_OUT
+    else:
+        status = PASSED if set(counts) <= {cases.MEASURED, SKIPPED} else FAILED
     return Outcome(status, summary, time.monotonic() - start, log)
 
 
 def report(check: Check, seconds: float) -> Outcome:
     folder = check.path.with_suffix("")
-    finished = process.run(python("-m", "benchmarks.report", str(check.path), "--out", str(folder)), seconds)
+    finished = process.run(
+        python("-m", "benchmarks.report", str(check.path), "--out", str(folder), "--markdown"), seconds
+    )
     return outcome(finished, f"{folder}/report.html" if finished.status == PASSED else None)
 
 

@@ -23,6 +23,7 @@ from benchmarks.models import cases
 from benchmarks.problem import Problem, Variant
 
 CASES = cases.CASES
+COST = 3
 _CHECKED = 2  # different images of the batch on which results are compared
 _WEIGHTS_COMPARED = 3
 _FLOPS_OF_TRAINING = 3  # forward, gradients of activations, gradients of weights

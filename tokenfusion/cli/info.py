@@ -6,8 +6,6 @@ import platform
 import sys
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import tokenfusion
 from tokenfusion.kernels import dispatch, extension
@@ -100,6 +98,9 @@ def _built(build: dict, isa: str | None) -> list[tuple[str, str]]:
 
 
 def _print(facts: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     width = None if sys.stdout.isatty() else 10_000  # a pipe has no width: one line per row
     console = Console(width=width, markup=False, emoji=False, highlight=False)
     sections = [
