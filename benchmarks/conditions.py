@@ -42,6 +42,7 @@ def collect(profile: str) -> dict:
         "commit": os.environ.get(COMMIT) or _commit(),
         "cache": timing.policy(),
         "compile_mode": problem.compile_mode(),
+        "float32_products": "TF32" if torch.backends.cuda.matmul.allow_tf32 else "IEEE float32",
         "tools": {"nvcc": _nvcc(), "compute-sanitizer": find_tool("compute-sanitizer")},
         "missing_packages": [name for name in _PACKAGES if not importlib.util.find_spec(name)],
     }

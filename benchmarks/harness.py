@@ -1,6 +1,7 @@
 """Checks and times one problem: all variants in turn in every round, so that a drifting machine drifts for all."""
 
 import contextlib
+import math
 import random
 import re
 import statistics
@@ -186,12 +187,17 @@ def _row(problem: Problem, variant: Variant, inspection: Inspection, timed: dict
         "peak_bytes": inspection.peak_bytes,
         "moved_bytes": problem.moved,
         "flops": problem.flops,
-        "error": inspection.parity and inspection.parity.error,
-        "allowed_error": inspection.parity and inspection.parity.allowed,
+        "error": inspection.parity and _finite(inspection.parity.error),
+        "allowed_error": inspection.parity and _finite(inspection.parity.allowed),
     }
     if inspection.fault is None:
         row |= _times(problem, timed, timed[variant.name], stream)
     return row
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _times(problem: Problem, timed: dict[str, Timed], entry: Timed, stream: Timed) -> dict:

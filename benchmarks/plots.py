@@ -1,4 +1,4 @@
-"""The plots of a report: time and memory against the number of tokens, and speed-ups."""
+"""The plots of a report: time and memory against a size that varies, and speed-ups."""
 
 import io
 from collections.abc import Callable
@@ -7,51 +7,50 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.problem import COMPILED, EAGER, PROJECTIONS
-from benchmarks.table import case_name, groups
+from benchmarks.table import COMPILED, EAGER, PROJECTIONS, case_name, groups
 
-_LENGTH = "N"
+_AXES = {"N": "tokens N", "B": "batch B", "img_size": "image size, pixels"}  # others under their own names
 _FEWEST_POINTS = 3
-_PER_LINE = 3
+_PER_LINE = 2
 _OTHERS = {EAGER: ("#000000", "o"), COMPILED: ("#E69F00", "s"), PROJECTIONS: ("#56B4E9", "^")}
 _PACKAGE = [("#0072B2", "D"), ("#D55E00", "v"), ("#009E73", "P"), ("#CC79A7", "X"), ("#8C6D00", "*"), ("#666666", "<")]
-_GUIDE = "cost linear in N"
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 _STYLE = {"font.size": 11, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True}
 
 
-def time_against_length(rows: list[dict]) -> bytes | None:
-    """PNG with a panel for every series of at least three lengths; None where there is none."""
-    return _against_length(rows, "time of a call, ms", lambda row: row["seconds"] * 1e3, guide=True)
+def time_against_sizes(rows: list[dict]) -> dict[str, bytes]:
+    """Size -> PNG of one group's times with a panel for every series of at least three values of that size."""
+    return _against_sizes(rows, "time of a call, ms", lambda row: row["seconds"] * 1e3, guide=True)
 
 
-def memory_against_length(rows: list[dict]) -> bytes | None:
-    return _against_length(rows, "peak extra memory, MB", lambda row: row["peak_bytes"] / 1e6, guide=False)
+def memory_against_sizes(rows: list[dict]) -> dict[str, bytes]:
+    return _against_sizes(rows, "peak extra memory, MB", lambda row: row["peak_bytes"] / 1e6, guide=False)
 
 
-def speedups(rows: list[dict]) -> dict[str, bytes]:
-    """Group -> PNG with a line for every case and a mark for every variant at its speed-up over eager."""
-    return {group: _speedups(group, cases, _looks(rows)) for group, cases in groups(rows)}
-
-
-def _speedups(group: str, cases: list[tuple[dict, list[dict]]], looks: dict) -> bytes:
+def speedups(rows: list[dict]) -> bytes:
+    """PNG of one group with a line for every case and a mark for every variant at its speed-up over eager."""
+    ((_, cases),) = groups(rows)
+    looks = _looks(rows)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 0.28 * len(cases) + 1.8), layout="constrained")
+        figure = Figure(figsize=(11, 0.3 * len(cases) + 1.8), layout="constrained")
         axis = figure.subplots()
-        axis.axvline(1, color=looks[EAGER][0], linewidth=1)
         for line, (_, members) in enumerate(cases):
             for row in members:
-                if row["variant"] != EAGER and not row["fault"]:
+                if row["variant"] != EAGER and not row["fault"] and row["times_eager"] is not None:
                     color, marker = looks[row["variant"]]
                     axis.plot(row["times_eager"], line, marker, color=color, markersize=8, label=row["variant"])
         axis.set_yticks(range(len(cases)), [case_name(case) for case, _ in cases], fontsize=10)
         axis.set_ylim(len(cases) - 0.4, -0.6)
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        lowest, highest = axis.get_xlim()
+        lowest, highest = min(lowest, 0.8), max(highest, 1.3)
+        axis.axvspan(lowest, 1, color="#f6dcd9", zorder=0)
+        axis.axvline(1, color=looks[EAGER][0], linewidth=1.2)
+        axis.set_xlim(lowest, highest)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest / lowest > 5 else (1, 1.2, 1.5, 2, 3, 5, 8)))
         axis.xaxis.set_major_formatter(_PLAIN)
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("times as fast as eager (right of the line is faster)")
-        axis.set_title(group, loc="left", fontsize=12)
+        axis.set_xlabel("times as fast as eager (in the shaded part: slower)")
         return _png(figure, [axis])
 
 
@@ -61,61 +60,69 @@ def _looks(rows: list[dict]) -> dict[str, tuple[str, str]]:
     return _OTHERS | {name: _PACKAGE[i % len(_PACKAGE)] for i, name in enumerate(of_package)}
 
 
-def _against_length(rows: list[dict], label: str, value: Callable[[dict], float], guide: bool) -> bytes | None:
-    panels = _series(rows)
-    if not panels:
-        return None
+def _against_sizes(rows: list[dict], label: str, value: Callable[[dict], float], guide: bool) -> dict[str, bytes]:
+    rows = [row for row in rows if not row["fault"]]
+    sizes = dict.fromkeys(name for row in rows for name, size in row["case"].items() if isinstance(size, int))
+    panels = {size: _series(rows, size) for size in sizes}
+    return {size: _panels(found, size, label, value, guide) for size, found in panels.items() if found}
+
+
+def _series(rows: list[dict], size: str) -> dict[str, list[dict]]:
+    """Title -> rows that differ in this size alone."""
+    series: dict[str, list[dict]] = {}
+    for row in rows:
+        if size in row["case"]:
+            others = {name: value for name, value in row["case"].items() if name != size}
+            series.setdefault(case_name(others), []).append(row)
+    return {
+        title: members
+        for title, members in series.items()
+        if len({row["case"][size] for row in members}) >= _FEWEST_POINTS
+    }
+
+
+def _panels(panels: dict[str, list[dict]], size: str, label: str, value: Callable[[dict], float], guide: bool) -> bytes:
     columns = min(len(panels), _PER_LINE)
     lines = -(-len(panels) // columns)
+    looks = _looks([row for members in panels.values() for row in members])
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(max(4.6 * columns, 8), 4.2 * lines + 0.6), layout="constrained")
+        figure = Figure(figsize=(max(5.5 * columns, 8), 4.2 * lines + 0.6), layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         for axis, (title, members) in zip(axes.flat, panels.items(), strict=False):
-            _length_panel(axis, members, value, _looks(rows), guide)
+            _panel(axis, members, size, value, looks, guide)
             axis.set_title(title, fontsize=11)
         for axis in axes[:, 0]:
             axis.set_ylabel(label)
         return _png(figure, axes.flat[: len(panels)])
 
 
-def _series(rows: list[dict]) -> dict[str, list[dict]]:
-    """Title -> rows that differ in their length alone."""
-    series: dict[str, list[dict]] = {}
-    for row in rows:
-        if _LENGTH in row["case"] and not row["fault"]:
-            sizes = {name: size for name, size in row["case"].items() if name != _LENGTH}
-            series.setdefault(f"{row['group']}\n{case_name(sizes)}", []).append(row)
-    return {
-        title: members
-        for title, members in series.items()
-        if len({row["case"][_LENGTH] for row in members}) >= _FEWEST_POINTS
-    }
-
-
-def _length_panel(axis, rows: list[dict], value: Callable[[dict], float], looks: dict, guide: bool) -> None:
+def _panel(axis, rows: list[dict], size: str, value: Callable[[dict], float], looks: dict, guide: bool) -> None:
     for i, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
-        points = sorted((row["case"][_LENGTH], value(row)) for row in rows if row["variant"] == variant)
+        points = sorted((row["case"][size], value(row)) for row in rows if row["variant"] == variant)
         color, marker = looks[variant]
-        size = max(11 - 1.3 * i, 6)  # marks that lie on each other stay visible
-        axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=size, label=variant)
-    lengths = sorted({row["case"][_LENGTH] for row in rows})
+        width = max(11 - 1.3 * i, 6)  # marks that lie on each other stay visible
+        axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=width, label=variant)
+    values = sorted({row["case"][size] for row in rows})
     if guide:
-        lowest = min(value(row) / row["case"][_LENGTH] for row in rows) / 2
-        axis.plot(lengths, [lowest * n for n in lengths], ":", color="#777777", label=_GUIDE)
+        lowest = min(value(row) / row["case"][size] for row in rows) / 2
+        axis.plot(values, [lowest * n for n in values], ":", color="#777777", label=f"cost linear in {size}")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xticks(lengths, [str(n) for n in lengths])
+    axis.set_xticks(values, [str(n) for n in values])
     axis.xaxis.set_minor_locator(NullLocator())
+    lowest, highest = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest / lowest < 100 else (1,)))
     axis.yaxis.set_major_formatter(_PLAIN)
-    axis.set_xlabel("tokens N")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel(_AXES.get(size, size))
 
 
 def _png(figure: Figure, axes) -> bytes:
     """The figure with one legend for all its panels, below them."""
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    labels = sorted(handles, key=lambda label: label == _GUIDE)
+    labels = sorted(handles, key=lambda label: label.startswith("cost"))
     figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=3, frameon=False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.table import COMPILED, EAGER, PROJECTIONS  # noqa: F401
 from tokenfusion.kernels.dispatch import OPERATORS
-
-EAGER = "eager"
-COMPILED = "torch.compile"
-PROJECTIONS = "projections + SDPA"
 
 
 @dataclass(frozen=True)

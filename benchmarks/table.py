@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 from itertools import groupby
 
+EAGER = "eager"
+COMPILED = "torch.compile"
+PROJECTIONS = "projections + SDPA"
+
 HEADINGS = ("variant", "median", "x eager", "x compile", "peak MB", "GB/s", "% ceiling", "parity")
 _COLUMNS = 120
 _WIDTHS = (31, 9, 9, 10, 9, 8, 10)
@@ -34,6 +38,17 @@ def cells(row: dict) -> tuple[str, ...]:
         f"{row['share_of_ceiling']:.0%}",
         f"{row['error']:.0e} of {row['allowed_error']:.0e}",
     )
+
+
+CALLED_HEADINGS = ("from Python", "x eager", "x compile")
+
+
+def called_cells(row: dict) -> tuple[str, ...]:
+    """The same of calls made from Python, in the order of CALLED_HEADINGS, where they were timed beside replays."""
+    if row["fault"] or "called_seconds" not in row:
+        return ("-",) * len(CALLED_HEADINGS)
+    times_eager, times_compiled = row["called_times_eager"], row["called_times_compiled"]
+    return duration(row["called_seconds"]), times(times_eager), times(times_compiled)
 
 
 def megabytes(count: int | None) -> str:

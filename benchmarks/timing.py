@@ -34,7 +34,8 @@ def cache_bytes() -> int:
 def policy() -> str:
     """The cache policy in words, for the head of a report."""
     ring = f"inputs rotate through {_CACHES} x the last-level cache ({cache_bytes() >> 20} MiB)"
-    return f"{ring}, which is read over before each sample" if torch.cuda.is_available() else ring
+    on_a_gpu = "which is read over before each sample; times are those of replayed CUDA graphs"
+    return f"{ring}, {on_a_gpu}" if torch.cuda.is_available() else ring
 
 
 class Ring:
