@@ -77,7 +77,7 @@ def _summary(rows: list[dict]) -> list[str]:
         "cases",
         "times as fast as eager",
         "as torch.compile",
-        "slower than one",
+        "slower than either",
         "times less memory",
     )
     lines = []
@@ -169,7 +169,7 @@ def _rows(cases: list[tuple[dict, list[dict]]]) -> str:
     replayed = any("called_seconds" in row for _, members in cases for row in members)
     headings = (*table.HEADINGS, *(table.CALLED_HEADINGS if replayed else ()))
     lines = []
-    for case, members in cases:
+    for case, members in table.by_size(cases):
         name = _text(table.case_name(case))
         lines.append(f'<tr class="case"><th colspan="{len(headings)}" scope="rowgroup">{name}</th></tr>')
         for row in members:

@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.table import COMPILED, EAGER, PROJECTIONS, case_name, groups
+from benchmarks.table import COMPILED, EAGER, PROJECTIONS, by_size, case_name, groups
 
 _AXES = {"N": "tokens N", "B": "batch B", "img_size": "image size, pixels"}  # others under their own names
 _FEWEST_POINTS = 3
@@ -29,7 +29,7 @@ def memory_against_sizes(rows: list[dict]) -> dict[str, bytes]:
 
 def speedups(rows: list[dict]) -> bytes:
     """PNG of one group with a line for every case and a mark for every variant at its speed-up over eager."""
-    ((_, cases),) = groups(rows)
+    cases = [case for _, of_group in groups(rows) for case in by_size(of_group)]
     looks = _looks(rows)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 0.3 * len(cases) + 1.8), layout="constrained")

@@ -18,6 +18,16 @@ def groups(rows: list[dict]) -> Iterator[tuple[str, list[tuple[dict, list[dict]]
         yield group, [(case, list(of_case)) for case, of_case in groupby(members, key=lambda row: row["case"])]
 
 
+def by_size(cases: list[tuple[dict, list[dict]]]) -> list[tuple[dict, list[dict]]]:
+    """Cases of a group sorted by their words, then by their sizes; the record has the important ones first."""
+
+    def key(case: dict) -> tuple[list[str], list[int]]:
+        values = case.values()
+        return [value for value in values if isinstance(value, str)], [v for v in values if not isinstance(v, str)]
+
+    return sorted(cases, key=lambda of_case: key(of_case[0]))
+
+
 def case_name(case: dict) -> str:
     """Sizes with their letters, words alone: "B 64, N 401, C 384, heads 6, float32, forward"."""
     return ", ".join(f"{name} {value}" if isinstance(value, int) else value for name, value in case.items())

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from benchmarks.gpu_check.process import FAILED, PASSED, TIMED_OUT
 ROOT = Path(__file__).parent.parent.parent
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 NO_GPU = "no CUDA device"
+_ARCHS = "TORCH_CUDA_ARCH_LIST"
 _NO_CUDA_SOURCES = "this version has no CUDA sources"
 _TESTS = ("triton", "cuda", "gpu")  # tests/<op>/test_<one of these>*.py
 _ON_A_GPU = {"TRITON_INTERPRET": "0"}
@@ -99,7 +101,7 @@ def environment(check: Check, seconds: float) -> Outcome:
 def build(check: Check, seconds: float) -> Outcome:
     """The extension, in place, for the GPU that is here."""
     capability = check.conditions["device"].get("capability")
-    variables = {"TORCH_CUDA_ARCH_LIST": capability} if capability else {}
+    variables = {_ARCHS: os.environ.get(_ARCHS, capability)} if capability else {}
     finished = process.run(python("setup.py", "build_ext", "--inplace"), seconds, environment=variables)
     if finished.status != PASSED:
         return outcome(finished)
@@ -208,7 +210,7 @@ def _last_json(log: str) -> dict | None:
 
 STEPS = (
     Step("environment", environment, share=1),
-    Step("build", build, share=5),
+    Step("build", build, share=10),
     Step("parity", parity, share=4, needs_gpu=True),
     Step("repeats", repeats, share=2, needs_gpu=True),
     Step("memcheck", functools.partial(sanitizer, "memcheck"), share=2, needs_gpu=True),
