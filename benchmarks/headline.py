@@ -13,10 +13,6 @@ class Spread:
 
     ratios: tuple[float, ...]
 
-    @property
-    def slower(self) -> int:
-        return sum(ratio < 1 for ratio in self.ratios)
-
     def __str__(self) -> str:
         if not self.ratios:
             return "-"

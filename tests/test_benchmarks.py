@@ -179,7 +179,7 @@ def test_rows_of_two_runs_become_one_record(tmp_path):
 
     rows = [_row("eager", None, 65, 1.0), _row("eager", None, 65, 1.0, group="another"), _row("eager", None, 65, 2.0)]
     rows.append(_row("tokenfusion (cuda)", "cuda", 65, 1.0))
-    ordered = record.ordered(rows)
+    ordered = record.load(record.save(tmp_path / "record.json", {"rows": rows}))["rows"]
     assert [(row["group"], row["variant"], row["seconds"]) for row in ordered] == [
         ("some layer", "eager", 2.0),
         ("some layer", "tokenfusion (cuda)", 1.0),

@@ -141,7 +141,7 @@ def _runs(fused: nn.Module, image: torch.Tensor, backend: str) -> bool:
 
 
 def _flops_an_image(fused: nn.Module, image: torch.Tensor) -> int:
-    fused = copy.deepcopy(fused).eval()
+    fused = copy.deepcopy(fused).eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, tokenfusion.backend("reference"), torch.no_grad():
         fused(image)
     return counter.get_total_flops()
