@@ -70,7 +70,7 @@ def updated(text: str) -> str:
         cases = dict(table.groups(record.load(Path(path))["rows"]))
         if group not in cases:
             raise SystemExit(f"{path}: no group {group!r}, it has {', '.join(map(repr, cases))}")
-        return f"{begin}\n{_markdown_table(group, cases[group][: int(count) if count else None])}\n\n{end}"
+        return f"{begin}\n{_markdown_table(group, cases[group], int(count) if count else None)}\n\n{end}"
 
     return _BLOCK.sub(remade, text)
 
@@ -82,13 +82,13 @@ def markdown(loaded: dict) -> str:
     return "\n\n".join(parts)
 
 
-def _markdown_table(group: str, cases: list[tuple[dict, list[dict]]]) -> str:
+def _markdown_table(group: str, cases: list[tuple[dict, list[dict]]], count: int | None = None) -> str:
     variants = list(dict.fromkeys(row["variant"] for _, members in cases for row in members))
     package = [row["variant"] for _, members in cases for row in members if row["backend"]][:1]
     memory = [EAGER, *package]
     lines = [f"| {group} | {' | '.join([*variants, *(f'peak MB, {name}' for name in memory)])} |"]
     lines.append("|:--|" + "--:|" * (len(variants) + len(memory)))
-    for case, members in cases:
+    for case, members in cases[:count]:
         rows = {row["variant"]: row for row in members}
         cells = [_markdown_cell(rows.get(variant)) for variant in variants]
         cells += [table.megabytes(rows[name]["peak_bytes"]) if name in rows else "-" for name in memory]

@@ -163,6 +163,9 @@ def test_marked_tables_of_a_text_are_made_from_their_records(synthetic_record, t
     text = tmp_path / "text.md"
     begin = f"<!-- table {synthetic_record} | some layer | 2 -->"
     text.write_text(f"before\n{begin}\nold\n<!-- end -->\nafter\n")
+    loaded = record.load(synthetic_record)
+    last = loaded["rows"][-1]
+    record.save(synthetic_record, loaded | {"rows": [*loaded["rows"], last | {"variant": "another"}]})
     for _ in range(2):  # the second time changes nothing
         report.main(["--update", str(text)])
         lines = text.read_text().splitlines()

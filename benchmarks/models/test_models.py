@@ -72,11 +72,12 @@ def _problem(case: cases.Case, model: nn.Module, fused: nn.Module, with_compile:
     if with_compile:
         variants.append(Variant(problem.COMPILED, call(model, compile=True)))
     own = _own(case.model, model)
-    for backend in _backends(fused, inputs(1)[0]):
+    backends = _backends(fused, inputs(1)[0])
+    for backend in backends:
         replacements = {problem.package(backend): fused} | ({f"own model ({backend})": own} if own else {})
         for name, module in replacements.items():
             variants.append(Variant(name, call(module), backend))
-            if with_compile:
+            if with_compile and backend == backends[0]:  # a compilation lasts a minute
                 variants.append(Variant(f"{name} + compile", call(module, compile=True), backend))
     parameters = sum(p.nbytes for p in model.parameters())
     return Problem(
@@ -122,7 +123,7 @@ def _own(name: str, model: nn.Module) -> nn.Module | None:
 
 
 def _backends(fused: nn.Module, image: torch.Tensor) -> list[str]:
-    """Backends with a kernel for every operator of the model, or the reference where there is none."""
+    """Backends with a kernel for every operator of the model, fastest first; the reference where there is none."""
     fused = copy.deepcopy(fused).eval()
     image = image.to(next(fused.parameters()))
     return [name for name in ("cuda", "triton", "cpu") if _runs(fused, image, name)] or ["reference"]
