@@ -8,15 +8,7 @@ import torch
 from timm.models import crossvit
 
 from tokenfusion.layers.in_place import run_blocks
-from tokenfusion.layers.single_query_attention import absorbed_attention
-
-
-def split_class_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, 1 + N, C] -> views [B, 1, C] and [B, N, C].
-
-    In one operation: two slices would each fill a gradient of the size of x with zeros.
-    """
-    return x.split((1, x.shape[1] - 1), dim=1)
+from tokenfusion.layers.single_query_attention import absorbed_attention, drops_attention, split_class_token
 
 
 class CrossAttentionBlock(crossvit.CrossAttentionBlock):
@@ -37,25 +29,22 @@ class CrossAttentionBlock(crossvit.CrossAttentionBlock):
         Returns:
             [B, 1, C].
         """
-        if self.training and self.attn.attn_drop.p > 0:
+        if drops_attention(self.attn):
             return super().forward(x if patches is None else torch.cat((x, patches), dim=1))
         if patches is None and x.shape[1] > 1:
             x, patches = split_class_token(x)
-        token = x.squeeze(1)
         attn = self.attn
         out = absorbed_attention(
-            self.norm1(token),
+            attn.wq(self.norm1(x)),
             x if patches is None else patches,
-            None if patches is None else token,
+            None if patches is None else x.squeeze(1),
             self.norm1,
-            attn.wq,
             attn.wk,
             attn.wv,
             num_heads=attn.num_heads,
             scale=attn.scale,
         )
-        out = attn.proj_drop(attn.proj(out)).unsqueeze(1)
-        return x + self.drop_path(out)
+        return x + self.drop_path(attn.proj_drop(attn.proj(out)))
 
 
 class MultiScaleBlock(crossvit.MultiScaleBlock):

@@ -12,9 +12,21 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
     """Give the modules of a model that tokenfusion knows a fused forward pass, in place.
 
     Parameters, buffers, hooks and the state_dict stay the same objects and names, so it may come before or after the
-    optimizer, and the model can still be copied, pickled, trained, evaluated and compiled. Known today: timm's CrossViT
-    (`MultiScaleBlock`, `CrossAttentionBlock`), in any model that contains them. A module that cannot be replaced is
-    left as it was, and the report says why. `unfuse` takes everything back.
+    optimizer, and the model can still be copied, pickled, trained, evaluated and compiled. `unfuse` takes everything
+    back.
+
+    Known today, in any model that contains them, are these modules of timm, all by single_query_attention:
+
+        CrossViT                        MultiScaleBlock, CrossAttentionBlock
+        CaiT                            LayerScaleBlockClassAttn, or ClassAttn by itself
+        XCiT                            ClassAttn
+        VOLO                            ClassBlock, or ClassAttention by itself
+        SigLIP and other ViTs ("map")   AttentionPoolLatent, unless it normalises its keys
+        CLIP's ResNets                  AttentionPool2d, where it pools; RotAttentionPool2d is left alone
+
+    A module that cannot be replaced is left as it was, and the report says why: dropout of attention weights in
+    training, rotary or normalised keys, parts of another class, hooks that would no longer run. What only a call can
+    tell, such as a mask, or training switched on later, has the original forward pass run for that call.
 
     Args:
         model: any nn.Module.
@@ -35,20 +47,21 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         raise TypeError(f"ops: got the string {ops!r}, expected a collection of names such as [{ops!r}]")
     if ops is not None and not known.issuperset(ops):
         raise ValueError(f"ops: got {sorted(set(ops) - known)}, expected names among {sorted(known)}")
-    replacements, reports = [], []
-    for name, module in model.named_modules():
+    replacements, reports, absorbed = [], [], set()
+    for name, module in model.named_modules():  # parents come before their children
         rule = rule_for(module)
-        if rule is None or (ops is not None and rule.op not in ops):
+        if rule is None or module in absorbed or (ops is not None and rule.op not in ops):
             continue
         reason = "its forward was set on the instance" if "forward" in vars(module) else rule.why_not(module)
-        reports.append(ModuleReport(name, rule.original.__name__, rule.op, reason))
+        reports.append(ModuleReport(name, rule.kind, rule.op, reason))
         if reason is None:
-            replacements.append((module, rule.fused))
+            replacements.append((rule, module))
+            absorbed.update(module.get_submodule(child) for child in rule.absorbs)
     report = FuseReport(tuple(reports))
     if strict and report.left:
         raise ValueError(f"model: not every module can be replaced, and strict was asked for\n{report}")
-    for module, fused in replacements:
-        module.__class__ = fused
+    for rule, module in replacements:
+        rule.replace(module)
     return report
 
 
@@ -62,7 +75,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         rule = rule_for(module)
         if rule is not None:
-            module.__class__ = rule.original
+            rule.restore(module)
 
 
 def _check_module(model: nn.Module) -> None:

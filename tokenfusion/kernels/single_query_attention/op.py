@@ -9,8 +9,9 @@ from tokenfusion.kernels.library import LIBRARY, define, second_order
 from tokenfusion.kernels.single_query_attention import reference
 from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, statistics_dtype
 
-MAX_CHANNELS = 1024
 MAX_QUERIES = 64
+_CPU_MAX_CHANNELS = 4096
+_TRITON_MAX_CHANNELS = 1024
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -116,13 +117,13 @@ def _run_reference(query, tokens, extra_token, normalize, eps):
     return reference.single_query_attention(query, tokens, extra_token, normalize=normalize, eps=eps)
 
 
-def _why_not_kernel(query, tokens, dtypes) -> str | None:
+def _why_not_kernel(query, tokens, dtypes, max_channels) -> str | None:
     """What the kernels of every backend ask of a call."""
     channels = tokens.shape[2]
     if tokens.dtype not in dtypes:
         return f"dtype {tokens.dtype} is not supported"
-    if channels % 8 or channels > MAX_CHANNELS:
-        return f"C = {channels} is not a multiple of 8 up to {MAX_CHANNELS}"
+    if channels % 8 or channels > max_channels:
+        return f"C = {channels} is not a multiple of 8 up to {max_channels}"
     if query.shape[1] > MAX_QUERIES:
         return f"Q = {query.shape[1]} is more than {MAX_QUERIES}"
     if tokens.stride(2) != 1:
@@ -135,11 +136,12 @@ def _cpu_can_run(query, tokens, extra_token) -> str | None:
         return extension.why_not()
     if tokens.device.type != "cpu":
         return f"tensors are on {tokens.device.type}, expected cpu"
-    return _why_not_kernel(query, tokens, _CPU_DTYPES)
+    return _why_not_kernel(query, tokens, _CPU_DTYPES, _CPU_MAX_CHANNELS)
 
 
 def _triton_can_run(query, tokens, extra_token) -> str | None:
-    return triton_support.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _TRITON_DTYPES)
+    reason = triton_support.why_not_tensor(tokens)
+    return reason or _why_not_kernel(query, tokens, _TRITON_DTYPES, _TRITON_MAX_CHANNELS)
 
 
 OPERATOR = register(

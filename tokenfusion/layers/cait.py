@@ -1,0 +1,70 @@
+"""CaiT's class attention (arXiv:2103.17239) around single_query_attention.
+
+Subclasses of timm's modules that change the forward pass alone: same parameters, same state_dict, same results up to
+rounding. XCiT uses the attention too.
+"""
+
+import torch
+from timm.models import cait
+
+from tokenfusion.layers.single_query_attention import absorbed_attention, drops_attention, split_class_token
+
+
+def class_attention(attn: cait.ClassAttn, query_token: torch.Tensor, tokens, extra_token, norm) -> torch.Tensor:
+    """attn's output for query_token [B, 1, C], which is normalised; the rest as in absorbed_attention."""
+    out = absorbed_attention(
+        attn.q(query_token),
+        tokens,
+        extra_token,
+        norm,
+        attn.k,
+        attn.v,
+        num_heads=attn.num_heads,
+        scale=attn.scale,
+    )
+    return attn.proj_drop(attn.proj(out))
+
+
+class ClassAttn(cait.ClassAttn):
+    """The first token attends to all, Eq. 5 to 7 of CaiT.
+
+    Takes and holds what timm's ClassAttn does. Keys and values are never written. With attention dropout in training
+    timm's forward runs.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: [B, 1 + N, C], normalised.
+
+        Returns:
+            [B, 1, C].
+        """
+        if drops_attention(self) or x.shape[1] == 1:
+            return super().forward(x)
+        class_token, patches = split_class_token(x)
+        return class_attention(self, class_token, patches, class_token.squeeze(1), norm=None)
+
+
+class LayerScaleBlockClassAttn(cait.LayerScaleBlockClassAttn):
+    """Class attention and a feed-forward network on the class token alone, each with LayerScale, Eq. 4 of CaiT.
+
+    Takes and holds what timm's LayerScaleBlockClassAttn does. Keys and values are never written; nor, where a kernel
+    runs and not the reference, are the normalised tokens and the concatenation of class token and patches. With
+    attention dropout in training timm's forward runs.
+    """
+
+    def forward(self, x: torch.Tensor, x_cls: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: [B, N, C], the patches.
+            x_cls: [B, 1, C], the class token.
+
+        Returns:
+            [B, 1, C], the class token.
+        """
+        if drops_attention(self.attn):
+            return super().forward(x, x_cls)
+        attended = class_attention(self.attn, self.norm1(x_cls), x, x_cls.squeeze(1), self.norm1)
+        x_cls = x_cls + self.drop_path(self.gamma_1 * attended)
+        return x_cls + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x_cls)))

@@ -1,0 +1,76 @@
+"""VOLO's class attention (arXiv:2106.13112) around single_query_attention.
+
+Subclasses of timm's modules that change the forward pass alone: same parameters, same state_dict, same results up to
+rounding.
+"""
+
+import torch
+from timm.models import volo
+
+from tokenfusion.layers.single_query_attention import (
+    absorbed_attention,
+    drops_attention,
+    split_class_token,
+    split_linear,
+)
+
+
+def class_attention(attn: volo.ClassAttention, query_token: torch.Tensor, tokens, extra_token, norm) -> torch.Tensor:
+    """attn's output for query_token [B, 1, C], which is normalised; the rest as in absorbed_attention."""
+    key, value = split_linear(attn.kv, 2)
+    out = absorbed_attention(
+        attn.q(query_token),
+        tokens,
+        extra_token,
+        norm,
+        key,
+        value,
+        num_heads=attn.num_heads,
+        scale=attn.scale,
+    )
+    return attn.proj_drop(attn.proj(out))
+
+
+class ClassAttention(volo.ClassAttention):
+    """The first token attends to all.
+
+    Takes and holds what timm's ClassAttention does. Keys and values are never written. With attention dropout in
+    training timm's forward runs.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: [B, 1 + N, C], normalised.
+
+        Returns:
+            [B, 1, C].
+        """
+        if drops_attention(self) or x.shape[1] == 1:
+            return super().forward(x)
+        class_token, patches = split_class_token(x)
+        return class_attention(self, class_token, patches, class_token.squeeze(1), norm=None)
+
+
+class ClassBlock(volo.ClassBlock):
+    """Class attention and a feed-forward network on the class token alone; the other tokens pass by.
+
+    Takes and holds what timm's ClassBlock does. Keys and values are never written; nor, where a kernel runs and not
+    the reference, are the normalised tokens. With attention dropout in training timm's forward runs.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: [B, 1 + N, C].
+
+        Returns:
+            the same shape, with a new first token.
+        """
+        if drops_attention(self.attn) or x.shape[1] == 1:
+            return super().forward(x)
+        class_token, patches = split_class_token(x)
+        attended = class_attention(self.attn, self.norm1(class_token), patches, class_token.squeeze(1), self.norm1)
+        class_token = class_token + self.drop_path1(attended)
+        class_token = class_token + self.drop_path2(self.mlp(self.norm2(class_token)))
+        return torch.cat((class_token, patches), dim=1)
