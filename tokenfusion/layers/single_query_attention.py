@@ -66,7 +66,8 @@ def absorbed_attention(
 
     Args:
         query: [B, L, D], projected; or [1, L, D], the same for every image.
-        tokens: [B, N, C], not normalised, any strides with a contiguous innermost dimension.
+        tokens: [B, N, C], not normalised, any strides; copied where the innermost dimension is not contiguous, as in
+            CaiT, whose patch embedding leaves it so.
         extra_token: [B, C], not normalised, one more key; or None.
         norm: the LayerNorm of the keys, over C; None where there is none.
         key, value: the projections, C -> D.
@@ -102,6 +103,7 @@ def _attend(
     query: torch.Tensor, tokens: torch.Tensor, extra_token: torch.Tensor | None, norm: nn.LayerNorm | None
 ) -> torch.Tensor:
     """The operator, in as many calls as its kernels need for the queries."""
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     options = dict(normalize=False) if norm is None else dict(normalize=True, eps=norm.eps)
     parts = [single_query_attention(part, tokens, extra_token, **options) for part in query.split(MAX_QUERIES, dim=1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -162,7 +164,7 @@ class SingleQueryAttention(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            tokens: [B, N, dim], N >= 1, any strides with a contiguous innermost dimension.
+            tokens: [B, N, dim], N >= 1, any strides; read in place where the innermost dimension is contiguous.
             query: [B, L, dim], the tokens that attend, or [1, L, dim] for all images; None for the learned ones.
             extra_token: [B, dim], one more token that is attended to, such as a class token kept apart; or None.
 
