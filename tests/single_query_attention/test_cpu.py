@@ -36,7 +36,7 @@ def test_any_number_of_tokens(tokens, dtype, option):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [8, 24, 96, 128, 192, 224, 256, 384, 448, 768, 1000, 1024])
+@pytest.mark.parametrize("channels", [8, 24, 96, 128, 192, 224, 256, 384, 448, 768, 1000, 1152, 2048, 4096])
 def test_any_channels(channels, dtype):
     check(make_inputs(3, 4, 37, channels, dtype=dtype, extra=True), normalize=True)
 

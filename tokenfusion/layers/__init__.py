@@ -1,5 +1,6 @@
 """Layers around the operators. They hold the parameters of the layers that they replace."""
 
 from tokenfusion.layers.crossvit import CrossAttentionBlock, MultiScaleBlock
+from tokenfusion.layers.single_query_attention import SingleQueryAttention
 
-__all__ = ["CrossAttentionBlock", "MultiScaleBlock"]
+__all__ = ["CrossAttentionBlock", "MultiScaleBlock", "SingleQueryAttention"]

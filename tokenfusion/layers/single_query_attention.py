@@ -126,7 +126,7 @@ class SingleQueryAttention(nn.Module):
         num_heads: heads, which share out dim.
         num_latents: how many learned queries there are; 0 where the queries come with each call.
         qkv_bias: whether q, k and v have a bias.
-        norm_layer: makes the LayerNorm of all tokens, as norm_layer(dim); None for tokens that need none.
+        norm_layer: makes the LayerNorm of all tokens, called as nn.LayerNorm is; None for tokens that need none.
 
     Raises:
         ValueError: num_heads does not divide dim.

@@ -10,9 +10,15 @@ from tokenfusion.surgery.rules.rule import Rule
 
 
 def _why_not_latent(pool: nn.Module) -> str | None:
+    reason = checks.why_not_type(pool, nn.Linear, "kv") or checks.why_not_bypass(pool, "q", "q_norm", "kv", "k_norm")
+    if reason is not None:
+        return reason
     if type(pool.k_norm) is not nn.Identity:
         return f"k_norm is {type(pool.k_norm).__name__}: each key is normalised after its projection"
-    return checks.why_not_type(pool, nn.Linear, "kv") or checks.why_not_bypass(pool, "q", "q_norm", "kv", "k_norm")
+    queries, channels = pool.num_heads * pool.latent_len, pool.kv.in_features
+    if queries >= channels / 2:  # measured in bfloat16, where matrix products are fastest
+        return f"latent: {queries} queries (heads x latents) of {channels} channels; projecting the tokens costs less"
+    return None
 
 
 def _why_not_2d(pool: nn.Module) -> str | None:

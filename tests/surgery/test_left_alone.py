@@ -1,0 +1,147 @@
+"""What fuse leaves alone in class attention and attention pooling, and the reason that it gives."""
+
+from functools import partial
+
+import pytest
+import torch
+from timm.layers import AttentionPool2d, AttentionPoolLatent
+from timm.models import cait, naflexvit, volo, xcit
+from torch import nn
+
+import tokenfusion
+from tests.parity import assert_runs
+from tests.surgery.families import images, small_model
+
+CAIT, VOLO = partial(cait.LayerScaleBlockClassAttn, 16, 2), partial(volo.ClassBlock, 16, 2)
+XCIT = partial(xcit.ClassAttentionBlock, 16, 2)
+LATENT, MAP = partial(AttentionPoolLatent, 16, num_heads=2), partial(AttentionPool2d, 16, feat_size=3, num_heads=2)
+
+
+def left(module):
+    """Name -> reason, and nothing but the forward passes of what was replaced has changed."""
+    before = {name: type(part) for name, part in module.named_modules()}
+    report = tokenfusion.fuse(module)
+    after = {name: type(part) for name, part in module.named_modules()}
+    changed = {name for name in before if before[name] is not after[name]}
+    assert changed == {part.name for part in report.replaced}
+    assert all(issubclass(after[name], before[name]) for name in changed)
+    return {part.name: part.reason for part in report.left}
+
+
+@pytest.mark.parametrize(
+    "module, names",
+    [
+        (CAIT(attn_drop=0.1), ["", "attn"]),
+        (VOLO(attn_drop=0.1), ["", "attn"]),
+        (XCIT(attn_drop=0.1), ["attn"]),
+    ],
+)
+def test_attention_dropout_in_training(module, names):
+    reasons = left(module.train())
+    assert list(reasons) == names
+    assert all("dropout 0.1 in training needs the attention weights" in reason for reason in reasons.values())
+    assert left(module.eval()) == {}
+
+
+def test_normalised_keys():
+    reason = left(LATENT(qk_norm=True))[""]
+    assert reason == "k_norm is LayerNorm: each key is normalised after its projection"
+
+
+def test_rotary_positions():
+    model = small_model("rotary resnet").eval()
+    assert left(model) == {"head": "pos_embed is rotary: each key is rotated after its projection"}
+    with pytest.raises(ValueError, match="rotary"):
+        tokenfusion.fuse(model, strict=True)
+
+
+def test_so_many_latents_that_projections_cost_less():
+    assert left(LATENT(latent_len=3)) == {}
+    assert "latent: 8 queries (heads x latents) of 16 channels" in left(LATENT(latent_len=4))[""]
+
+
+def test_maps_that_are_not_pooled():
+    assert left(MAP(pool_type=""))[""] == "pool_type is '': every position is a query"
+    assert "dropout 0.2 in training" in left(MAP(drop_rate=0.2).train())[""]
+    assert left(MAP(drop_rate=0.2).eval()) == {}
+
+
+class Changed(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make, path, names",
+    [
+        (CAIT, "attn.k", {"": "attn.k", "attn": "k"}),
+        (VOLO, "attn.kv", {"": "attn.kv", "attn": "kv"}),
+        (XCIT, "attn.v", {"attn": "v"}),
+        (LATENT, "kv", {"": "kv"}),
+        (MAP, "qkv", {"": "qkv"}),
+    ],
+)
+def test_projections_that_somebody_changed(make, path, names):
+    module = make()
+    old = module.get_submodule(path)
+    module.set_submodule(path, Changed(old.in_features, old.out_features))
+    assert left(module) == {name: f"{part} is Changed, expected torch's Linear" for name, part in names.items()}
+    module = make()
+    module.get_submodule(path).register_full_backward_pre_hook(lambda *_: None)
+    assert left(module) == {name: f"{part} has hooks, which would not run as before" for name, part in names.items()}
+
+
+@pytest.mark.parametrize("make", [CAIT, VOLO])
+def test_a_block_left_alone_still_has_its_attention_replaced(make):
+    block = make()
+    block.norm1 = nn.Identity()
+    assert left(block) == {"": "norm1 is Identity, expected torch's LayerNorm over the channels"}
+    assert tokenfusion.fuse(block.attn).replaced
+    block.norm1 = nn.LayerNorm(16)
+    assert left(block) == {}  # and the block takes an attention that is replaced already
+    tokenfusion.unfuse(block)
+    assert type(block).__module__ == type(block.attn).__module__ == make.func.__module__
+
+
+@pytest.mark.parametrize("make", [CAIT, VOLO])
+def test_an_attention_that_somebody_changed(make):
+    block = make()
+    block.attn.forward = lambda x: x[:, :1]
+    reasons = left(block)
+    assert reasons == {"": "attn has its forward set on the instance", "attn": "its forward was set on the instance"}
+    block = make()
+    block.attn = nn.Identity()
+    assert "attn is Identity, expected timm's Class" in left(block)[""]
+    block = make()
+    block.attn.attn_drop = nn.AlphaDropout(0.1)
+    assert left(block)["attn"] == "attn_drop is AlphaDropout, expected torch's Dropout"
+
+
+def test_subclasses_are_not_known():
+    class Other(AttentionPoolLatent):
+        pass
+
+    assert not tokenfusion.fuse(nn.Sequential(Other(16, num_heads=2))).modules
+
+
+def test_hooks_on_the_replaced_modules_themselves_run():
+    model, seen = small_model("cait").eval(), []
+    block = model.blocks_token_only[0]
+    block.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    block.mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    tokenfusion.fuse(model, strict=True)
+    with assert_runs("single_query_attention_cpu"), torch.no_grad():
+        model(images("cait"))
+    assert seen == [(2, 1, 32), (2, 1, 32)]
+
+
+def test_a_mask_from_the_model_takes_timms_path():
+    model = small_model("naflex").eval()
+    assert isinstance(model, naflexvit.NaFlexVit)
+    patches = {"patches": torch.randn(2, 9, 16 * 16 * 3), "patch_coord": torch.cartesian_prod(*[torch.arange(3)] * 2)}
+    patches["patch_coord"] = patches["patch_coord"].expand(2, -1, -1)
+    patches["patch_valid"] = torch.tensor([[True] * 9, [True] * 6 + [False] * 3])
+    with torch.no_grad():
+        expected = model(patches)
+        tokenfusion.fuse(model, strict=True)
+        with assert_runs():
+            assert torch.equal(model(patches), expected)
