@@ -88,6 +88,11 @@ def test_smoke_profile_writes_a_record(tmp_path):
     assert {row["group"] for row in loaded["rows"]} == {
         "single_query_attention, the op",
         "CrossAttentionBlock, eager is timm's",
+        "ClassAttn, eager is timm's",
+        "LayerScaleBlockClassAttn, eager is timm's",
+        "ClassBlock, eager is timm's",
+        "AttentionPoolLatent, eager is timm's",
+        "AttentionPool2d, eager is timm's",
         "CrossViT models of timm",
     }
     assert {row["case"]["direction"] for row in loaded["rows"] if "model" in row["case"]} == {

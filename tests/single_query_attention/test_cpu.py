@@ -7,7 +7,13 @@ import torch
 
 import tokenfusion
 from tests.parity import assert_runs
-from tests.single_query_attention.cases import check_parity, in_float64, make_inputs, with_gradients
+from tests.single_query_attention.cases import (
+    check_common_offset,
+    check_parity,
+    in_float64,
+    make_inputs,
+    with_gradients,
+)
 from tokenfusion.kernels import single_query_attention
 
 FORWARD, BACKWARD = "single_query_attention_cpu", "single_query_attention_backward_cpu"
@@ -192,6 +198,12 @@ def test_tokens_with_a_large_mean_keep_their_precision():
     query, tokens, extra_token, grad = make_inputs(2, 3, 50, 64, dtype=torch.float32, extra=True)
     inputs = query, (tokens.detach() + 1000).requires_grad_(), extra_token, grad
     check_parity(single_query_attention, inputs, normalize=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_all_tokens_share_is_not_in_the_gradient_of_the_query(normalize, dtype):
+    check_common_offset(single_query_attention, dtype, normalize)
 
 
 def test_elements_beyond_the_range_of_32_bits():

@@ -11,7 +11,7 @@ import tests.interpreter  # noqa: F401
 import tokenfusion
 from tests.parity import assert_runs
 from tests.single_query_attention import cases
-from tests.single_query_attention.cases import check_parity, with_gradients
+from tests.single_query_attention.cases import check_common_offset, check_parity, with_gradients
 from tokenfusion.kernels import single_query_attention, triton_support
 from tokenfusion.kernels.single_query_attention import triton_host
 
@@ -72,6 +72,12 @@ def test_any_number_of_queries(queries):
 def test_many_queries_over_many_channels_run_in_blocks(dtype):
     assert triton_host._query_block(40, 520) == 16
     check(make_inputs(1, 40, 18, 520, dtype=dtype, extra=True), normalize=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_all_tokens_share_is_not_in_the_gradient_of_the_query(normalize, dtype):
+    check_common_offset(single_query_attention, dtype, normalize, DEVICE)
 
 
 def test_splits_cover_every_block_and_none_is_empty():
