@@ -69,4 +69,4 @@ def check_common_offset(function: Callable, dtype: torch.dtype, normalize: bool,
         (with_gradients(f, inputs, normalize=normalize)[1] - exact).abs().max()
         for f in (function, reference.single_query_attention)
     )
-    assert fused < unfused / 4, f"error {fused:.2e}, unfused {unfused:.2e}"
+    assert fused < unfused / 2, f"error {fused:.2e}, unfused {unfused:.2e}"

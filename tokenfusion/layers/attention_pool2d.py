@@ -6,13 +6,14 @@ rounding.
 
 import torch
 from timm.layers import attention_pool2d, resample_abs_pos_embed
+from torch import nn
 
 from tokenfusion.layers.single_query_attention import absorbed_attention, split_class_token, split_linear
 
 
 def drops_positions(pool: attention_pool2d.AttentionPool2d) -> bool:
     """Does pool.drop drop outputs now? Its random numbers are those of all positions, most of which are not computed."""
-    return pool.drop.training and pool.drop.p > 0
+    return isinstance(pool.drop, nn.Dropout) and pool.drop.training and pool.drop.p > 0
 
 
 class AttentionPool2d(attention_pool2d.AttentionPool2d):
