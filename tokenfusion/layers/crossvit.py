@@ -4,8 +4,11 @@ Subclasses of timm's blocks that change the forward pass alone: same parameters,
 rounding.
 """
 
+from collections.abc import Sequence
+
 import torch
 from timm.models import crossvit
+from torch import nn
 
 from tokenfusion.layers.in_place import run_blocks
 from tokenfusion.layers.single_query_attention import absorbed_attention, drops_attention, split_class_token
@@ -47,6 +50,38 @@ class CrossAttentionBlock(crossvit.CrossAttentionBlock):
         return x + self.drop_path(attn.proj_drop(attn.proj(out)))
 
 
+def exchange_class_tokens(
+    class_tokens: Sequence[torch.Tensor],
+    patches: Sequence[torch.Tensor],
+    projs: nn.ModuleList,
+    fusion: nn.ModuleList,
+    revert_projs: nn.ModuleList,
+) -> list[torch.Tensor]:
+    """Eq. 5 to 7 of CrossViT: each class token, projected to the width of the next branch, attends to its patches.
+
+    Args:
+        class_tokens, patches: of each branch, [B, 1, C_i] and [B, N_i, C_i].
+        projs, revert_projs: to the width of the next branch, and back.
+        fusion: for each branch one cross-attention block, or an nn.Sequential of them: the first sees the patches, each
+            further one only the token that comes out.
+
+    Returns:
+        the new class tokens, [B, 1, C_i].
+    """
+    outs = []
+    for i, (proj, blocks, revert_proj) in enumerate(zip(projs, fusion, revert_projs)):
+        first, *rest = blocks if isinstance(blocks, nn.Sequential) else (blocks,)
+        token, others = proj(class_tokens[i]), patches[(i + 1) % len(patches)]
+        if isinstance(first, CrossAttentionBlock):
+            token = first(token, others)
+        else:
+            token = first(torch.cat((token, others), dim=1))
+        for block in rest:
+            token = block(token)
+        outs.append(revert_proj(token))
+    return outs
+
+
 class MultiScaleBlock(crossvit.MultiScaleBlock):
     """Transformer blocks of two branches, then the exchange of their class tokens, Eq. 5 to 7 of CrossViT.
 
@@ -63,14 +98,6 @@ class MultiScaleBlock(crossvit.MultiScaleBlock):
             the same shapes.
         """
         branches = [run_blocks(blocks, tokens) for blocks, tokens in zip(self.blocks, x)]
-        split = [split_class_token(tokens) for tokens in branches]
-        outs = []
-        for i, (proj, fusion, revert_proj) in enumerate(zip(self.projs, self.fusion, self.revert_projs)):
-            cls_token, patches = split[i]
-            _, other_patches = split[(i + 1) % self.num_branches]
-            first, *rest = fusion if isinstance(fusion, torch.nn.Sequential) else (fusion,)
-            exchanged = first(proj(cls_token), other_patches)
-            for block in rest:
-                exchanged = block(exchanged)
-            outs.append(torch.cat((revert_proj(exchanged), patches), dim=1))
-        return outs
+        class_tokens, patches = zip(*map(split_class_token, branches))
+        class_tokens = exchange_class_tokens(class_tokens, patches, self.projs, self.fusion, self.revert_projs)
+        return [torch.cat(pair, dim=1) for pair in zip(class_tokens, patches)]

@@ -1,4 +1,4 @@
-"""timm's transformer blocks in inference, without the copies that only a backward pass would need.
+"""timm's transformer blocks in inference, without the copies and passes that only a backward pass would need.
 
 On a CPU a fresh tensor of some megabytes costs more in page faults than the sum that fills it.
 """
@@ -7,10 +7,13 @@ import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import nn
+from torch.nn import functional as F
+
+from tokenfusion.layers.linear import linear
 
 
 def run_blocks(blocks: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-    """blocks(x), bit for bit; where no gradient is recorded, with residual sums and GELU in place."""
+    """blocks(x), up to rounding; where no gradient is recorded, with residual sums in place and fused products."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_hooks(blocks):
         return blocks(x)
     for block in blocks:
@@ -28,20 +31,42 @@ def _is_plain(block: nn.Module) -> bool:
         type(block) is Block
         and type(block.attn) is Attention
         and type(block.mlp) is Mlp
-        and type(block.mlp.fc1) is nn.Linear
-        and type(block.mlp.act) is nn.GELU
-        and not any(map(_has_hooks, (block, block.mlp, block.mlp.fc1, block.mlp.act)))
+        and not any(map(_has_hooks, (block, block.attn, block.mlp)))
     )
 
 
 def _run_block(block: Block, x: torch.Tensor) -> torch.Tensor:
-    x = _add(block.drop_path1(block.ls1(block.attn(block.norm1(x)))), x)
+    x = _add(block.drop_path1(block.ls1(_run_attention(block.attn, block.norm1(x)))), x)
     return _add(block.drop_path2(block.ls2(_run_mlp(block.mlp, block.norm2(x)))), x)
 
 
+def _run_attention(attn: Attention, x: torch.Tensor) -> torch.Tensor:
+    if not (attn.fused_attn and _is_identity(attn.q_norm, attn.k_norm) and getattr(attn, "gate", None) is None):
+        return attn(x)
+    qkv = _run_linear(attn.qkv, x).unflatten(-1, (3, attn.num_heads, -1))  # [B, N, 3, heads, d]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+    return attn.proj_drop(_run_linear(attn.proj, attn.norm(x)))
+
+
 def _run_mlp(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
-    hidden = torch.ops.aten.gelu_(mlp.fc1(x), approximate=mlp.act.approximate)
-    return mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(hidden))))
+    if type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and not _has_hooks(mlp.act):
+        hidden = _run_linear(mlp.fc1, x, "gelu")
+    else:
+        hidden = mlp.act(_run_linear(mlp.fc1, x))
+    return mlp.drop2(_run_linear(mlp.fc2, mlp.norm(mlp.drop1(hidden))))
+
+
+def _run_linear(layer: nn.Module, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+    if type(layer) is nn.Linear and not _has_hooks(layer):
+        return linear(x, layer.weight, layer.bias, activation)
+    x = layer(x)
+    return x if activation is None else F.gelu(x)
+
+
+def _is_identity(*modules: nn.Module) -> bool:
+    return all(type(module) is nn.Identity and not _has_hooks(module) for module in modules)
 
 
 def _add(new: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,62 @@
+"""The linear layer with its bias and activation, in one pass over the output where that is faster."""
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from tokenfusion.kernels import dispatch
+
+_MIN_ROWS = 128  # below, oneDNN spends more on its set-up than it saves
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+) -> torch.Tensor:
+    """activation(x W^T + b).
+
+    In inference on a CPU oneDNN adds the bias and applies the activation to each tile of the product while it is in
+    cache. PyTorch's own product first fills the output with the bias, and the activation is one more pass over it.
+    Elsewhere, and under the reference backend, this is F.linear and F.gelu.
+
+    Args:
+        x: [..., C], floating point.
+        weight: [F, C], any strides; bias: [F] or None; both in the dtype of x, unless autocast is on.
+        activation: "gelu" (exact, with erf) or None.
+
+    Returns:
+        [..., F], a new tensor.
+
+    Raises:
+        ValueError: another activation.
+    """
+    if activation not in (None, "gelu"):
+        raise ValueError(f"activation: got {activation!r}, expected 'gelu' or None")
+    if _onednn_serves(x, weight):
+        algorithm = ("none", [], "") if activation is None else ("gelu", [], "none")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *algorithm)
+    out = F.linear(x, weight, bias)
+    if activation is None:
+        return out
+    return F.gelu(out) if torch.is_grad_enabled() else torch.ops.aten.gelu_(out)
+
+
+def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.dtype in _DTYPES
+        and weight.dtype == x.dtype
+        and type(x) is torch.Tensor
+        and type(weight) in (torch.Tensor, nn.Parameter)  # no quantized or distributed weights
+        and x.numel() >= _MIN_ROWS * x.shape[-1] > 0
+        and not torch.compiler.is_compiling()  # the compiler makes its own choice, with knowledge of what surrounds it
+        and not torch.jit.is_tracing()
+        and forward_ad._current_level < 0  # the operator has no forward-mode derivative
+        and not torch.is_autocast_enabled("cpu")
+        and dispatch.get_backend() in ("auto", "cpu")
+        and torch.backends.mkldnn.enabled
+        and torch.backends.mkldnn.is_available()
+        and (x.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )

@@ -1,0 +1,10 @@
+"""The package's own models, registered with timm: `timm.create_model` finds them once this module is imported.
+
+One file a family, and one that registers its variants, which must not have the base name of a file of timm's.
+"""
+
+from tokenfusion.models import crossvit_variants  # noqa: F401  (registers its models)
+from tokenfusion.models.checkpoints import load_checkpoint
+from tokenfusion.models.factory import create_model, list_models
+
+__all__ = ["create_model", "list_models", "load_checkpoint"]
