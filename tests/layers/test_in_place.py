@@ -1,4 +1,6 @@
-"""Blocks run in place give what they give otherwise, bit for bit, and touch nothing that somebody else holds."""
+"""Blocks run in place give what they give otherwise, and touch nothing that somebody else holds."""
+
+import copy
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from tests.crossvit import randomize
+from tests.parity import assert_parity
 from tokenfusion.layers import in_place
 
 X = torch.randn(2, 9, 16)
@@ -35,6 +38,29 @@ def test_same_bits_and_untouched_input(options, autocast, runs_in_place):
     assert len(runs_in_place) == 2
     assert got.dtype == expected.dtype and torch.equal(got, expected)
     assert torch.equal(x, X)
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"scale_mlp_norm": True}, {"act_layer": nn.ReLU}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_products(options, dtype, runs_in_place):
+    model, x = blocks(norm_layer=nn.LayerNorm, **options).to(dtype), torch.randn(3, 67, 16).to(dtype)
+    with torch.no_grad():
+        expected, exact = model(x), copy.deepcopy(model).double()(x.double())
+        with torch.autograd.profiler.profile() as profile:
+            got = in_place.run_blocks(model, x)
+    assert len(runs_in_place) == 2
+    if dtype == torch.float32:
+        assert "mkldnn::_linear_pointwise" in {event.name for event in profile.function_events}
+    assert_parity(got, expected, exact)
+
+
+@pytest.mark.parametrize("name", ["0.attn.qkv", "0.attn.q_norm", "1.mlp.fc1", "1.mlp.act"])
+def test_a_hook_inside_a_block_runs(name):
+    model, seen = blocks(), []
+    model.get_submodule(name).register_forward_hook(lambda *_: seen.append(name))
+    with torch.no_grad():
+        torch.testing.assert_close(in_place.run_blocks(model, X), model(X))
+    assert len(seen) == 2
 
 
 def test_training_and_changed_blocks_go_the_usual_way(runs_in_place):

@@ -173,10 +173,13 @@ class CrossViT(CheckedModel):
         branches = []
         for i, patch_embed in enumerate(self.patch_embed):
             tokens = patch_embed(scale_image(x, self.img_size_scaled[i], self.crop_scale))
+            positions = getattr(self, f"pos_embed_{i}")
             if self.class_token:
                 class_token = getattr(self, f"cls_token_{i}").expand(len(x), -1, -1)
-                tokens = torch.cat((class_token, tokens), dim=1)
-            branches.append(self.pos_drop(tokens + getattr(self, f"pos_embed_{i}")))
+                tokens = torch.cat((class_token, tokens), dim=1).add_(positions)
+            else:
+                tokens = tokens + positions
+            branches.append(self.pos_drop(tokens))
         return branches
 
     def _encode(self, x: torch.Tensor, class_tokens_only: bool = False) -> list[torch.Tensor]:
