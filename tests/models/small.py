@@ -8,6 +8,7 @@ from tests.crossvit import randomize
 
 _CROSSVIT = {
     "img_size": 48,
+    "img_scale": (1.0, 1.0),
     "embed_dim": (16, 24),
     "num_heads": (2, 3),
     "depth": ((1, 2, 0), (1, 1, 2)),
@@ -25,10 +26,12 @@ SMALL: dict[str, tuple[str, dict]] = {
     "crossvit_pairwise": (_NAME, _CROSSVIT | {"fusion": "pairwise"}),
     "crossvit_no_fusion": (_NAME, _CROSSVIT | {"fusion": "none"}),
     "crossvit_without_class_tokens": (_NAME, _CROSSVIT | {"class_token": False}),
-    "crossvit_patches_8_16": (_NAME, _CROSSVIT | {"patch_size": (8, 16), "img_scale": (1.0, 1.0)}),
+    "crossvit_patches_8_16": (_NAME, _CROSSVIT | {"patch_size": (8, 16)}),
     "crossvit_equal_widths": (_NAME, _CROSSVIT | {"embed_dim": (24, 24), "num_heads": (3, 3)}),
     "crossvit_deep_small_branch": (_NAME, _CROSSVIT | {"depth": ((3, 1, 1), (0, 2, 0))}),
 }
+
+COMPILED = ("crossvit", "crossvit_pairwise")  # tracing takes some ten seconds a model
 
 
 def small_model(key: str, **options) -> nn.Module:

@@ -25,15 +25,20 @@ class CheckedModel(nn.Module):
         """A checkpoint's tensors, renamed and resized for this model; the mapping passed in is not touched."""
         return {self.current_name(name): value for name, value in state_dict.items()}
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists) -> None:
-        for name in [name for name in state_dict if name.startswith(prefix)]:
-            value = state_dict.pop(name)  # of the copy that load_state_dict made
-            state_dict[prefix + self.current_name(name.removeprefix(prefix))] = value
-        given = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        problems = _problems(given, self.state_dict(), strict)
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """nn.Module's; a RuntimeError about names or shapes comes before the first tensor is copied."""
+        problems = _problems(
+            {self.current_name(name): value for name, value in state_dict.items()}, self.state_dict(), strict
+        )
         if problems:
             raise RuntimeError(f"{type(self).__name__}: the state_dict does not fit, nothing was loaded: {problems}")
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        """Renames, also where the model is part of another one; state_dict is the copy that load_state_dict made."""
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            state_dict[prefix + self.current_name(name.removeprefix(prefix))] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 def load_checkpoint(model: CheckedModel, path: str | os.PathLike, *, strict: bool = True) -> None:

@@ -73,9 +73,8 @@ class CrossViT(CheckedModel):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         _check_lengths(2, img_scale=img_scale, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads)
-        for triple in depth:
-            if len(triple) != 3:
-                raise ValueError(f"depth: got {depth!r}, expected (N, M, L) for each encoder")
+        if not depth or any(len(triple) != 3 for triple in depth):
+            raise ValueError(f"depth: got {depth!r}, expected (N, M, L) for each encoder")
         if fusion not in FUSIONS:
             raise ValueError(f"fusion: got {fusion!r}, expected one of {', '.join(map(repr, FUSIONS))}")
         if not class_token and fusion != "cross_attention":

@@ -22,12 +22,16 @@ def make_tokenizer(
     """[B, in_chans, H, W] -> [B, N, embed_dim], with the attributes img_size, patch_size and num_patches.
 
     Raises:
-        ValueError: an unknown kind, or one that does not exist for the patch size.
+        ValueError: an unknown kind, or one that does not exist for the patch size, or an image that it does not cut evenly.
     """
     if kind not in TOKENIZERS:
         raise ValueError(f"tokenizer: got {kind!r}, expected one of {', '.join(map(repr, TOKENIZERS))}")
     if kind != "conv" and patch_size not in _KERNELS:
         raise ValueError(f"patch_size: got {patch_size} with tokenizer {kind!r}, expected 12 or 16")
+    if kind != "conv" and any(length % patch_size for length in img_size):
+        raise ValueError(
+            f"img_size: got {img_size} for patches of {patch_size} with tokenizer {kind!r}, expected a multiple"
+        )
     if kind == "t2t":
         return T2T(img_size, patch_size, in_chans, embed_dim, **dd)
     return PatchEmbed(img_size, patch_size, in_chans, embed_dim, multi_conv=kind == "multi_conv", **dd)
