@@ -78,6 +78,27 @@ def test_compares_a_crossvit(capsys, photograph, tmp_path):
         assert timings[variants.EAGER]["vs_timm"] == 1
 
 
+def test_a_model_of_the_package_is_set_beside_timms(capsys, photograph, tmp_path):
+    record = tmp_path / "record.json"
+    quick = ("--no-compile", "--rounds", 1, "--batch-size", 1, "--device", "cpu", "--json", record)
+    assert _compare("tokenfusion_crossvit_9_240", photograph, *quick) == 0
+    assert "6  CrossAttentionBlock  replaced" in capsys.readouterr().out
+    facts = json.loads(record.read_text())
+    assert facts["difference"]["fused_from_timm"]["relative"] < 1e-4
+    assert list(facts["timings"]["whole model"]) == [variants.EAGER, variants.FUSED]
+
+
+def test_counterparts():
+    loaded = timm_models.load("tokenfusion_crossvit_9_240")
+    assert type(loaded.model).__module__ == "timm.models.crossvit"
+    assert type(loaded.own).__module__ == "tokenfusion.models.crossvit"
+    assert timm_models.load(NOTHING_TO_FUSE).own is None
+    plain, own = timm_models._with_own(tokenfusion.create_model("tokenfusion_crossvit_18_dagger_504", img_size=168))
+    assert type(plain) is type(own) and "tokenfusion.layers.crossvit" not in {
+        type(m).__module__ for m in plain.modules()
+    }
+
+
 def test_a_model_with_nothing_to_replace_is_still_timed(capsys, photograph, tmp_path):
     record = tmp_path / "record.json"
     assert _compare(NOTHING_TO_FUSE, photograph, photograph, "--no-compile", "--rounds", 1, "--json", record) == 0

@@ -1,4 +1,7 @@
-"""tokenfusion compare: a timm model and its fused form side by side on photographs, in results, time and memory."""
+"""tokenfusion compare: a timm model and its fused form side by side on photographs, in results, time and memory.
+
+For a model of the package: timm's of the same architecture and weights, and the package's.
+"""
 
 import argparse
 import copy
@@ -39,7 +42,13 @@ def add_parser(subparsers) -> None:
         "time and peak memory of the fused modules alone and of the whole model, each eager and under torch.compile.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", default="crossvit_15_240", help="any timm model (%(default)s)")
+    add(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="crossvit_15_240",
+        help="any model of timm or of tokenfusion (%(default)s)",
+    )
     add("images", metavar="IMAGE", nargs="*", help="image files (scikit-learn's two sample photographs)")
     add("--batch-size", metavar="N", type=_positive, default=4, help="images in a timed batch (%(default)s)")
     add("--dtype", choices=_DTYPES, default="float32", help="(%(default)s)")
@@ -88,7 +97,7 @@ def _compare(args, out: Console) -> dict:
     facts["images"] = _top(model, photographs, logits)
     tables.print_top(out, facts["images"], loaded.pretrained)
 
-    fused = copy.deepcopy(model)
+    fused = copy.deepcopy(model) if loaded.own is None else loaded.own.to(pixels.device, pixels.dtype)
     report = tokenfusion.fuse(fused)
     facts["modules"] = [asdict(module) for module in report.modules]
     tables.print_modules(out, report)

@@ -1,6 +1,7 @@
 """timm models by name: pretrained where the weights can be had, random otherwise, and which of the two it was."""
 
 import contextlib
+import copy
 import difflib
 import logging
 import os
@@ -17,6 +18,7 @@ from huggingface_hub.utils import disable_progress_bars
 from timm.models import split_model_name_tag
 from torch import nn
 
+import tokenfusion
 from tokenfusion.cli.errors import UsageError, first_line
 
 SEED = 0
@@ -25,9 +27,13 @@ _HUB_SECONDS = 3
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode; weights says in words where they come from."""
+    """A model in evaluation mode; weights says in words where they come from.
+
+    own is the package's model where the name is one of its own; model is then timm's of the same architecture and weights.
+    """
 
     model: nn.Module
+    own: nn.Module | None
     pretrained: bool
     weights: str
 
@@ -37,6 +43,7 @@ def check_name(name: str) -> None:
     Raises:
         UsageError: timm has no such model, or no such weights of it.
     """
+    tokenfusion.list_models()  # registers them
     _, tag = split_model_name_tag(name)
     pretrained = timm.list_models(pretrained=True)
     if timm.is_model(name) and (not tag or name in pretrained):
@@ -61,13 +68,30 @@ def load(name: str) -> Loaded:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     model, why_not = _pretrained(name)
     if model is not None:
-        return Loaded(model.eval(), True, f"pretrained ({timm.get_pretrained_cfg(name).tag or 'the default ones'})")
+        return Loaded(
+            *_with_own(model.eval()), True, f"pretrained ({timm.get_pretrained_cfg(name).tag or 'the default ones'})"
+        )
     torch.manual_seed(SEED)
     try:
         model = timm.create_model(name)
     except (OSError, RuntimeError, ValueError, TypeError, ImportError, AssertionError) as error:
         raise UsageError(f"MODEL: timm cannot build {name}: {first_line(error)}") from None
-    return Loaded(model.eval(), False, f"random, seed {SEED}: {why_not}")
+    return Loaded(*_with_own(model.eval()), False, f"random, seed {SEED}: {why_not}")
+
+
+def _with_own(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """(timm's model, the package's own of the same architecture and weights, or None if this is none of its own)."""
+    name = model.pretrained_cfg["architecture"]
+    if name not in tokenfusion.list_models():
+        return model, None
+    of_timm = name.removeprefix("tokenfusion_")
+    if timm.is_model(of_timm):
+        plain = timm.create_model(of_timm)
+        plain.load_state_dict(model.state_dict())
+    else:  # without timm's, the model itself in its plain form
+        plain = copy.deepcopy(model)
+        tokenfusion.unfuse(plain)
+    return plain.eval(), model
 
 
 def _pretrained(name: str) -> tuple[nn.Module | None, str | None]:
