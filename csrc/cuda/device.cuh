@@ -1,0 +1,148 @@
+// What the kernels use of a GPU: its number types, warp and block collectives, asynchronous copies and tensor cores.
+// Compiled by another compiler than nvcc, the same names come from emulated_device.h, which is on the include path of
+// the tests alone: kernels written with these names and no others run on a CPU.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#ifndef __CUDACC__
+#include "emulated_device.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define TF_DEVICE __device__ __forceinline__
+#define TF_HOST_DEVICE __host__ __device__ __forceinline__
+
+namespace tokenfusion {
+
+typedef __half Half;
+typedef __nv_bfloat16 BFloat16;
+
+TF_DEVICE float to_float(float x) { return x; }
+TF_DEVICE float to_float(Half x) { return __half2float(x); }
+TF_DEVICE float to_float(BFloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+TF_DEVICE T from_float(float x);
+template <>
+TF_DEVICE float from_float(float x) {
+  return x;
+}
+template <>
+TF_DEVICE Half from_float(float x) {
+  return __float2half_rn(x);
+}
+template <>
+TF_DEVICE BFloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// a - b of two packed numbers.
+template <typename T>
+TF_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b);
+template <>
+TF_DEVICE uint32_t subtract_pairs<Half>(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+template <>
+TF_DEVICE uint32_t subtract_pairs<BFloat16>(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xBF80BF80u), "r"(a));  // a + b * -1
+  return d;
+}
+
+TF_DEVICE int thread_index() { return threadIdx.x; }
+TF_DEVICE int block_threads() { return blockDim.x; }
+TF_DEVICE int64_t block_index() { return blockIdx.x; }
+
+// Barrier number `id` of the block, for `threads` of its threads.
+TF_DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+TF_DEVICE void warp_barrier() { __syncwarp(); }
+TF_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+struct alignas(16) Vector16 {
+  uint32_t x[4];
+};
+
+TF_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Begins to copy 16 bytes of global to shared memory; zeros where they are not wanted, and nothing is read then.
+TF_DEVICE void copy_async(void* shared, const void* global, bool wanted) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(wanted ? 16 : 0)
+               : "memory");
+}
+TF_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `pending` (0 to 2) groups of this thread's copies are still under way.
+TF_DEVICE void wait_copies(int pending) {
+  if (pending == 0)
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  else if (pending == 1)
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  else
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+}
+
+// Matrices of 8 x 8 16-bit numbers; lane i points to row i % 8 of matrix i / 8. Lane 4 r + c receives elements
+// (r, 2 c) and (r, 2 c + 1) of each; transposed, (2 c, r) and (2 c + 1, r).
+TF_DEVICE void load_matrices(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+TF_DEVICE void load_matrices_transposed(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+TF_DEVICE void load_matrices_transposed(uint32_t (&m)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(m[0]), "=r"(m[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c [16, 8] += a [16, 16] b [16, 8], each lane's share of the operands as PTX lays them down for mma.m16n8k16.
+template <typename T>
+TF_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+TF_DEVICE void multiply_add<Half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+TF_DEVICE void multiply_add<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c [16, 8] += a [16, 8] b [8, 8] in TF32, as mma.m16n8k8.
+TF_DEVICE void multiply_add_tf32(float (&c)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// The nearest number of TF32.
+TF_DEVICE float to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+
+}  // namespace tokenfusion
+#endif

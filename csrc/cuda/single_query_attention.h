@@ -1,0 +1,55 @@
+// What the host side and the kernels of single_query_attention share. No torch headers here: the kernels need none.
+#pragma once
+
+#include <stdint.h>
+
+namespace tokenfusion {
+
+// Strides are in elements; the innermost dimension of every tensor is contiguous. Rows are numbered with the extra
+// token, where there is one, as row 0. Rows of tokens and of the extra token are aligned to 16 bytes.
+struct SingleQueryAttentionParams {
+  const void* query;  // [batch, queries, channels]
+  int64_t query_batch_stride, query_stride;
+  const void* tokens;  // [batch, rows without the extra one, channels]
+  int64_t tokens_batch_stride, tokens_stride;
+  const void* extra_token;  // [batch, channels] or null
+  int64_t extra_token_stride;
+  int64_t batch, rows;
+  int32_t channels, queries;
+  int32_t splits;  // blocks that share an image's rows
+  int32_t normalize;
+  float eps;
+
+  void* context;           // [batch, queries, channels], contiguous
+  float* log_sum_exp;      // [batch, queries]
+  float* partial_context;  // with splits > 1: [batch, splits, queries, channels], not yet divided
+  float* partial_max;      // [batch, splits, queries]
+  float* partial_sum;      // [batch, splits, queries]
+
+  // Backward; context and log_sum_exp are inputs there.
+  const void* grad_context;   // [batch, queries, channels], contiguous
+  void* grad_query;           // contiguous, or null
+  float* partial_grad_query;  // with splits > 1: [batch, splits, queries, channels]
+  void* grad_tokens;          // contiguous, or null
+  void* grad_extra_token;     // contiguous, or null
+};
+
+enum class SingleQueryAttentionDtype { kFloat32, kFloat16, kBFloat16 };
+
+// How a block is made up: `groups` groups of `warps` warps. A group takes every groups-th tile of its block's rows; a
+// warp of it has kSlab of the channels; `stages` tiles are in flight or in use.
+struct SingleQueryAttentionPlan {
+  static constexpr int kSlab = 64, kTile = 16, kMaxWarps = 16;
+
+  int warps, groups, stages;
+  int64_t shared_bytes;
+
+  // Tiles of 8 queries that a kernel is made for.
+  static constexpr int query_tiles_for(int queries) { return queries <= 8 ? 1 : queries <= 16 ? 2 : 4; }
+  // Warps for which the registers suffice.
+  static constexpr int max_warps(int query_tiles) { return query_tiles <= 2 ? kMaxWarps : kMaxWarps / 2; }
+
+  int threads() const { return 32 * warps * groups; }
+};
+
+}  // namespace tokenfusion

@@ -1,0 +1,34 @@
+#include "single_query_attention_launch.cuh"
+
+namespace tokenfusion {
+namespace single_query_attention {
+
+template <typename T, int kQueryTiles>
+__global__ void __launch_bounds__(kMaxThreads<kQueryTiles>)
+    forward_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
+  extern __shared__ __align__(16) char memory[];
+  Forward<T, kQueryTiles> block(p, plan, memory);
+  block.run(block);
+}
+
+template <typename T>
+__global__ void combine_forward_kernel(const __grid_constant__ Params p) {
+  combine_forward<T>(p);
+}
+
+}  // namespace single_query_attention
+
+cudaError_t run_single_query_attention_forward(const SingleQueryAttentionParams& p, SingleQueryAttentionDtype dtype,
+                                               cudaStream_t stream) {
+  using namespace single_query_attention;
+  return with_variant(dtype, p.queries, [&](auto variant) {
+    typedef decltype(variant) V;
+    typedef typename V::Element T;
+    const cudaError_t error = launch<V, false>(forward_kernel<T, V::query_tiles>, p, stream);
+    if (error != cudaSuccess || p.splits == 1) return error;
+    combine_forward_kernel<T><<<p.batch * p.queries, kCombineThreads, 0, stream>>>(p);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace tokenfusion

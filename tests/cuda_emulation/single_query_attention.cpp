@@ -1,0 +1,62 @@
+// The kernels of csrc/cuda/single_query_attention_kernels.cuh in emulated blocks, for tests to call from Python.
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "single_query_attention_kernels.cuh"
+
+using namespace tokenfusion;
+using namespace tokenfusion::single_query_attention;
+
+namespace {
+
+constexpr int kCombineThreads = 32;
+
+template <typename Block>
+void run_blocks(int64_t blocks, int threads, const emulation::Options& options, Block block) {
+  for (int64_t i = 0; i < blocks; ++i)
+    emulation::run_block(options.backwards ? blocks - 1 - i : i, threads, options, block);
+}
+
+template <typename V, bool kBackward>
+void run(const Params& p, int groups, int stages, const emulation::Options& options) {
+  typedef typename V::Element T;
+  constexpr bool is_backward = kBackward;
+  typedef std::conditional_t<is_backward, Backward<T, V::query_tiles>, Forward<T, V::query_tiles>> Direction;
+  Plan plan = make_plan<T, V::query_tiles, kBackward>(p, 227 << 10);
+  if (groups > 0) plan.groups = groups;
+  if (stages > 0) plan.stages = stages;
+  if (groups > 0 || stages > 0) {
+    Shared<T, V::query_tiles, kBackward> shared;
+    plan.shared_bytes = shared.layout(nullptr, plan.warps, plan.groups, plan.stages, 0);
+  }
+  const size_t guard = 256;
+  std::vector<Vector16> memory((plan.shared_bytes + guard) / 16);
+  char* const bytes = reinterpret_cast<char*>(memory.data());
+  run_blocks(p.batch * p.splits, plan.threads(), options, [&] {
+    if (thread_index() == (options.backwards ? plan.threads() - 1 : 0)) memset(bytes, 0xFF, memory.size() * 16);
+    Direction direction(p, plan, bytes);
+    direction.run(direction);
+  });
+  for (size_t i = plan.shared_bytes; i < memory.size() * 16; ++i)
+    if (bytes[i] != char(0xFF)) emulation::fail("a write beyond the shared memory");
+  if (p.splits > 1 && (!kBackward || p.grad_query != nullptr))
+    run_blocks(p.batch * p.queries, kCombineThreads, options, [&] {
+      if constexpr (is_backward)
+        combine_backward<T>(p);
+      else
+        combine_forward<T>(p);
+    });
+}
+
+}  // namespace
+
+extern "C" void run_single_query_attention(const Params* p, int dtype, int backward, int groups, int stages,
+                                           int backwards, int one_warp_ahead, int late_copies) {
+  const emulation::Options options{backwards != 0, one_warp_ahead != 0, late_copies != 0};
+  with_variant(SingleQueryAttentionDtype(dtype), p->queries, [&](auto variant) {
+    if (backward)
+      run<decltype(variant), true>(*p, groups, stages, options);
+    else
+      run<decltype(variant), false>(*p, groups, stages, options);
+  });
+}

@@ -1,0 +1,190 @@
+"""The CUDA kernels of single_query_attention on a CPU, in the emulated GPU of tests/cuda_emulation."""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tests.conftest import ROOT
+
+COMPILER = (os.environ.get("CXX") or "c++").split()[0]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # numbered as in SingleQueryAttentionDtype
+_GUARD = 64  # elements
+
+
+class _Params(ctypes.Structure):
+    """SingleQueryAttentionParams."""
+
+    _fields_ = [
+        ("query", ctypes.c_void_p),
+        ("query_batch_stride", ctypes.c_int64),
+        ("query_stride", ctypes.c_int64),
+        ("tokens", ctypes.c_void_p),
+        ("tokens_batch_stride", ctypes.c_int64),
+        ("tokens_stride", ctypes.c_int64),
+        ("extra_token", ctypes.c_void_p),
+        ("extra_token_stride", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("channels", ctypes.c_int32),
+        ("queries", ctypes.c_int32),
+        ("splits", ctypes.c_int32),
+        ("normalize", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "context",
+                "log_sum_exp",
+                "partial_context",
+                "partial_max",
+                "partial_sum",
+                "grad_context",
+                "grad_query",
+                "partial_grad_query",
+                "grad_tokens",
+                "grad_extra_token",
+            )
+        ),
+    ]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp())
+    sources = ROOT / "tests/cuda_emulation"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{ROOT}/csrc/cuda", f"-I{sources}"]
+    command = [COMPILER, *flags, str(sources / "single_query_attention.cpp"), "-o", str(folder / "emulated.so")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(folder / "emulated.so"))
+    shutil.rmtree(folder)
+    return library
+
+
+@dataclass
+class Emulated:
+    """single_query_attention on the emulated GPU, with the way in which a launch is cut up and scheduled.
+
+    splits: blocks an image; groups, stages: of a block, 0 as the plan has them. backwards: the last thread runs first;
+    one_warp_ahead: a warp runs as far as it can before the next one starts; late_copies: asynchronous copies happen
+    when they are waited for, not at once.
+    """
+
+    splits: int = 1
+    groups: int = 0
+    stages: int = 0
+    backwards: bool = False
+    one_warp_ahead: bool = False
+    late_copies: bool = False
+
+    def __call__(self, query, tokens, extra_token=None, *, normalize=False, eps=1e-6):
+        return _Function.apply(self, query, tokens, extra_token, normalize, eps)
+
+    def launch(self, backward: bool, query, tokens, extra_token, normalize, eps, **outputs) -> None:
+        batch, length, channels = tokens.shape
+        pointers = {name: None if t is None else t.data_ptr() for name, t in outputs.items()}
+        params = _Params(
+            query=query.data_ptr(),
+            query_batch_stride=query.stride(0),
+            query_stride=query.stride(1),
+            tokens=tokens.data_ptr(),
+            tokens_batch_stride=tokens.stride(0),
+            tokens_stride=tokens.stride(1),
+            extra_token=None if extra_token is None else extra_token.data_ptr(),
+            extra_token_stride=0 if extra_token is None else extra_token.stride(0),
+            batch=batch,
+            rows=length + (extra_token is not None),
+            channels=channels,
+            queries=query.shape[1],
+            splits=self.splits,
+            normalize=normalize,
+            eps=eps,
+            **pointers,
+        )
+        schedule = self.backwards, self.one_warp_ahead, self.late_copies
+        dtype = DTYPES.index(tokens.dtype)
+        _library().run_single_query_attention(
+            ctypes.byref(params), dtype, int(backward), self.groups, self.stages, *map(int, schedule)
+        )
+
+
+class _Guarded:
+    """Uninitialised tensors between guard bands."""
+
+    def __init__(self):
+        self.memory = []
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        size = torch.Size(shape).numel()
+        memory = torch.full((_GUARD + size + _GUARD,), torch.nan, dtype=dtype)
+        self.memory.append((memory, size))
+        return memory[_GUARD : _GUARD + size].view(shape)
+
+    def check(self) -> None:
+        for memory, size in self.memory:
+            assert memory[:_GUARD].isnan().all() and memory[_GUARD + size :].isnan().all(), "a guard band was written"
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, emulated, query, tokens, extra_token, normalize, eps):
+        batch, queries, channels = query.shape
+        guarded = _Guarded()
+        context = guarded.empty(batch, queries, channels, dtype=tokens.dtype)
+        lse = guarded.empty(batch, queries, dtype=torch.float32)
+        partial = [
+            guarded.empty(batch, emulated.splits, queries, size, dtype=torch.float32) for size in (channels, 1, 1)
+        ]
+        emulated.launch(
+            False,
+            query,
+            tokens,
+            extra_token,
+            normalize,
+            eps,
+            context=context,
+            log_sum_exp=lse,
+            partial_context=partial[0],
+            partial_max=partial[1],
+            partial_sum=partial[2],
+        )
+        guarded.check()
+        ctx.save_for_backward(query, tokens, extra_token, context, lse)
+        ctx.options = emulated, normalize, eps
+        return context.clone()
+
+    @staticmethod
+    def backward(ctx, grad_context):
+        query, tokens, extra_token, context, lse = ctx.saved_tensors
+        emulated, normalize, eps = ctx.options
+        guarded = _Guarded()
+        _, *needed, _, _ = ctx.needs_input_grad
+        grads = [
+            guarded.empty(*t.shape, dtype=t.dtype) if wanted else None
+            for t, wanted in zip((query, tokens, extra_token), needed, strict=True)
+        ]
+        shape = query.shape[0], emulated.splits, *query.shape[1:]
+        emulated.launch(
+            True,
+            query,
+            tokens,
+            extra_token,
+            normalize,
+            eps,
+            context=context,
+            log_sum_exp=lse,
+            grad_context=grad_context.contiguous(),
+            grad_query=grads[0],
+            partial_grad_query=guarded.empty(*shape, dtype=torch.float32),
+            grad_tokens=grads[1],
+            grad_extra_token=grads[2],
+        )
+        guarded.check()
+        return None, *(None if g is None else g.clone() for g in grads), None, None
