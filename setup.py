@@ -107,11 +107,11 @@ class BuildKernels(BuildExtension):
     def compile(self, part: str) -> str | None:
         """Build the extension, up to and including this part; the reason if that fails."""
         vars(self.extensions[0]).update(vars(extension(with_cuda=part == "cuda")))
-        inplace = self.inplace  # lost by a run that raises
+        inplace, compiler = self.inplace, self.compiler  # lost by a run that raises
         try:
             super().run()
         except Exception as error:
-            self.inplace = inplace
+            self.inplace, self.compiler = inplace, compiler
             cause = f"{type(error).__name__}: {error}"
             failure = f"the compilation failed ({cause}); `pip install -v` shows the compiler's output"
             print(f"tokenfusion: {plan.TITLES[part]}: {failure}", file=sys.stderr)

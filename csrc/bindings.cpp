@@ -1,6 +1,9 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#ifdef TOKENFUSION_WITH_CUDA
+#include "cuda/limits.h"
+#endif
 
 // The operators register themselves with PyTorch's dispatcher in their own files; this module is what Python imports
 // to load them.
@@ -18,4 +21,8 @@ PYBIND11_MODULE(_C, module) {
         }
       },
       "Instruction set of the CPU kernels that run here: default, avx2 or avx512.");
+#ifdef TOKENFUSION_WITH_CUDA
+  module.def("single_query_attention_cuda_max_channels", &tokenfusion::single_query_attention_cuda_max_channels,
+             "The largest C for this many queries, bytes of an element and GPU; 0 where there is none.");
+#endif
 }

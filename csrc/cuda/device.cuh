@@ -58,7 +58,7 @@ TF_DEVICE uint32_t subtract_pairs<BFloat16>(uint32_t a, uint32_t b) {
 
 TF_DEVICE int thread_index() { return threadIdx.x; }
 TF_DEVICE int block_threads() { return blockDim.x; }
-TF_DEVICE int64_t block_index() { return blockIdx.x; }
+TF_DEVICE int block_index() { return blockIdx.x; }
 
 // Barrier number `id` of the block, for `threads` of its threads.
 TF_DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

@@ -14,8 +14,7 @@ struct SingleQueryAttentionParams {
   int64_t tokens_batch_stride, tokens_stride;
   const void* extra_token;  // [batch, channels] or null
   int64_t extra_token_stride;
-  int64_t batch, rows;
-  int32_t channels, queries;
+  int32_t batch, rows, channels, queries;
   int32_t splits;  // blocks that share an image's rows
   int32_t normalize;
   float eps;
@@ -39,7 +38,7 @@ enum class SingleQueryAttentionDtype { kFloat32, kFloat16, kBFloat16 };
 // How a block is made up: `groups` groups of `warps` warps. A group takes every groups-th tile of its block's rows; a
 // warp of it has kSlab of the channels; `stages` tiles are in flight or in use.
 struct SingleQueryAttentionPlan {
-  static constexpr int kSlab = 64, kTile = 16, kMaxWarps = 16;
+  static constexpr int kSlab = 64, kTile = 16, kMaxQueries = 32;
 
   int warps, groups, stages;
   int64_t shared_bytes;
@@ -47,7 +46,9 @@ struct SingleQueryAttentionPlan {
   // Tiles of 8 queries that a kernel is made for.
   static constexpr int query_tiles_for(int queries) { return queries <= 8 ? 1 : queries <= 16 ? 2 : 4; }
   // Warps for which the registers suffice.
-  static constexpr int max_warps(int query_tiles) { return query_tiles <= 2 ? kMaxWarps : kMaxWarps / 2; }
+  static constexpr int max_warps(int query_tiles, int itemsize) {
+    return query_tiles == 1 ? 16 : query_tiles == 2 ? (itemsize == 4 ? 12 : 16) : 8;
+  }
 
   int threads() const { return 32 * warps * groups; }
 };

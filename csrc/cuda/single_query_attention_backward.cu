@@ -4,7 +4,7 @@ namespace tokenfusion {
 namespace single_query_attention {
 
 template <typename T, int kQueryTiles>
-__global__ void __launch_bounds__(kMaxThreads<kQueryTiles>)
+__global__ void __launch_bounds__(kMaxThreads<T, kQueryTiles>)
     backward_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) char memory[];
   Backward<T, kQueryTiles> block(p, plan, memory);
@@ -18,8 +18,19 @@ __global__ void combine_backward_kernel(const __grid_constant__ Params p) {
 
 }  // namespace single_query_attention
 
+int64_t single_query_attention_shared_bytes(int channels, int queries, int itemsize) {
+  using namespace single_query_attention;
+  const auto dtype = itemsize == 4 ? SingleQueryAttentionDtype::kFloat32 : SingleQueryAttentionDtype::kFloat16;
+  return with_variant(dtype, queries, [&](auto variant) {
+    typedef decltype(variant) V;
+    Params p{};
+    p.channels = channels, p.rows = p.splits = 1;
+    return make_plan<typename V::Element, V::query_tiles, true>(p, 0).shared_bytes;
+  });
+}
+
 cudaError_t run_single_query_attention_backward(const SingleQueryAttentionParams& p, SingleQueryAttentionDtype dtype,
-                                               cudaStream_t stream) {
+                                                cudaStream_t stream) {
   using namespace single_query_attention;
   return with_variant(dtype, p.queries, [&](auto variant) {
     typedef decltype(variant) V;

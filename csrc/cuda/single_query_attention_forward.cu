@@ -4,7 +4,7 @@ namespace tokenfusion {
 namespace single_query_attention {
 
 template <typename T, int kQueryTiles>
-__global__ void __launch_bounds__(kMaxThreads<kQueryTiles>)
+__global__ void __launch_bounds__(kMaxThreads<T, kQueryTiles>)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) char memory[];
   Forward<T, kQueryTiles> block(p, plan, memory);

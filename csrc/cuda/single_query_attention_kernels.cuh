@@ -1,9 +1,9 @@
-// Forward and backward of single_query_attention. A block takes one image's rows or, with splits, part of them, in tiles
-// of 16 rows, which arrive in shared memory by asynchronous copies, some tiles ahead. Each warp of a group multiplies its
-// 64 channels of a tile by the queries on the tensor cores; the group adds up these partial scores, and each warp
-// multiplies the weights by its 64 channels. The normalised token (t - mean) rstd is never formed: the products take
-// t - shift, which is exact or rounded no more than a normalised token would be; rstd and the rest of the mean enter in
-// float32 afterwards.
+// Forward and backward of single_query_attention. A block takes one image's rows or, with splits, part of them, in
+// tiles of 16 rows, which arrive in shared memory by asynchronous copies, some tiles ahead. Each warp of a group
+// multiplies its 64 channels of a tile by the queries on the tensor cores; the group adds up these partial scores, and
+// each warp multiplies the weights by its 64 channels. The normalised token (t - mean) rstd is never formed: the
+// products take t - shift, which is exact or rounded no more than a normalised token would be; rstd and the rest of the
+// mean enter in float32 afterwards.
 #pragma once
 
 #include "matrix.cuh"
@@ -17,7 +17,6 @@ typedef SingleQueryAttentionPlan Plan;
 
 constexpr int kTile = Plan::kTile, kSlab = Plan::kSlab;
 constexpr int kUnits = kSlab / 16;  // steps of the products over a warp's channels
-constexpr int kPitch = kTile + 4;   // of a tile's scores: the lanes of a product write to different banks
 
 // The shared memory of a block and, in it, of one of its groups.
 template <typename T, int kQueryTiles, bool kBackward>
@@ -26,6 +25,8 @@ struct Shared {
   static constexpr int kOperands = kBackward ? 2 * kQueries : kQueries;
   static constexpr int kScores = kOperands + 2;  // a row's scores, its sum and its sum of squares
   static constexpr int kPad = 16 / sizeof(T);
+  static constexpr int kScorePitch =
+      sizeof(T) == 4 ? kTile + 1 : kTile + 4;  // + 4: no two lanes of a product in a bank
   static constexpr int kWeightPitch = kTile + kPad;
   static constexpr int kPairPitch = 16 * kQueryTiles + kPad;
 
@@ -38,7 +39,7 @@ struct Shared {
 
   T* tiles;                       // [stages, kTile, pitch]
   float* result;                  // [kQueries, result_pitch], in the place of the tiles at the end
-  float* scores;                  // [warps, kScores, kPitch]
+  float* scores;                  // [warps, kScores, kScorePitch]
   T* weights;                     // [kQueries, kWeightPitch]
   float* scale;                   // [kQueries, 2]: what the sum so far and the tile's share are multiplied by
   T* shift;                       // [2, kTile]
@@ -74,7 +75,7 @@ struct Shared {
     const int tile_bytes = stages * kTile * pitch * int(sizeof(T)), result_bytes = kQueries * result_pitch * 4;
     tiles = reinterpret_cast<T*>(next);
     take(next, result, (tile_bytes > result_bytes ? tile_bytes : result_bytes) / 4);
-    take(next, scores, warps * kScores * kPitch);
+    take(next, scores, warps * kScores * kScorePitch);
     take(next, weights, kQueries * kWeightPitch);
     take(next, scale, 2 * kQueries);
     take(next, shift, 2 * kTile);
@@ -114,18 +115,18 @@ struct Kernel {
   typedef Shared<T, kQueryTiles, kBackward> Memory;
   typedef Matrix<T> M;
   static constexpr int kQueries = Memory::kQueries;
-  static constexpr int kVector = 16 / sizeof(T);              // elements of 16 bytes
-  static constexpr int kRowVectors = kSlab / kVector;         // of a warp's part of a row
-  static constexpr int kRowsAtOnce = 32 / kRowVectors;        // that a warp copies with one instruction
+  static constexpr int kVector = 16 / sizeof(T);        // elements of 16 bytes
+  static constexpr int kRowVectors = kSlab / kVector;   // of a warp's part of a row
+  static constexpr int kRowsAtOnce = 32 / kRowVectors;  // that a warp copies with one instruction
   static constexpr int kProducts = kBackward ? 2 * kQueryTiles : kQueryTiles;
-  static constexpr bool kAlwaysShift = sizeof(T) == 4;        // else where t - shift is exact for nearly all t
+  static constexpr bool kAlwaysShift = sizeof(T) == 4;  // else where t - shift is exact for nearly all t
 
   const Params& p;
   const Plan& plan;
   Memory s;
   int warps, groups, group, thread, warp, lane;  // thread and warp are numbers in the group
   int units;                                     // of 16 channels that this warp has
-  int64_t image, split, first_tile, end_tile;
+  int image, split, first_tile, end_tile;
   const T *tokens, *extra_token;
 
   TF_DEVICE Kernel(const Params& params, const Plan& plan_, char* memory) : p(params), plan(plan_) {
@@ -136,8 +137,8 @@ struct Kernel {
     const int left = (p.channels - kSlab * warp) / 16;
     units = left < kUnits ? left : kUnits;
     image = block_index() / p.splits, split = block_index() % p.splits;
-    const int64_t tiles = (p.rows + kTile - 1) / kTile;
-    first_tile = tiles * split / p.splits + group, end_tile = tiles * (split + 1) / p.splits;
+    const int tiles = (p.rows + kTile - 1) / kTile;
+    first_tile = int(tiles * split / p.splits) + group, end_tile = int(tiles * (split + 1) / p.splits);
     tokens = static_cast<const T*>(p.tokens) + image * p.tokens_batch_stride;
     extra_token =
         p.extra_token == nullptr ? nullptr : static_cast<const T*>(p.extra_token) + image * p.extra_token_stride;
@@ -145,11 +146,12 @@ struct Kernel {
 
   TF_DEVICE void group_barrier() { barrier(1 + group, 32 * warps); }
   TF_DEVICE void block_barrier() { barrier(0, 32 * warps * groups); }
-  TF_DEVICE int64_t query_row(int q) const { return image * p.queries + q; }
+  TF_DEVICE int64_t query_row(int q) const { return int64_t(image) * p.queries + q; }
+  TF_DEVICE int64_t partial_row(int q) const { return (int64_t(image) * p.splits + split) * p.queries + q; }
   TF_DEVICE T* slab(int stage) const { return s.tiles + stage * kTile * s.pitch + warp * kSlab; }
 
   // Begins to copy this warp's part of a tile; rows beyond the last are zeros.
-  TF_DEVICE void fetch(int64_t tile, int stage) {
+  TF_DEVICE void fetch(int tile, int stage) {
     const int column = lane % kRowVectors * kVector;
     if (tile < end_tile && column < 16 * units) {
       T* const to = slab(stage) + column;
@@ -157,7 +159,7 @@ struct Kernel {
 #pragma unroll
       for (int i = 0; i < kTile; i += kRowsAtOnce) {
         const int row = i + lane / kRowVectors;
-        const int64_t j = tile * kTile + row;
+        const int j = tile * kTile + row;
         const T* source = from + (j - (extra_token != nullptr)) * p.tokens_stride;
         if (extra_token != nullptr && j == 0) source = extra_token + warp * kSlab + column;
         copy_async(to + row * s.pitch, j < p.rows ? source : tokens, j < p.rows);
@@ -186,7 +188,7 @@ struct Kernel {
 
   // A number near each row's mean, from the first channels of the tile: subtracted where that keeps what is
   // significant.
-  TF_DEVICE void choose_shift(int64_t tile) {
+  TF_DEVICE void choose_shift(int tile) {
     const int stage = (tile - first_tile) / groups % plan.stages;
     for (int item = thread; item < 8 * kTile; item += 32 * warps) {
       const int row = item / 8, column = item % 8 * kVector;
@@ -204,10 +206,10 @@ struct Kernel {
       if (item % 8 == 0) s.shift[tile_parity(tile) * kTile + row] = from_float<T>(wanted ? mean : 0);
     }
   }
-  TF_DEVICE int tile_parity(int64_t tile) const { return (tile - first_tile) / groups % 2; }
+  TF_DEVICE int tile_parity(int tile) const { return (tile - first_tile) / groups % 2; }
 
   TF_DEVICE float* score(int of_warp, int k, int row) const {
-    return s.scores + (of_warp * Memory::kScores + k) * kPitch + row;
+    return s.scores + (of_warp * Memory::kScores + k) * Memory::kScorePitch + row;
   }
 
   // This warp's share of the scores of a tile, and of its rows' sums.
@@ -232,7 +234,8 @@ struct Kernel {
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
       *score(warp, 8 * i + column, row) = products[i][0], *score(warp, 8 * i + column + 1, row) = products[i][1];
-      *score(warp, 8 * i + column, row + 8) = products[i][2], *score(warp, 8 * i + column + 1, row + 8) = products[i][3];
+      *score(warp, 8 * i + column, row + 8) = products[i][2],
+                                         *score(warp, 8 * i + column + 1, row + 8) = products[i][3];
     }
     if (p.normalize) {
       float sum[2], square[2];
@@ -258,7 +261,7 @@ struct Kernel {
     bool there;
     float rest, rstd, largest_rstd;
   };
-  TF_DEVICE Row make_row(int64_t tile, int row) const {
+  TF_DEVICE Row make_row(int tile, int row) const {
     Row r{tile * kTile + row < p.rows, 0, 1, 1};
     if (p.normalize) {
       r.rest = sum_of_warps(Memory::kScores - 2, row) / p.channels;
@@ -329,7 +332,7 @@ struct Kernel {
     block_barrier();
     if (p.normalize && first_tile < end_tile) choose_shift(first_tile);
     int stage = 0;
-    for (int64_t tile = first_tile; tile < end_tile; tile += groups) {
+    for (int tile = first_tile; tile < end_tile; tile += groups) {
       T* const mine = slab(stage);
       const T* const shift = s.shift + tile_parity(tile) * kTile;
       group_barrier();
@@ -368,7 +371,7 @@ struct Forward : Kernel<T, kQueryTiles, false> {
   }
 
   // Online softmax: a warp takes two queries at a time, each by 16 lanes, one a row.
-  TF_DEVICE void weigh(int64_t tile, const T*) {
+  TF_DEVICE void weigh(int tile, const T*) {
     const int row = lane % 16;
     const typename Base::Row r = this->make_row(tile, row);
     for (int pair = warp; pair < kQueries / 2; pair += warps) {
@@ -389,7 +392,7 @@ struct Forward : Kernel<T, kQueryTiles, false> {
     }
   }
 
-  TF_DEVICE void write_gradients(int64_t, T*) {}
+  TF_DEVICE void write_gradients(int, T*) {}
 
   TF_DEVICE void finish() {
     for (int q = group * warps + warp; q < p.queries; q += warps * groups) {
@@ -398,7 +401,7 @@ struct Forward : Kernel<T, kQueryTiles, false> {
       const float origin = maximum == -kInfinity ? 0 : maximum;
       for (int g = -group; g < groups - group; ++g)
         total += s.of_group(s.total, g)[q] * expf(s.of_group(s.maximum, g)[q] - origin);
-      const int64_t row = p.splits == 1 ? this->query_row(q) : (image * p.splits + split) * p.queries + q;
+      const int64_t row = p.splits == 1 ? this->query_row(q) : this->partial_row(q);
       for (int c = 4 * lane; c < p.channels; c += 128) {
         float sums[4] = {};
         for (int g = -group; g < groups - group; ++g) {
@@ -452,7 +455,7 @@ struct Backward : Kernel<T, kQueryTiles, true> {
   }
 
   // Weights and gradients of the scores: a warp takes two queries at a time, each by 16 lanes, one a row.
-  TF_DEVICE void weigh(int64_t tile, const T* shift) {
+  TF_DEVICE void weigh(int tile, const T* shift) {
     const int row = lane % 16;
     const typename Base::Row r = this->make_row(tile, row);
     float mean = 0, slope = 0;
@@ -487,7 +490,7 @@ struct Backward : Kernel<T, kQueryTiles, true> {
   // With dn = sum_q p_q grad_context_q + ds_q query_q, the gradient of a token is rstd (dn - mean(dn) - n mean(dn n)),
   // whose means come from sums over the queries that are known already. It takes the token's place in the tile, from
   // where it is stored in vectors.
-  TF_DEVICE void write_gradients(int64_t tile, T* tokens) {
+  TF_DEVICE void write_gradients(int tile, T* tokens) {
     if (p.grad_tokens == nullptr && p.grad_extra_token == nullptr) return;
     const int row = lane / 4, column = lane % 4 * 2;
     float rstd[2], centre[2], mean[2] = {}, slope[2] = {};
@@ -532,11 +535,11 @@ struct Backward : Kernel<T, kQueryTiles, true> {
     const int64_t rows = p.rows - has_extra;
 #pragma unroll
     for (int i = 0; i < kTile; i += kRowsAtOnce) {
-      const int64_t j = tile * kTile + i + lane / kRowVectors;
+      const int j = tile * kTile + i + lane / kRowVectors;
       const bool is_extra = has_extra && j == 0;
       T* const grads = static_cast<T*>(is_extra ? p.grad_extra_token : p.grad_tokens);
       if (j < p.rows && grads != nullptr) {
-        const int64_t to = is_extra ? image : image * rows + j - has_extra;
+        const int64_t to = is_extra ? image : image * rows + (j - has_extra);
         const T* const from = tokens + (i + lane / kRowVectors) * s.pitch + part;
         *reinterpret_cast<Vector16*>(grads + to * p.channels + warp * kSlab + part) =
             *reinterpret_cast<const Vector16*>(from);
@@ -551,7 +554,7 @@ struct Backward : Kernel<T, kQueryTiles, true> {
       float excess = 0;
       for (int g = -group; g < groups - group; ++g) excess += s.of_group(s.excess, g)[q];
       const T* const context = static_cast<const T*>(p.context) + this->query_row(q) * p.channels;
-      const int64_t row = p.splits == 1 ? this->query_row(q) : (image * p.splits + split) * p.queries + q;
+      const int64_t row = p.splits == 1 ? this->query_row(q) : this->partial_row(q);
       for (int c = 4 * lane; c < p.channels; c += 128) {
         float sums[4];
 #pragma unroll
@@ -612,16 +615,16 @@ TF_DEVICE void combine_backward(const Params& p) {
 // The block for these sizes, in at most `most_bytes` of shared memory where that is possible.
 template <typename T, int kQueryTiles, bool kBackward>
 Plan make_plan(const Params& p, int64_t most_bytes) {
-  constexpr int kWarpsAtLeast = 8, kStagesAtMost = 4;
+  constexpr int kWarpsEnough = 8, kStagesEnough = 4;
   constexpr int64_t kTwoBlocksFit = 100 << 10;
-  const int64_t tiles = (p.rows + kTile - 1) / kTile / p.splits;
-  const int most_warps = Plan::max_warps(kQueryTiles) < kWarpsAtLeast ? Plan::max_warps(kQueryTiles) : kWarpsAtLeast;
+  constexpr int kMaxWarps = Plan::max_warps(kQueryTiles, sizeof(T));
+  const int tiles = (p.rows + kTile - 1) / kTile / p.splits;
   Plan plan;
   plan.warps = (p.channels + kSlab - 1) / kSlab;
-  plan.groups = most_warps / plan.warps;
+  plan.groups = (kWarpsEnough < kMaxWarps ? kWarpsEnough : kMaxWarps) / plan.warps;
   if (plan.groups > tiles) plan.groups = tiles;
   if (plan.groups < 1) plan.groups = 1;
-  for (plan.stages = kStagesAtMost;; --plan.stages) {
+  for (plan.stages = kStagesEnough;; --plan.stages) {
     Shared<T, kQueryTiles, kBackward> shared;
     plan.shared_bytes = shared.layout(nullptr, plan.warps, plan.groups, plan.stages, 0);
     const bool fits = plan.shared_bytes <= kTwoBlocksFit && plan.shared_bytes <= most_bytes;

@@ -1,22 +1,23 @@
-// Launches of single_query_attention's kernels, for the files that instantiate them.
+// How the files that instantiate single_query_attention's kernels launch them.
 #pragma once
 
-#include "single_query_attention.h"
 #include "single_query_attention_kernels.cuh"
+#include "single_query_attention_launch.h"
 
 namespace tokenfusion {
 namespace single_query_attention {
 
 constexpr int kCombineThreads = 128;
 
-template <int kQueryTiles>
-constexpr int kMaxThreads = 32 * Plan::max_warps(kQueryTiles);
+template <typename T, int kQueryTiles>
+constexpr int kMaxThreads = 32 * Plan::max_warps(kQueryTiles, sizeof(T));
 
-template <typename V, bool kBackward, typename Kernel>
-cudaError_t launch(Kernel kernel, const Params& p, cudaStream_t stream) {
+template <typename V, bool kBackward, typename Function>
+cudaError_t launch(Function kernel, const Params& p, cudaStream_t stream) {
   int device, most_bytes;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   const Plan plan = make_plan<typename V::Element, V::query_tiles, kBackward>(p, most_bytes);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes));

@@ -1,6 +1,6 @@
-// A GPU's block on a CPU, for tests: each of its threads is a fiber, and every name of csrc/cuda/device.cuh is here with
-// the same meaning. Fibers change over at collectives only, in an order that the test chooses, so that a missing barrier
-// shows in the results; asynchronous copies happen as early or as late as they may.
+// A GPU's block on a CPU, for tests: each of its threads is a fiber, and every name of csrc/cuda/device.cuh is here
+// with the same meaning. Fibers change over at collectives only, in an order that the test chooses, so that a missing
+// barrier shows in the results; asynchronous copies happen as early or as late as they may.
 #pragma once
 
 #include <math.h>
@@ -67,7 +67,7 @@ struct Barrier {
 struct Block {
   Options options;
   int threads, current = 0;
-  int64_t index;
+  int index;
   std::vector<Fiber> fibers;
   std::vector<Exchange> warps;
   Barrier barriers[16];
@@ -116,7 +116,7 @@ void collective(const char* name, const In& in, Out& out, Compute compute) {
 }
 
 // Runs one block of a kernel.
-inline void run_block(int64_t index, int threads, const Options& options, std::function<void()> body) {
+inline void run_block(int index, int threads, const Options& options, std::function<void()> body) {
   Block b;
   b.options = options, b.threads = threads, b.index = index, b.body = std::move(body);
   b.fibers.resize(threads), b.warps.resize(threads / 32);
@@ -210,7 +210,7 @@ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
 
 inline int thread_index() { return emulation::block->current; }
 inline int block_threads() { return emulation::block->threads; }
-inline int64_t block_index() { return emulation::block->index; }
+inline int block_index() { return emulation::block->index; }
 
 inline void barrier(int id, int threads) {
   emulation::Barrier& b = emulation::block->barriers[id];
@@ -346,7 +346,8 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   emulation::Operands<16> mine;
   const uint32_t b[2] = {b0, b1};
   for (int i = 0; i < 4; ++i) {
-    mine.a[0][i] = to_float(unpack<T>(a[i / 2 * 2], i % 2)), mine.a[1][i] = to_float(unpack<T>(a[i / 2 * 2 + 1], i % 2));
+    mine.a[0][i] = to_float(unpack<T>(a[i / 2 * 2], i % 2)),
+    mine.a[1][i] = to_float(unpack<T>(a[i / 2 * 2 + 1], i % 2));
     mine.b[i] = to_float(unpack<T>(b[i / 2], i % 2));
   }
   mine.c = &c;

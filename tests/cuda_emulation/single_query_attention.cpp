@@ -12,8 +12,8 @@ namespace {
 constexpr int kCombineThreads = 32;
 
 template <typename Block>
-void run_blocks(int64_t blocks, int threads, const emulation::Options& options, Block block) {
-  for (int64_t i = 0; i < blocks; ++i)
+void run_blocks(int blocks, int threads, const emulation::Options& options, Block block) {
+  for (int i = 0; i < blocks; ++i)
     emulation::run_block(options.backwards ? blocks - 1 - i : i, threads, options, block);
 }
 

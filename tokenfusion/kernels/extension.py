@@ -33,7 +33,15 @@ def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
+def _load_cuda() -> str | None:
+    if _error is not None:
+        return _error
+    cuda = build_info()["cuda"]
+    return None if cuda["built"] else f"not built: {cuda['reason']}"
+
+
 _error = _load()
+_cuda_error = _load_cuda()
 
 
 def why_not() -> str | None:
@@ -43,11 +51,8 @@ def why_not() -> str | None:
 
 def why_not_cuda() -> str | None:
     """None when the extension holds CUDA kernels and a GPU is here, otherwise the reason."""
-    if _error is not None:
-        return _error
-    cuda = build_info()["cuda"]
-    if not cuda["built"]:
-        return f"not built: {cuda['reason']}"
+    if _cuda_error is not None:
+        return _cuda_error
     if not torch.cuda.is_available():
         return "no CUDA device is available"
     return None

@@ -1,5 +1,7 @@
 """single_query_attention: argument checks, registration, autograd and the public function."""
 
+import functools
+
 import torch
 
 from tokenfusion.kernels import extension, triton_support
@@ -11,9 +13,10 @@ from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, s
 
 MAX_QUERIES = 64
 _CPU_MAX_CHANNELS = 4096
-_TRITON_MAX_CHANNELS = 1024
+_GPU_MAX_CHANNELS = 1024
+MAX_CUDA_QUERIES = 32
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _SCHEMA = (
     "(Tensor query, Tensor tokens, Tensor? extra_token, bool normalize, float eps)"
@@ -141,11 +144,57 @@ def _cpu_can_run(query, tokens, extra_token) -> str | None:
 
 def _triton_can_run(query, tokens, extra_token) -> str | None:
     reason = triton_support.why_not_tensor(tokens)
-    return reason or _why_not_kernel(query, tokens, _TRITON_DTYPES, _TRITON_MAX_CHANNELS)
+    return reason or _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS)
+
+
+def _why_not_aligned(tokens) -> str | None:
+    unit = 16 // tokens.element_size()
+    steps = [stride for size, stride in zip(tokens.shape[:2], tokens.stride()) if size != 1]
+    if not torch.compiler.is_compiling():  # cannot ask; the operator checks it
+        steps.append(tokens.storage_offset())
+    if any(step % unit for step in steps):
+        return "the rows of tokens are not aligned to 16 bytes"
+    return None
+
+
+@functools.cache
+def _query_cuda_max_channels(queries: int, itemsize: int, device: int) -> int:
+    from tokenfusion import _C
+
+    return _C.single_query_attention_cuda_max_channels(queries, itemsize, device)
+
+
+@torch.compiler.assume_constant_result
+def _cuda_max_channels(queries: int, itemsize: int, device: int) -> int:
+    """As many as the kernels' registers and the GPU's shared memory suffice for."""
+    return _query_cuda_max_channels(queries, itemsize, device)
+
+
+def _why_not_cuda_kernel(query, tokens) -> str | None:
+    channels = tokens.shape[2]
+    if channels % 16:
+        return f"C = {channels} is not a multiple of 16"
+    if query.shape[1] > MAX_CUDA_QUERIES:
+        return f"Q = {query.shape[1]} is more than {MAX_CUDA_QUERIES}"
+    queries = next(limit for limit in (8, 16, MAX_CUDA_QUERIES) if query.shape[1] <= limit)
+    most = _cuda_max_channels(queries, tokens.element_size(), tokens.device.index)
+    if channels > most:
+        return f"C = {channels} is more than the {most} that this GPU can take with Q = {query.shape[1]}"
+    return _why_not_aligned(tokens)
+
+
+def _cuda_can_run(query, tokens, extra_token) -> str | None:
+    reason = extension.why_not_cuda()
+    if reason is not None:
+        return reason
+    if tokens.device.type != "cuda":
+        return f"tensors are on {tokens.device.type}, expected cuda"
+    return _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS) or _why_not_cuda_kernel(query, tokens)
 
 
 OPERATOR = register(
     "single_query_attention",
+    Implementation("cuda", _define("cuda"), _cuda_can_run, automatic=False),
     Implementation("triton", _define_triton(), _triton_can_run, automatic=False),
     Implementation("cpu", _define("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda query, tokens, extra_token: None),

@@ -1,0 +1,11 @@
+// What an operator's kernels can take on a GPU, for the operator's own file and for Python.
+#pragma once
+
+#include <stdint.h>
+
+namespace tokenfusion {
+
+// The largest C for Q queries, in a dtype of this many bytes; 0 where there is none.
+int64_t single_query_attention_cuda_max_channels(int64_t queries, int64_t itemsize, int64_t device);
+
+}  // namespace tokenfusion

@@ -1,0 +1,186 @@
+
+#include <ATen/ceil_div.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "limits.h"
+#include "single_query_attention_launch.h"
+
+namespace tokenfusion {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kBlocksPerMultiprocessor = 2;
+constexpr int64_t kMinRowsPerBlock = 64;    // a block does not pay for less
+constexpr int64_t kMaxRowsPerBlock = 8192;  // a longer sum would lose precision
+constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
+
+int64_t attribute(cudaDeviceAttr name, int device) {
+  int value;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+SingleQueryAttentionDtype dtype_of(const Tensor& tokens) {
+  switch (tokens.scalar_type()) {
+    case at::kFloat:
+      return SingleQueryAttentionDtype::kFloat32;
+    case at::kHalf:
+      return SingleQueryAttentionDtype::kFloat16;
+    case at::kBFloat16:
+      return SingleQueryAttentionDtype::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "tokens: got dtype ", tokens.scalar_type(), ", expected float32, float16 or bfloat16");
+  }
+}
+
+bool has_aligned_rows(const Tensor& tensor) {
+  bool aligned = tensor.stride(-1) == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i < tensor.dim() - 1; ++i)
+    aligned = aligned && (tensor.size(i) == 1 || tensor.stride(i) * tensor.element_size() % 16 == 0);
+  return aligned;
+}
+
+Tensor with_contiguous_rows(const Tensor& small) { return small.stride(-1) == 1 ? small : small.contiguous(); }
+
+OptionalTensor with_aligned_rows(const OptionalTensor& small) {
+  if (!small || has_aligned_rows(*small)) return small;
+  return small->clone(at::MemoryFormat::Contiguous);
+}
+
+// Blocks that share an image's rows: more than one where the images are too few to fill the GPU.
+int64_t count_splits(int64_t batch, int64_t rows, int device) {
+  const int64_t blocks = kBlocksPerMultiprocessor * attribute(cudaDevAttrMultiProcessorCount, device);
+  return std::max(
+      {int64_t(1), std::min(blocks / batch, rows / kMinRowsPerBlock), at::ceil_div(rows, kMaxRowsPerBlock)});
+}
+
+// Of tensors that hold something.
+SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
+                                       bool normalize, double eps) {
+  TORCH_CHECK_VALUE(has_aligned_rows(tokens), "tokens: got strides ", tokens.strides(), " and address ",
+                    tokens.const_data_ptr(),
+                    ", expected a contiguous innermost dimension and rows aligned to 16 bytes");
+  const int64_t most =
+      single_query_attention_cuda_max_channels(query.size(1), tokens.element_size(), tokens.get_device());
+  TORCH_CHECK_VALUE(tokens.size(2) % 16 == 0 && tokens.size(2) <= most, "tokens: got C = ", tokens.size(2),
+                    ", expected a multiple of 16 up to ", most, " for Q = ", query.size(1));
+  SingleQueryAttentionParams p{};
+  const int64_t rows = tokens.size(1) + extra_token.has_value(),
+                splits = count_splits(tokens.size(0), rows, tokens.get_device());
+  TORCH_CHECK_VALUE(rows < kMaxBlocks / 2 && tokens.size(0) * std::max(splits, query.size(1)) <= kMaxBlocks,
+                    "tokens: got shape ", tokens.sizes(), ", expected fewer tokens or a smaller batch");
+  p.query = query.const_data_ptr();
+  p.query_batch_stride = query.stride(0);
+  p.query_stride = query.stride(1);
+  p.tokens = tokens.const_data_ptr();
+  p.tokens_batch_stride = tokens.stride(0);
+  p.tokens_stride = tokens.stride(1);
+  if (extra_token) {
+    p.extra_token = extra_token->const_data_ptr();
+    p.extra_token_stride = extra_token->stride(0);
+  }
+  p.batch = tokens.size(0);
+  p.rows = rows;
+  p.channels = tokens.size(2);
+  p.queries = query.size(1);
+  p.splits = splits;
+  p.normalize = normalize;
+  p.eps = eps;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, const OptionalTensor& extra_token_,
+                                   bool normalize, double eps) {
+  const c10::cuda::CUDAGuard guard(tokens.device());
+  const SingleQueryAttentionDtype dtype = dtype_of(tokens);
+  const Tensor query = with_contiguous_rows(query_);
+  const OptionalTensor extra_token = with_aligned_rows(extra_token_);
+  const auto float32 = query.options().dtype(at::kFloat);
+  Tensor context = at::empty(query.sizes(), query.options());
+  Tensor log_sum_exp = at::empty({query.size(0), query.size(1)}, float32);
+  if (context.numel() == 0) return {context, log_sum_exp};
+  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, normalize, eps);
+  p.context = context.data_ptr();
+  p.log_sum_exp = log_sum_exp.data_ptr<float>();
+  Tensor partial;  // contexts, maxima, sums
+  if (p.splits > 1) {
+    const int64_t parts = int64_t(p.batch) * p.splits * p.queries;
+    partial = at::empty({parts * (p.channels + 2)}, float32);
+    p.partial_context = partial.data_ptr<float>();
+    p.partial_max = p.partial_context + parts * p.channels;
+    p.partial_sum = p.partial_max + parts;
+  }
+  C10_CUDA_CHECK(run_single_query_attention_forward(p, dtype, c10::cuda::getCurrentCUDAStream()));
+  return {context, log_sum_exp};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const Tensor& query_, const Tensor& tokens,
+                                            const OptionalTensor& extra_token_, const Tensor& context_,
+                                            const Tensor& log_sum_exp_, bool normalize, double eps,
+                                            std::array<bool, 3> needed) {
+  const c10::cuda::CUDAGuard guard(tokens.device());
+  const SingleQueryAttentionDtype dtype = dtype_of(tokens);
+  const Tensor query = with_contiguous_rows(query_);
+  const OptionalTensor extra_token = with_aligned_rows(extra_token_);
+  const Tensor grad_context = grad_context_.contiguous(), context = context_.contiguous();
+  const Tensor log_sum_exp = log_sum_exp_.contiguous();
+  const auto gradient = [](bool wanted, const Tensor& like) {
+    return wanted ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
+  };
+  Tensor grad_query = gradient(needed[0], query);
+  Tensor grad_tokens = gradient(needed[1], tokens);
+  Tensor grad_extra_token = gradient(needed[2], extra_token.value_or(query));
+  if (query.numel() == 0) {
+    for (const Tensor& grad : {grad_query, grad_tokens, grad_extra_token}) grad.zero_();
+    return {grad_query, grad_tokens, grad_extra_token};
+  }
+  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, normalize, eps);
+  p.context = context.data_ptr();
+  p.log_sum_exp = log_sum_exp.data_ptr<float>();
+  p.grad_context = grad_context.const_data_ptr();
+  Tensor partial;
+  if (needed[0]) {
+    p.grad_query = grad_query.data_ptr();
+    if (p.splits > 1) {
+      partial = at::empty({p.batch, p.splits, p.queries, p.channels}, query.options().dtype(at::kFloat));
+      p.partial_grad_query = partial.data_ptr<float>();
+    }
+  }
+  if (needed[1]) p.grad_tokens = grad_tokens.data_ptr();
+  if (needed[2]) p.grad_extra_token = grad_extra_token.data_ptr();
+  C10_CUDA_CHECK(run_single_query_attention_backward(p, dtype, c10::cuda::getCurrentCUDAStream()));
+  return {grad_query, grad_tokens, grad_extra_token};
+}
+
+}  // namespace
+
+int64_t single_query_attention_cuda_max_channels(int64_t queries, int64_t itemsize, int64_t device) {
+  typedef SingleQueryAttentionPlan Plan;
+  if (queries > Plan::kMaxQueries) return 0;
+  const int64_t available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, int(device));
+  int64_t channels = Plan::kSlab * Plan::max_warps(Plan::query_tiles_for(int(queries)), int(itemsize));
+  while (channels > 0 && single_query_attention_shared_bytes(int(channels), int(queries), int(itemsize)) > available)
+    channels -= Plan::kSlab;
+  return channels;
+}
+
+TORCH_LIBRARY_IMPL(tokenfusion, CUDA, library) {
+  library.impl("single_query_attention_cuda", forward);
+  library.impl("single_query_attention_backward_cuda", backward);
+}
+
+}  // namespace tokenfusion
