@@ -64,7 +64,7 @@ def extension(with_cuda: bool) -> Extension:
         "tokenfusion._C",
         [*HOST_SOURCES, *CUDA_HOST_SOURCES, *CUDA_SOURCES],
         define_macros=[("TOKENFUSION_WITH_CUDA", None)],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": cxx, "nvcc": plan.NVCC_FLAGS},
         extra_link_args=openmp,
     )
 

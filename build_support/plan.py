@@ -14,6 +14,7 @@ from pathlib import Path
 SWITCHES = {"cpp": "TOKENFUSION_CPP", "cuda": "TOKENFUSION_CUDA"}
 TITLES = {"cpp": "C++ extension", "cuda": "CUDA kernels"}
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+NVCC_FLAGS = ["-O3"]
 
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 _ISA_FLAGS = {"default": [], "avx2": ["-mavx2", "-mfma"], "avx512": _AVX512}

@@ -195,15 +195,24 @@ struct Matrix<float> {
   }
 };
 
-// Four numbers next to each other, times scale.
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T x[4];
+};
+
+// Four numbers next to each other, aligned as one.
+template <typename T>
+TF_DEVICE void load_four(float (&x)[4], const T* from) {
+  const Four<T> four = *reinterpret_cast<const Four<T>*>(from);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = to_float(four.x[i]);
+}
 template <typename T>
 TF_DEVICE void store_four(T* to, const float (&x)[4], float scale) {
-  struct alignas(4 * sizeof(T)) Four {
-    T x[4];
-  } four;
+  Four<T> four;
 #pragma unroll
   for (int i = 0; i < 4; ++i) four.x[i] = from_float<T>(x[i] * scale);
-  *reinterpret_cast<Four*>(to) = four;
+  *reinterpret_cast<Four<T>*>(to) = four;
 }
 
 TF_DEVICE bool holds_row_sums() { return lane_index() % 4 == lane_index() / 8; }

@@ -118,6 +118,7 @@ struct Kernel {
   static constexpr int kVector = 16 / sizeof(T);        // elements of 16 bytes
   static constexpr int kRowVectors = kSlab / kVector;   // of a warp's part of a row
   static constexpr int kRowsAtOnce = 32 / kRowVectors;  // that a warp copies with one instruction
+  static constexpr int kWeighingWarps = kQueries / 2;   // at most: each weighs two queries at a time
   static constexpr int kProducts = kBackward ? 2 * kQueryTiles : kQueryTiles;
   static constexpr bool kAlwaysShift = sizeof(T) == 4;  // else where t - shift is exact for nearly all t
 
@@ -128,6 +129,7 @@ struct Kernel {
   int units;                                     // of 16 channels that this warp has
   int image, split, first_tile, end_tile;
   const T *tokens, *extra_token;
+  float per_channel, per_shift_channel;  // 1 / count
 
   TF_DEVICE Kernel(const Params& params, const Plan& plan_, char* memory) : p(params), plan(plan_) {
     warps = plan.warps, groups = plan.groups;
@@ -139,6 +141,8 @@ struct Kernel {
     image = block_index() / p.splits, split = block_index() % p.splits;
     const int tiles = (p.rows + kTile - 1) / kTile;
     first_tile = int(tiles * split / p.splits) + group, end_tile = int(tiles * (split + 1) / p.splits);
+    per_channel = 1.0f / p.channels;
+    per_shift_channel = 1.0f / (8 * kVector < p.channels ? 8 * kVector : p.channels);
     tokens = static_cast<const T*>(p.tokens) + image * p.tokens_batch_stride;
     extra_token =
         p.extra_token == nullptr ? nullptr : static_cast<const T*>(p.extra_token) + image * p.extra_token_stride;
@@ -188,8 +192,7 @@ struct Kernel {
 
   // A number near each row's mean, from the first channels of the tile: subtracted where that keeps what is
   // significant.
-  TF_DEVICE void choose_shift(int tile) {
-    const int stage = (tile - first_tile) / groups % plan.stages;
+  TF_DEVICE void choose_shift(int stage, T* shift) {
     for (int item = thread; item < 8 * kTile; item += 32 * warps) {
       const int row = item / 8, column = item % 8 * kVector;
       const bool there = column < p.channels;
@@ -197,16 +200,14 @@ struct Kernel {
       float x[kVector], sum = 0, square = 0;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) sum += x[i] = there ? to_float(from[i]) : 0;
-      const float count = 8 * kVector < p.channels ? 8 * kVector : p.channels;
-      const float mean = sum_lanes<8>(sum) / count;
+      const float mean = sum_lanes<8>(sum) * per_shift_channel;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) square += there ? (x[i] - mean) * (x[i] - mean) : 0;
-      const float variance = sum_lanes<8>(square) / count;
+      const float variance = sum_lanes<8>(square) * per_shift_channel;
       const bool wanted = kAlwaysShift || mean * mean > 16 * variance;
-      if (item % 8 == 0) s.shift[tile_parity(tile) * kTile + row] = from_float<T>(wanted ? mean : 0);
+      if (item % 8 == 0) shift[row] = from_float<T>(wanted ? mean : 0);
     }
   }
-  TF_DEVICE int tile_parity(int tile) const { return (tile - first_tile) / groups % 2; }
 
   TF_DEVICE float* score(int of_warp, int k, int row) const {
     return s.scores + (of_warp * Memory::kScores + k) * Memory::kScorePitch + row;
@@ -264,8 +265,8 @@ struct Kernel {
   TF_DEVICE Row make_row(int tile, int row) const {
     Row r{tile * kTile + row < p.rows, 0, 1, 1};
     if (p.normalize) {
-      r.rest = sum_of_warps(Memory::kScores - 2, row) / p.channels;
-      const float variance = sum_of_warps(Memory::kScores - 1, row) / p.channels - r.rest * r.rest;
+      r.rest = sum_of_warps(Memory::kScores - 2, row) * per_channel;
+      const float variance = sum_of_warps(Memory::kScores - 1, row) * per_channel - r.rest * r.rest;
       r.rstd = 1 / sqrtf((variance < 0 ? 0 : variance) + p.eps);
     }
     if (!r.there) r.rest = r.rstd = 0;
@@ -330,22 +331,25 @@ struct Kernel {
     direction.begin();
     wait_copies(plan.stages - 2);
     block_barrier();
-    if (p.normalize && first_tile < end_tile) choose_shift(first_tile);
+    if (p.normalize && first_tile < end_tile) choose_shift(0, s.shift);
     int stage = 0;
+    T *shift = s.shift, *next_shift = s.shift + kTile;
     for (int tile = first_tile; tile < end_tile; tile += groups) {
       T* const mine = slab(stage);
-      const T* const shift = s.shift + tile_parity(tile) * kTile;
+      const int next_stage = stage + 1 == plan.stages ? 0 : stage + 1;
       group_barrier();
       fetch(tile + (plan.stages - 1) * groups, stage == 0 ? plan.stages - 1 : stage - 1);
       write_partial_scores(mine, shift);
       group_barrier();
-      direction.weigh(tile, shift);
+      if (warp < kWeighingWarps) direction.weigh(tile, shift);
       wait_copies(plan.stages - 2);
       group_barrier();
       accumulate(mine, shift, sums);
       direction.write_gradients(tile, mine);
-      if (p.normalize && tile + groups < end_tile) choose_shift(tile + groups);
-      stage = stage + 1 == plan.stages ? 0 : stage + 1;
+      if (p.normalize && tile + groups < end_tile) choose_shift(next_stage, next_shift);
+      stage = next_stage;
+      T* const used = shift;
+      shift = next_shift, next_shift = used;
     }
     wait_copies(0);
     group_barrier();
@@ -370,7 +374,7 @@ struct Forward : Kernel<T, kQueryTiles, false> {
     }
   }
 
-  // Online softmax: a warp takes two queries at a time, each by 16 lanes, one a row.
+  // Online softmax; each query is weighed by 16 lanes, one a row.
   TF_DEVICE void weigh(int tile, const T*) {
     const int row = lane % 16;
     const typename Base::Row r = this->make_row(tile, row);
@@ -454,7 +458,7 @@ struct Backward : Kernel<T, kQueryTiles, true> {
     for (int q = thread; q < kQueries; q += 32 * warps) s.correction[q] = s.excess[q] = 0;
   }
 
-  // Weights and gradients of the scores: a warp takes two queries at a time, each by 16 lanes, one a row.
+  // Weights and gradients of the scores; each query is weighed by 16 lanes, one a row.
   TF_DEVICE void weigh(int tile, const T* shift) {
     const int row = lane % 16;
     const typename Base::Row r = this->make_row(tile, row);
@@ -497,12 +501,12 @@ struct Backward : Kernel<T, kQueryTiles, true> {
     if (p.normalize) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        for (int w = 0; w < warps; ++w) {
+        for (int w = 0; w < warps && w < Base::kWeighingWarps; ++w) {
           mean[i] += s.row_sums[2 * w * kTile + row + 8 * i];
           slope[i] += s.row_sums[(2 * w + 1) * kTile + row + 8 * i];
         }
         rstd[i] = s.rstd[row + 8 * i], centre[i] = s.mean[row + 8 * i];
-        mean[i] /= p.channels, slope[i] *= rstd[i] / p.channels;
+        mean[i] *= this->per_channel, slope[i] *= rstd[i] * this->per_channel;
       }
     }
     typename M::A pairs[kQueryTiles];
@@ -590,8 +594,10 @@ TF_DEVICE void combine_forward(const Params& p) {
     for (int i = 0; i < p.splits; ++i) {
       const int64_t row = first + i * p.queries;
       const float weight = expf(p.partial_max[row] - origin);
+      float part[4];
+      load_four(part, p.partial_context + row * p.channels + c);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] += weight * p.partial_context[row * p.channels + c + j];
+      for (int j = 0; j < 4; ++j) sums[j] += weight * part[j];
     }
     store_four(static_cast<T*>(p.context) + block_index() * p.channels + c, sums, 1 / total);
   }
@@ -605,8 +611,10 @@ TF_DEVICE void combine_backward(const Params& p) {
     float sums[4] = {};
     for (int i = 0; i < p.splits; ++i) {
       const int64_t row = (image * p.splits + i) * p.queries + q;
+      float part[4];
+      load_four(part, p.partial_grad_query + row * p.channels + c);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] += p.partial_grad_query[row * p.channels + c + j];
+      for (int j = 0; j < 4; ++j) sums[j] += part[j];
     }
     store_four(static_cast<T*>(p.grad_query) + block_index() * p.channels + c, sums, 1);
   }

@@ -61,7 +61,7 @@ def _library() -> ctypes.CDLL:
     sources = ROOT / "tests/cuda_emulation"
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{ROOT}/csrc/cuda", f"-I{sources}"]
     command = [COMPILER, *flags, str(sources / "single_query_attention.cpp"), "-o", str(folder / "emulated.so")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(folder / "emulated.so"))
     shutil.rmtree(folder)
