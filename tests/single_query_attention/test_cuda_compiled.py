@@ -113,5 +113,7 @@ def test_nothing_is_atomic_or_spilled(compiled):
         assert len(usage) == len(ELEMENTS) * (len(QUERY_TILES) + 1), key  # and one that combines the splits
         for name, numbers in usage.items():
             assert numbers["spilled"] == 0, (key, name, numbers)
-            atomic = [text for _, text in functions[name] if re.search(r"\b(ATOM|ATOMG|ATOMS|RED|REDG|LDL|STL)\b", text)]
+            atomic = [
+                text for _, text in functions[name] if re.search(r"\b(ATOM|ATOMG|ATOMS|RED|REDG|LDL|STL)\b", text)
+            ]
             assert not atomic, (key, name)
