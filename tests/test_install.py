@@ -338,11 +338,14 @@ def test_nvcc_is_looked_for_in_cuda_home_alone_where_it_is_set(monkeypatch, tmp_
     assert plan.find_nvcc() is None
 
 
-@needs_compiler
-@pytest.mark.skipif(
+needs_nvcc = pytest.mark.skipif(
     plan.cuda_obstacle(["op.cu"], None, torch.__version__, torch.version.cuda, plan.find_nvcc()) is not None,
     reason="no nvcc that suits this torch",
 )
+
+
+@needs_compiler
+@needs_nvcc
 def test_cuda_sources_are_compiled_into_the_extension(environment, sources):
     (sources / "csrc" / "cuda").mkdir()
     (sources / "csrc" / "cuda" / "probe.cu").write_text(
@@ -353,4 +356,16 @@ def test_cuda_sources_are_compiled_into_the_extension(environment, sources):
     build = environment.info()["build"]
     assert build["cuda"]["built"]
     assert build["cuda"]["archs"] == ["9.0+PTX"]
+    assert environment.execute("import torch, tokenfusion._C as c; print(c.capability())").strip() == "default"
+
+
+@needs_compiler
+@needs_nvcc
+def test_cuda_sources_that_do_not_compile_leave_out_themselves_alone(environment, sources):
+    (sources / "csrc" / "cuda").mkdir()
+    (sources / "csrc" / "cuda" / "probe.cu").write_text("#error broken\n")
+    environment.install("--no-build-isolation", sources)
+    build = environment.info()["build"]
+    assert "the compilation failed" in build["cuda"]["reason"]
+    assert build["cpp"]["built"], build["cpp"]["reason"]
     assert environment.execute("import torch, tokenfusion._C as c; print(c.capability())").strip() == "default"

@@ -620,11 +620,12 @@ TF_DEVICE void combine_backward(const Params& p) {
   }
 }
 
-// The block for these sizes, in at most `most_bytes` of shared memory where that is possible.
+// The block for these sizes, in at most `most_bytes` of shared memory where that is possible, and such that a
+// multiprocessor takes two where its registers do.
 template <typename T, int kQueryTiles, bool kBackward>
 Plan make_plan(const Params& p, int64_t most_bytes) {
-  constexpr int kWarpsEnough = 8, kStagesEnough = 4;
-  constexpr int64_t kTwoBlocksFit = 100 << 10;
+  constexpr int kWarpsEnough = 8, kStagesEnough = 4, kTwoBlocksThreads = 256;
+  constexpr int64_t kTwoBlocksBytes = 100 << 10;
   constexpr int kMaxWarps = Plan::max_warps(kQueryTiles, sizeof(T));
   const int tiles = (p.rows + kTile - 1) / kTile / p.splits;
   Plan plan;
@@ -632,11 +633,18 @@ Plan make_plan(const Params& p, int64_t most_bytes) {
   plan.groups = (kWarpsEnough < kMaxWarps ? kWarpsEnough : kMaxWarps) / plan.warps;
   if (plan.groups > tiles) plan.groups = tiles;
   if (plan.groups < 1) plan.groups = 1;
-  for (plan.stages = kStagesEnough;; --plan.stages) {
+  plan.stages = kStagesEnough;
+  for (;;) {
     Shared<T, kQueryTiles, kBackward> shared;
     plan.shared_bytes = shared.layout(nullptr, plan.warps, plan.groups, plan.stages, 0);
-    const bool fits = plan.shared_bytes <= kTwoBlocksFit && plan.shared_bytes <= most_bytes;
-    if (fits || plan.stages == 2) return plan;
+    const bool alone = plan.stages == 2 || plan.threads() > kTwoBlocksThreads;
+    if (plan.shared_bytes <= most_bytes && (alone || plan.shared_bytes <= kTwoBlocksBytes)) return plan;
+    if (plan.stages > 2)
+      --plan.stages;
+    else if (plan.groups > 1)
+      --plan.groups;
+    else
+      return plan;
   }
 }
 

@@ -60,3 +60,12 @@ extern "C" void run_single_query_attention(const Params* p, int dtype, int backw
       run<decltype(variant), false>(*p, groups, stages, options);
   });
 }
+
+extern "C" int64_t plan_single_query_attention(const Params* p, int dtype, int backward, int64_t most_bytes) {
+  return with_variant(SingleQueryAttentionDtype(dtype), p->queries, [&](auto variant) {
+    typedef decltype(variant) V;
+    const Plan plan = backward ? make_plan<typename V::Element, V::query_tiles, true>(*p, most_bytes)
+                               : make_plan<typename V::Element, V::query_tiles, false>(*p, most_bytes);
+    return plan.shared_bytes;
+  });
+}

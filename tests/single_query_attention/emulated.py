@@ -64,8 +64,16 @@ def _library() -> ctypes.CDLL:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(folder / "emulated.so"))
+    library.plan_single_query_attention.restype = ctypes.c_int64
     shutil.rmtree(folder)
     return library
+
+
+def planned_bytes(channels: int, queries: int, rows: int, dtype: torch.dtype, backward: bool, most: int) -> int:
+    """Shared memory of the block that is launched where there are `most` bytes."""
+    params = _Params(channels=channels, queries=queries, rows=rows, splits=1)
+    arguments = ctypes.byref(params), DTYPES.index(dtype), int(backward), ctypes.c_int64(most)
+    return _library().plan_single_query_attention(*arguments)
 
 
 @dataclass

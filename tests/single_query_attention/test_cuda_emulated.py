@@ -9,7 +9,7 @@ import torch
 
 from tests.parity import assert_parity
 from tests.single_query_attention.cases import check_parity, make_inputs, with_gradients
-from tests.single_query_attention.emulated import COMPILER, DTYPES, Emulated
+from tests.single_query_attention.emulated import COMPILER, DTYPES, Emulated, planned_bytes
 from tokenfusion.kernels.single_query_attention import reference
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler ({COMPILER})")
@@ -32,6 +32,18 @@ def test_any_channels_and_queries(channels, queries, normalize, dtype):
 @pytest.mark.parametrize("tokens", [1, 7, 15, 16, 17, 65, 197])
 def test_any_number_of_tokens(tokens, extra, dtype):
     check_parity(Emulated(), make_inputs(2, 3, tokens, 32, dtype=dtype, extra=extra), normalize=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+def test_a_block_fits_where_its_smallest_form_does(kilobytes, dtype):
+    most = kilobytes * 1024
+    for queries, widest in ((8, 1024), (16, 768 if dtype == torch.float32 else 1024), (32, 512)):
+        fitting = [c for c in range(64, widest + 1, 64) if planned_bytes(c, queries, 1, dtype, True, most) <= most]
+        assert fitting
+        for channels in fitting:
+            for backward in (False, True):
+                assert planned_bytes(channels, queries, 4000, dtype, backward, most) <= most
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
