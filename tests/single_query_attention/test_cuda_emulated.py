@@ -116,6 +116,13 @@ def test_tokens_of_any_mean_and_scale(mean, scale, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_what_all_tokens_share_does_not_reach_the_gradient_of_the_query(dtype):
+    query, tokens, extra_token, grad = make_inputs(2, 3, 100, 64, dtype=dtype, extra=True)
+    moved = (tokens.detach() + 30).requires_grad_()
+    check_parity(Emulated(), (query, moved, (extra_token.detach() + 30).requires_grad_(), grad))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_without_variance_and_with_outliers(dtype):
     query, tokens, extra_token, grad = make_inputs(2, 3, 50, 64, dtype=dtype, extra=True)
     tokens = tokens.detach()
