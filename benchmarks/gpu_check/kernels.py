@@ -21,7 +21,7 @@ import benchmarks
 import tokenfusion
 from benchmarks.problem import SmallCall
 from tokenfusion.kernels import triton_support
-from tokenfusion.kernels.dispatch import OPERATORS
+from tokenfusion.kernels.dispatch import OPERATORS, CannotRun
 
 GPU_BACKENDS = ("triton", "cuda")
 DEVICE = "cpu" if triton_support.INTERPRET else "cuda"
@@ -127,6 +127,8 @@ def _check(action: Callable[..., str], seconds: float) -> int:
                 result = action(call, on_device(call), seconds=(end - time.monotonic()) / (len(calls) - i))
             print(f"{name}: {result}", flush=True)
             ran += 1
+        except CannotRun as reason:
+            print(f"{name}: not run: {reason}")
         except Exception as error:  # noqa: BLE001  (one kernel that fails leaves the others to be checked)
             failures.append(f"{name}: {type(error).__name__}: {error}")
     print("\n".join([*failures, f"{ran} calls of kernels ran, {len(failures)} failed"]))

@@ -86,7 +86,8 @@ def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
     """Calls that reach every GPU kernel: with and without splits over the tokens, blocks of queries, unaligned rows."""
     for label, batch, queries, length, channels, extra, normalize, first in (
         ("split over the tokens", 2, 6, 197, 96, True, True, 0),
-        ("no split", 140, 3, 20, 8, False, False, 0),
+        ("no split", 300, 3, 20, 16, False, False, 0),
+        ("many queries", 1, 24, 18, 512, True, True, 0),
         ("blocks of queries", 1, 40, 18, 264, True, True, 0),
         ("unaligned rows", 2, 3, 50, 24, True, False, 4),
     ):

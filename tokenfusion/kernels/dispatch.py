@@ -22,6 +22,10 @@ _log = logging.getLogger("tokenfusion")
 _logged: set[tuple[str, str]] = set()
 
 
+class CannotRun(RuntimeError):
+    """The backend asked for by name cannot take a call."""
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One backend's form of an operator.
@@ -47,7 +51,7 @@ class Operator:
         """The implementation to run for these tensors under the backend in force.
 
         Raises:
-            RuntimeError: the backend asked for by name cannot run them; the message says why.
+            CannotRun: the backend asked for by name cannot run them; the message says why.
         """
         choice = _backend
         if torch.compiler._is_exporting_flag:  # is_exporting() says True in compiled code, too, in torch 2.11
@@ -63,7 +67,7 @@ class Operator:
                 reasons.append(f"{implementation.backend}: {reason}")
         if not reasons:
             reasons.append(f"{choice}: {self.name} has no {choice} implementation")
-        raise RuntimeError(f"tokenfusion.{self.name}: backend {choice!r} cannot run here: {'; '.join(reasons)}")
+        raise CannotRun(f"tokenfusion.{self.name}: backend {choice!r} cannot run here: {'; '.join(reasons)}")
 
 
 OPERATORS: dict[str, Operator] = {}
