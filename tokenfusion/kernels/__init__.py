@@ -1,5 +1,6 @@
 """The operators. Each has a folder: reference.py is its definition, op.py its checks, registration and autograd."""
 
+from tokenfusion.kernels.dynamic_mixing.op import dynamic_mixing
 from tokenfusion.kernels.single_query_attention.op import single_query_attention
 
-__all__ = ["single_query_attention"]
+__all__ = ["dynamic_mixing", "single_query_attention"]

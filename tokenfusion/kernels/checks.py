@@ -36,3 +36,13 @@ def autocast_like(leader: torch.Tensor, *others: torch.Tensor | None) -> tuple[t
         other.to(leader.dtype) if isinstance(other, torch.Tensor) and other.is_floating_point() else other
         for other in others
     )
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast, tensors in its dtype, as it does with those of a matrix product; float64 stays."""
+    leader = tensors[0]
+    if not isinstance(leader, torch.Tensor) or not torch.is_autocast_enabled(leader.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(leader.device.type)
+    lower = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in lower else t for t in tensors)

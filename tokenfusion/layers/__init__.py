@@ -1,6 +1,7 @@
 """Layers around the operators. They hold the parameters of the layers that they replace."""
 
 from tokenfusion.layers.crossvit import CrossAttentionBlock, MultiScaleBlock
+from tokenfusion.layers.dynamixer import DynaMixerBlock, DynaMixerOp
 from tokenfusion.layers.single_query_attention import SingleQueryAttention
 
-__all__ = ["CrossAttentionBlock", "MultiScaleBlock", "SingleQueryAttention"]
+__all__ = ["CrossAttentionBlock", "DynaMixerBlock", "DynaMixerOp", "MultiScaleBlock", "SingleQueryAttention"]

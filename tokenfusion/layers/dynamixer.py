@@ -1,0 +1,164 @@
+"""DynaMixer's operation and block (arXiv:2201.12083) around dynamic_mixing, with the official parameter names."""
+
+import torch
+from timm.layers import Mlp
+from torch import nn
+
+from tokenfusion.kernels import dynamic_mixing
+from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
+
+GENERATORS = ("dynamic", "random", "dense")
+
+
+class DynaMixerOp(nn.Module):
+    """Mixes the tokens of a sequence, DynaMixer's Eq. 5 to 7: compress, generate, softmax over sources, mix, project.
+
+    Args:
+        dim: channels D of a token.
+        seq_len: tokens N of a sequence.
+        num_head: segments S of the channels, each mixed by a matrix of its own.
+        reduced_dim: numbers d a token is compressed to for each segment.
+        generator: where the matrices come from: "dynamic", from all tokens of the sequence; or a generator of
+            Synthesizer (arXiv:2005.00743; DynaMixer's Table 6), "random": parameters, the same for every input;
+            "dense": the row of a target from that token alone, by two linear layers.
+
+    Raises:
+        ValueError: num_head does not divide dim; an unknown generator; a size below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        seq_len: int,
+        num_head: int,
+        reduced_dim: int = 2,
+        *,
+        generator: str = "dynamic",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        sizes = dict(dim=dim, seq_len=seq_len, num_head=num_head, reduced_dim=reduced_dim)
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: got {size}, expected at least 1")
+        if dim % num_head:
+            raise ValueError(f"num_head: got {num_head}, expected a divisor of dim = {dim}")
+        if generator not in GENERATORS:
+            raise ValueError(f"generator: got {generator!r}, expected one of {', '.join(map(repr, GENERATORS))}")
+        made = dict(device=device, dtype=dtype)
+        self.dim, self.seq_len, self.num_head, self.reduced_dim = dim, seq_len, num_head, reduced_dim
+        self.generator = generator
+        if generator == "dynamic":
+            self.compress = nn.Linear(dim, num_head * reduced_dim, **made)
+            self.generate = nn.Linear(seq_len * reduced_dim, seq_len * seq_len, **made)
+        elif generator == "random":
+            self.logits = nn.Parameter(torch.empty(num_head, seq_len, seq_len, **made))
+            nn.init.trunc_normal_(self.logits, std=0.02)
+        else:
+            self.generate = Mlp(dim, dim, num_head * seq_len, act_layer=nn.ReLU, **made)
+        self.out = nn.Linear(dim, dim, **made)
+
+    def mix(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Mixes along dimension dim of x [B, H, W, D], 1 or 2, without the output projection.
+
+        Raises:
+            ValueError: another number of tokens or channels than the layer was made for.
+        """
+        if x.shape[dim] != self.seq_len or x.shape[3] != self.dim:
+            raise ValueError(
+                f"x: got shape {list(x.shape)}, expected N = {self.seq_len} tokens along dimension {dim} and "
+                f"D = {self.dim} channels"
+            )
+        if self.generator == "dynamic":
+            weights = self.compress.weight, self.compress.bias, self.generate.weight, self.generate.bias
+            return dynamic_mixing(x, *weights, segments=self.num_head, dim=dim)
+        x = x.movedim(dim, 2)
+        return apply_mixing(x, self._synthesized(x)).movedim(2, dim)
+
+    def _synthesized(self, x: torch.Tensor) -> torch.Tensor:
+        """Synthesizer's mixing matrices [..., S, source, target] for lines x [..., N, D]."""
+        if self.generator == "random":
+            return self.logits.softmax(dim=-2)
+        logits = self.generate(x).unflatten(-1, (self.num_head, self.seq_len))  # [..., target, S, source]
+        return logits.softmax(dim=-1).movedim(-3, -1).transpose(-3, -2)  # to [..., S, source, target]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return self.out(self.mix(x.unsqueeze(1), 2).squeeze(1))
+
+
+class DynaMixerBlock(nn.Module):
+    """Mixes tokens along columns and rows, and channels, and adds up the three with weights of their own.
+
+    DynaMixer's block (Fig. 2 and 3.2) with its reweighting: of the mean over positions of the sum of the parts, a
+    two-layer network makes a softmax over the parts for each channel. Parts that are left out take their share of the
+    network's outputs with them.
+
+    Args:
+        dim: channels D.
+        resolution: tokens (H, W) of an image, or one number for both.
+        num_head, reduced_dim, generator: as in `DynaMixerOp`.
+        row_mixing, column_mixing, channel_mixing: which parts there are (Table 8). Row mixing is along W (`mix_w`),
+            column mixing along H (`mix_h`), channel mixing a linear layer (`mlp_c`).
+        reweighting: weigh the parts; False is the plain sum, Eq. 9.
+        shared: one operation, `mix_h`, for both directions.
+
+    Raises:
+        ValueError: as DynaMixerOp; no part at all; shared for a resolution that is not square or without both
+            directions.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        resolution: int | tuple[int, int] = 32,
+        num_head: int = 8,
+        reduced_dim: int = 2,
+        *,
+        generator: str = "dynamic",
+        row_mixing: bool = True,
+        column_mixing: bool = True,
+        channel_mixing: bool = True,
+        reweighting: bool = True,
+        shared: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+        parts = row_mixing + column_mixing + channel_mixing
+        if parts == 0:
+            raise ValueError("row_mixing, column_mixing, channel_mixing: got False for all, expected one at least")
+        if shared and (height != width or not (row_mixing and column_mixing)):
+            raise ValueError(
+                f"shared: got True for resolution {(height, width)}, row_mixing {row_mixing} and column_mixing "
+                f"{column_mixing}, expected H = W and both directions"
+            )
+        made = dict(device=device, dtype=dtype)
+
+        def op(length: int) -> DynaMixerOp:
+            return DynaMixerOp(dim, length, num_head, reduced_dim, generator=generator, **made)
+
+        self.dim, self.resolution, self.shared = dim, (height, width), shared
+        self.mix_h = op(height) if column_mixing else None
+        self.mix_w = op(width) if row_mixing and not shared else None
+        self.mlp_c = nn.Linear(dim, dim, bias=False, **made) if channel_mixing else None
+        self.reweight = Mlp(dim, dim // 4, dim * parts, **made) if reweighting and parts > 1 else None
+        self.proj = nn.Linear(dim, dim, **made)
+
+    def _directions(self) -> list[tuple[DynaMixerOp, int]]:
+        """Each operation with the dimension that it mixes along."""
+        along_w = self.mix_h if self.shared else self.mix_w
+        return [(op, dim) for op, dim in ((self.mix_h, 1), (along_w, 2)) if op is not None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, W, D] -> [B, H, W, D]."""
+        outs = [op.out(op.mix(x, dim)) for op, dim in self._directions()]
+        if self.mlp_c is not None:
+            outs.append(self.mlp_c(x))
+        if self.reweight is None:
+            return self.proj(sum(outs))
+        shares = self.reweight(sum(outs).mean(dim=(1, 2))).unflatten(-1, (self.dim, len(outs)))
+        shares = shares.softmax(dim=-1)[:, None, None]  # [B, 1, 1, D, parts]
+        return self.proj(sum(out * shares[..., i] for i, out in enumerate(outs)))
