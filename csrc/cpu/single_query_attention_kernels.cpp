@@ -11,17 +11,6 @@ constexpr int kTile = 16;                      // tokens held in cache at a time
 constexpr int kPair = 2;                       // queries that share each load of a token
 constexpr int kVectors = TF_VECTOR_BYTES / 8;  // vectors of channels accumulated in registers together, at most
 
-template <typename T>
-struct Accumulator {
-  typedef float type;
-};
-template <>
-struct Accumulator<double> {
-  typedef double type;
-};
-
-TF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // Buffers of one thread. Channels are padded with zeros to whole vectors, queries to whole pairs. Rows lie an odd
 // number of cache lines apart, so that a column of them does not fall into one set of the cache.
 template <typename A>
@@ -60,37 +49,12 @@ int64_t scratch_bytes(int64_t channels, int64_t queries) {
   return Scratch<A>::layout(&s, nullptr, channels, queries);
 }
 
-// f(channel, how many lanes of the vector there are real) over the vectors of a row.
-template <typename A, typename F>
-TF_INLINE void each_vector(int64_t channels, F f) {
-  constexpr int lanes = VecOf<A>::lanes;
-  int64_t c = 0;
-  for (; c + lanes <= channels; c += lanes) f(c, lanes);
-  if (c < channels) f(c, channels - c);
-}
-
 // f(channel, Constant<how many vectors from there on>) over padded channels, widest first.
 template <typename A, int vectors = kVectors, typename F>
 TF_INLINE void each_block(int64_t channels, F f, int64_t c = 0) {
   constexpr int width = vectors * VecOf<A>::lanes;
   for (; c + width <= channels; c += width) f(c, Constant<vectors>());
   if constexpr (vectors > 1) each_block<A, vectors / 2>(channels, f, c);
-}
-
-template <typename T, typename A = typename Accumulator<T>::type>
-TF_INLINE Vec<A> load_lanes(const T* p, int64_t count) {
-  if (count == VecOf<A>::lanes) return load(p);
-  Vec<A> v{};
-  for (int i = 0; i < VecOf<A>::lanes; ++i)
-    if (i < count) v[i] = widen(p[i]);
-  return v;
-}
-
-template <typename T, typename A = typename Accumulator<T>::type>
-TF_INLINE void store_lanes(T* p, Vec<A> v, int64_t count) {
-  if (count == VecOf<A>::lanes) return store(p, v);
-  for (int i = 0; i < VecOf<A>::lanes; ++i)
-    if (i < count) narrow(p + i, v[i]);
 }
 
 // Copies rows into a zero-padded matrix of the accumulation type.

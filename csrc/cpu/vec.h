@@ -36,6 +36,16 @@ struct bf16 {
   uint16_t bits;
 };
 
+// What sums of T are held in.
+template <typename T>
+struct Accumulator {
+  typedef float type;
+};
+template <>
+struct Accumulator<double> {
+  typedef double type;
+};
+
 template <typename T>
 struct VecOf;
 
@@ -215,6 +225,33 @@ TF_INLINE Vec<T> sum_each(Vec<T> (&v)[VecOf<T>::lanes]) {
       v[i] = shuffle<T>(v[2 * i], v[2 * i + 1], low) + shuffle<T>(v[2 * i], v[2 * i + 1], high);
     return sum_each<T, width / 2>(v);
   }
+}
+
+TF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// f(channel, how many lanes of the vector there are real) over the vectors of a row.
+template <typename A, typename F>
+TF_INLINE void each_vector(int64_t channels, F f) {
+  constexpr int lanes = VecOf<A>::lanes;
+  int64_t c = 0;
+  for (; c + lanes <= channels; c += lanes) f(c, lanes);
+  if (c < channels) f(c, channels - c);
+}
+
+template <typename T, typename A = typename Accumulator<T>::type>
+TF_INLINE Vec<A> load_lanes(const T* p, int64_t count) {
+  if (count == VecOf<A>::lanes) return load(p);
+  Vec<A> v{};
+  for (int i = 0; i < VecOf<A>::lanes; ++i)
+    if (i < count) v[i] = widen(p[i]);
+  return v;
+}
+
+template <typename T, typename A = typename Accumulator<T>::type>
+TF_INLINE void store_lanes(T* p, Vec<A> v, int64_t count) {
+  if (count == VecOf<A>::lanes) return store(p, v);
+  for (int i = 0; i < VecOf<A>::lanes; ++i)
+    if (i < count) narrow(p + i, v[i]);
 }
 
 }  // namespace

@@ -3,18 +3,125 @@
 import torch
 import torch.nn.functional as F
 
+from tokenfusion.kernels import extension
 from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.dynamic_mixing import reference
+from tokenfusion.kernels.dynamic_mixing.shapes import empty_gradients, empty_mean
+from tokenfusion.kernels.library import define, second_order
+
+MAX_TOKENS = 64
+MAX_REDUCED = 16
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+_SCHEMA = (
+    "(Tensor x, Tensor compressed, Tensor generate_weight, Tensor generate_bias, int segments, int dim, bool with_mean)"
+    " -> (Tensor mixed, Tensor mean)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_mixed, Tensor? grad_mean, Tensor x, Tensor compressed, Tensor generate_weight, Tensor generate_bias,"
+    " int segments, int dim, bool[4] needed)"
+    " -> (Tensor grad_x, Tensor grad_compressed, Tensor grad_generate_weight, Tensor grad_generate_bias)"
+)
 
 
-def _run_reference(x, compressed, generate_weight, generate_bias, segments, dim):
-    return reference.mix(x, compressed, generate_weight, generate_bias, segments=segments, dim=dim)
+def _fake(x, compressed, generate_weight, generate_bias, segments, dim, with_mean):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), empty_mean(x, with_mean)
+
+
+def _fake_backward(grad_mixed, grad_mean, x, compressed, generate_weight, generate_bias, segments, dim, needed):
+    return empty_gradients((x, compressed, generate_weight, generate_bias), needed)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.segments, ctx.dim, ctx.with_mean = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_through(backend: str):
+    def backward(ctx, grad_mixed, grad_mean):
+        tensors = ctx.saved_tensors
+        grad_mean = grad_mean if ctx.with_mean else None
+        if grad_mixed is None and grad_mean is None:
+            return (None,) * 7
+        if grad_mixed is None:
+            grad_mixed = torch.zeros((), dtype=tensors[0].dtype, device=tensors[0].device).expand_as(tensors[0])
+        needed = ctx.needs_input_grad[:4]
+        run_backward = getattr(torch.ops.tokenfusion, f"dynamic_mixing_backward_{backend}").default
+        grads = run_backward(grad_mixed, grad_mean, *tensors, ctx.segments, ctx.dim, needed)
+        return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None, None, None
+
+    return backward
+
+
+def _setup_double_backward(ctx, inputs, output):
+    grad_mixed, grad_mean, *tensors, ctx.segments, ctx.dim, ctx.needed = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_mixed, grad_mean, *tensors)
+
+
+def _double_backward(ctx, *grad_grads):
+    grad_mixed, grad_mean, *inputs = ctx.saved_tensors
+
+    def definition(*tensors):
+        return reference.mix(*tensors, segments=ctx.segments, dim=ctx.dim)
+
+    tokens = grad_mixed.shape[1] * grad_mixed.shape[2]
+    total = grad_mixed if grad_mean is None else grad_mixed + grad_mean[:, None, None] / tokens
+    wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
+    of_total, *grads = second_order(definition, total, inputs, wanted)
+    of_mean = None if grad_mean is None else of_total.mean(dim=(1, 2))
+    return of_total, of_mean, *grads, None, None, None
+
+
+def _define(backend: str):
+    define(
+        f"dynamic_mixing_backward_{backend}",
+        _BACKWARD_SCHEMA,
+        fake=_fake_backward,
+        setup_context=_setup_double_backward,
+        backward=_double_backward,
+    )
+    return define(
+        f"dynamic_mixing_{backend}",
+        _SCHEMA,
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=_backward_through(backend),
+    )
+
+
+def _run_reference(x, compressed, generate_weight, generate_bias, segments, dim, with_mean):
+    mixed = reference.mix(x, compressed, generate_weight, generate_bias, segments=segments, dim=dim)
+    return mixed, mixed.mean(dim=(1, 2)) if with_mean else empty_mean(x, with_mean)
+
+
+def _why_not_kernel(x, compressed, generate_weight, segments, dim, dtypes) -> str | None:
+    """What the kernels of every backend ask of a call."""
+    if x.dtype not in dtypes:
+        return f"dtype {x.dtype} is not supported"
+    if x.shape[dim] > MAX_TOKENS:
+        return f"N = {x.shape[dim]} is more than {MAX_TOKENS}"
+    if compressed.shape[3] > MAX_REDUCED * segments:
+        return f"d = {compressed.shape[3] // segments} is more than {MAX_REDUCED}"
+    if x.stride(3) != 1 or compressed.stride(3) != 1:
+        return "the innermost dimension of x is not contiguous"
+    return None
+
+
+def _cpu_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
+    if extension.why_not() is not None:
+        return extension.why_not()
+    if x.device.type != "cpu":
+        return f"tensors are on {x.device.type}, expected cpu"
+    return _why_not_kernel(x, compressed, generate_weight, segments, dim, _CPU_DTYPES)
 
 
 OPERATOR = register(
     "dynamic_mixing",
-    Implementation("reference", _run_reference, lambda *tensors: None),
+    Implementation("cpu", _define("cpu"), _cpu_can_run),
+    Implementation("reference", _run_reference, lambda *call: None),
 )
 
 
@@ -60,10 +167,15 @@ def mix(
     *,
     segments: int,
     dim: int,
-) -> torch.Tensor:
-    """dynamic_mixing after the compression, unchecked: x [B, H, W, D], compressed [B, H, W, S * d]."""
-    tensors = (x, compressed, generate_weight, generate_bias)
-    return OPERATOR.select(*tensors, segments, dim).run(*tensors, segments, dim)
+    with_mean: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dynamic_mixing after the compression, unchecked, for x [B, H, W, D] and compressed [B, H, W, S * d].
+
+    Returns:
+        mixed [B, H, W, D], and its mean over H and W, [B, D] (empty unless with_mean).
+    """
+    call = (x, compressed, generate_weight, generate_bias, segments, dim)
+    return OPERATOR.select(*call).run(*call, with_mean)
 
 
 def dynamic_mixing(
@@ -110,4 +222,4 @@ def dynamic_mixing(
     _check(x, dict(zip(names, weights, strict=True)), segments, dim)
     compress_weight, compress_bias, generate_weight, generate_bias = weights
     compressed = F.linear(x, compress_weight, compress_bias)
-    return mix(x, compressed, generate_weight, generate_bias, segments=segments, dim=dim)
+    return mix(x, compressed, generate_weight, generate_bias, segments=segments, dim=dim)[0]

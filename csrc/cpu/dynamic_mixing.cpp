@@ -1,0 +1,165 @@
+#include "dynamic_mixing.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <optional>
+#include <tuple>
+
+#include "isa.h"
+
+namespace tokenfusion {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kRowsPerTile = 16;  // rows of a product that share each read of the generator's weight, at least
+
+const DynamicMixingKernels::ForDtype& kernels_for(at::ScalarType dtype) {
+  const DynamicMixingKernels& kernels = TOKENFUSION_KERNELS(dynamic_mixing);
+  switch (dtype) {
+    case at::kFloat:
+      return kernels.float32;
+    case at::kBFloat16:
+      return kernels.bfloat16;
+    case at::kDouble:
+      return kernels.float64;
+    default:
+      TORCH_CHECK_TYPE(false, "x: got dtype ", dtype, ", expected float32, bfloat16 or float64");
+  }
+}
+
+at::ScalarType accumulation_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+DynamicMixingView view_of(const Tensor& tensor, int64_t dim) {
+  TORCH_CHECK_VALUE(tensor.stride(3) == 1 || tensor.size(3) == 1, "got strides ", tensor.strides(),
+                    ", expected a contiguous innermost dimension");
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(3 - dim), tensor.stride(dim)};
+}
+
+// The generator's weight in the accumulation dtype, its rows or its columns padded with zeros to whole panels.
+Tensor padded(const Tensor& weight, int64_t rows, int64_t columns, at::ScalarType dtype) {
+  return at::constant_pad_nd(weight.to(dtype), {0, columns - weight.size(1), 0, rows - weight.size(0)});
+}
+
+struct Call {
+  DynamicMixingParams p;
+  const DynamicMixingKernels::ForDtype& kernels;
+  at::TensorOptions accumulation;
+  int64_t outputs, inputs;  // N * N and N * d, rounded up to panels
+  Tensor weight_panels, bias;
+
+  Call(const Tensor& x, const Tensor& compressed, const Tensor& weight, const Tensor& bias_, int64_t segments,
+       int64_t dim)
+      : p{}, kernels(kernels_for(x.scalar_type())), accumulation(x.options().dtype(accumulation_dtype(x))) {
+    const int64_t panel = kernels.panel, depth = weight.size(1);
+    const auto dtype = accumulation_dtype(x);
+    outputs = at::divup(weight.size(0), panel) * panel;
+    inputs = at::divup(depth, panel) * panel;
+    weight_panels = padded(weight, outputs, depth, dtype).view({-1, panel, depth}).transpose(1, 2).contiguous();
+    bias = at::constant_pad_nd(bias_.to(dtype), {0, outputs - weight.size(0)});
+    p.x = view_of(x, dim);
+    p.compressed = view_of(compressed, dim);
+    p.weight_panels = weight_panels.const_data_ptr();
+    p.bias = bias.const_data_ptr();
+    p.batch = x.size(0);
+    p.lines = x.size(3 - dim);
+    p.tokens = x.size(dim);
+    p.channels = x.size(3);
+    p.segments = segments;
+    p.reduced = compressed.size(3) / segments;
+    p.tile = std::min(at::divup(kRowsPerTile, segments), at::divup(lines(), at::get_num_threads()));
+    p.tile = std::max<int64_t>(p.tile, 1);
+  }
+
+  int64_t lines() const { return p.batch * p.lines; }
+  int64_t tiles() const { return at::divup(lines(), p.tile); }
+
+  at::DataPtr scratch() const {
+    const int64_t bytes = kernels.scratch_bytes(p);
+    at::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
+    std::memset(memory.get(), 0, bytes);
+    return memory;
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& compressed, const Tensor& generate_weight,
+                                   const Tensor& generate_bias, int64_t segments, int64_t dim, bool with_mean) {
+  Call call(x, compressed, generate_weight, generate_bias, segments, dim);
+  DynamicMixingParams& p = call.p;
+  Tensor mixed = at::empty(x.sizes(), x.options());
+  p.mixed = view_of(mixed, dim);
+  Tensor line_sums;
+  if (with_mean) {
+    line_sums = at::empty({p.batch, p.lines, p.channels}, call.accumulation);
+    p.line_sums = line_sums.data_ptr();
+  }
+  at::parallel_for(0, call.tiles(), 1, [&](int64_t begin, int64_t end) {
+    const at::DataPtr scratch = call.scratch();
+    call.kernels.forward(p, begin * p.tile, std::min(end * p.tile, call.lines()), scratch.get());
+  });
+  if (!with_mean) return {mixed, at::empty({0}, x.options())};
+  return {mixed, line_sums.sum(1).div_(p.lines * p.tokens).to(x.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mixed_, const OptionalTensor& grad_mean_,
+                                                    const Tensor& x, const Tensor& compressed,
+                                                    const Tensor& generate_weight, const Tensor& generate_bias,
+                                                    int64_t segments, int64_t dim, std::array<bool, 4> needed) {
+  Call call(x, compressed, generate_weight, generate_bias, segments, dim);
+  DynamicMixingParams& p = call.p;
+  const Tensor grad_mixed = grad_mixed_.stride(3) == 1 ? grad_mixed_ : grad_mixed_.contiguous();
+  p.grad_mixed = view_of(grad_mixed, dim);
+  Tensor grad_mean, weight_rows, partial_weight, partial_bias;
+  if (grad_mean_) {
+    grad_mean = grad_mean_->to(call.accumulation.dtype()).div(p.lines * p.tokens).contiguous();
+    p.grad_mean = grad_mean.const_data_ptr();
+  }
+  const auto gradient = [](bool wanted, const Tensor& like) {
+    return wanted ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
+  };
+  Tensor grad_x = gradient(needed[0], x);
+  Tensor grad_compressed = gradient(needed[1], compressed);
+  if (needed[0]) p.grad_x = view_of(grad_x, dim);
+  if (needed[1]) {
+    p.grad_compressed = view_of(grad_compressed, dim);
+    weight_rows = padded(generate_weight, generate_weight.size(0), call.inputs, accumulation_dtype(x));
+    p.weight_rows = weight_rows.const_data_ptr();
+  }
+  p.parts = std::min<int64_t>(at::get_num_threads(), call.tiles());
+  if (needed[2] || needed[3]) {
+    partial_weight = at::zeros({p.parts, generate_weight.size(0), call.inputs}, call.accumulation);
+    partial_bias = at::zeros({p.parts, call.outputs}, call.accumulation);
+    p.grad_weight = partial_weight.data_ptr();
+    p.grad_bias = partial_bias.data_ptr();
+  }
+  at::parallel_for(0, p.parts, 1, [&](int64_t begin, int64_t end) {
+    const at::DataPtr scratch = call.scratch();
+    for (int64_t part = begin; part < end; ++part) call.kernels.backward(p, part, scratch.get());
+  });
+  const auto total = [&](bool wanted, const Tensor& partial, const Tensor& like) {
+    if (!wanted) return at::empty({0}, like.options());
+    return partial.sum(0).narrow(-1, 0, like.size(-1)).to(like.scalar_type()).contiguous();
+  };
+  return {grad_x, grad_compressed, total(needed[2], partial_weight, generate_weight),
+          total(needed[3], partial_bias, generate_bias)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tokenfusion, CPU, library) {
+  library.impl("dynamic_mixing_cpu", forward);
+  library.impl("dynamic_mixing_backward_cpu", backward);
+}
+
+}  // namespace tokenfusion
