@@ -1,13 +1,18 @@
 """DynaMixer's operation and block (arXiv:2201.12083) around dynamic_mixing, with the official parameter names."""
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import nn
 
 from tokenfusion.kernels import dynamic_mixing
+from tokenfusion.kernels.checks import autocast
+from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
+from tokenfusion.layers.weighted_parts import scaled_weights, sum_of_products, weighted_parts
 
 GENERATORS = ("dynamic", "random", "dense")
+_PIECE_BYTES = 2 << 20  # of the input of a block in inference, whose parts then stay in the cache
 
 
 class DynaMixerOp(nn.Module):
@@ -147,18 +152,91 @@ class DynaMixerBlock(nn.Module):
         self.reweight = Mlp(dim, dim // 4, dim * parts, **made) if reweighting and parts > 1 else None
         self.proj = nn.Linear(dim, dim, **made)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, W, D] -> [B, H, W, D]; under autocast in its dtype.
+
+        Raises:
+            ValueError: another number of tokens or channels than the block was made for.
+        """
+        if x.dim() != 4 or x.shape[1:] != (*self.resolution, self.dim):
+            raise ValueError(
+                f"x: got shape {list(x.shape)}, expected [B, {self.resolution[0]}, {self.resolution[1]}, {self.dim}]"
+            )
+        x, *weights = autocast(x, *self._weights())
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._run(x, *weights)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        images = min(len(x), max(1, _PIECE_BYTES // max(1, x[:1].nbytes))) if self.reweight else len(x)
+        matrices = x.new_empty(images if self.reweight else 1, *weights[0].shape)
+        for piece, target in zip(x.split(max(1, images)), out.split(max(1, images))):
+            self._run(piece, *weights, out=target, matrices=matrices)
+        return out
+
+    def _weights(self) -> tuple[torch.Tensor, ...]:
+        """Transposed weights [K, D, D] and biases [K, D] of the parts' linear layers, and the projection's."""
+        linears = [op.out for op, _ in self._directions()] + ([] if self.mlp_c is None else [self.mlp_c])
+        zeros = torch.zeros_like(self.proj.bias)
+        biases = [zeros if linear.bias is None else linear.bias for linear in linears]
+        weight = torch.stack([linear.weight.mT for linear in linears])
+        return weight, torch.stack(biases), self.proj.weight, self.proj.bias
+
     def _directions(self) -> list[tuple[DynaMixerOp, int]]:
         """Each operation with the dimension that it mixes along."""
         along_w = self.mix_h if self.shared else self.mix_w
         return [(op, dim) for op, dim in ((self.mix_h, 1), (along_w, 2)) if op is not None]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, H, W, D] -> [B, H, W, D]."""
-        outs = [op.out(op.mix(x, dim)) for op, dim in self._directions()]
-        if self.mlp_c is not None:
-            outs.append(self.mlp_c(x))
+    def _run(self, x, weight, bias, proj_weight, proj_bias, out=None, matrices=None) -> torch.Tensor:
+        """The block in the dtype of x; where no gradient is recorded, into `out`, with `matrices` for scaled weights."""
+        parts, means = self._parts(x)
         if self.reweight is None:
-            return self.proj(sum(outs))
-        shares = self.reweight(sum(outs).mean(dim=(1, 2))).unflatten(-1, (self.dim, len(outs)))
-        shares = shares.softmax(dim=-1)[:, None, None]  # [B, 1, 1, D, parts]
-        return self.proj(sum(out * shares[..., i] for i, out in enumerate(outs)))
+            parts = [part.flatten(0, 1)[None] for part in parts]
+            shares = x.new_ones(1, len(parts), self.dim)
+        else:
+            shares = self._shares(means, weight, bias)
+        bias = (shares * bias).sum(1)
+        if out is None:
+            y = weighted_parts(parts, weight, bias, shares)
+            return F.linear(y.view(x.shape), proj_weight, proj_bias)
+        matrices = scaled_weights(weight, shares, out=matrices[: len(shares)])
+        if len(parts) * self.dim < parts[0].shape[1]:  # projecting the weights is less work than projecting the tokens
+            matrices, bias = matrices @ proj_weight.mT, F.linear(bias, proj_weight, proj_bias)
+            return sum_of_products(parts, matrices, bias, out=out.view(parts[0].shape))
+        y = sum_of_products(parts, matrices, bias)
+        return torch.addmm(proj_bias, y.view(-1, self.dim), proj_weight.mT, out=out.view(-1, self.dim))
+
+    def _parts(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the linear layers of the parts are applied to, [B, H * W, D], and its means [B, D]."""
+        with_mean = self.reweight is not None
+        mixed = _mix_all(self._directions(), x, with_mean)
+        if self.mlp_c is not None:
+            mixed.append((x, _mean(x) if with_mean else None))
+        return [part.flatten(1, 2) for part, _ in mixed], [mean for _, mean in mixed]
+
+    def _shares(self, means: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """[B, parts, D]: the softmax over the parts. The mean of a linear layer's output is that of its mean input."""
+        mean = torch.bmm(torch.stack(means), weight).sum(0) + bias.sum(0)
+        shares = self.reweight(mean).unflatten(-1, (self.dim, len(means)))
+        return shares.softmax(dim=-1).mT.to(mean.dtype)
+
+
+def _mean(x: torch.Tensor) -> torch.Tensor:
+    return x.mean(dim=(1, 2))
+
+
+def _mix_all(
+    directions: list[tuple[DynaMixerOp, int]], x: torch.Tensor, with_mean: bool
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """x mixed along each direction, and its mean where wanted; one product compresses the tokens for all of them."""
+    if any(op.generator != "dynamic" for op, _ in directions):
+        mixed = [op.mix(x, dim) for op, dim in directions]
+        return [(part, _mean(part) if with_mean else None) for part in mixed]
+    if not directions:
+        return []
+    ops = list(dict.fromkeys(op for op, _ in directions))
+    weight, bias = (torch.cat([getattr(op.compress, name) for op in ops]) for name in ("weight", "bias"))
+    compressed = dict(zip(ops, F.linear(x, weight, bias).chunk(len(ops), dim=-1)))
+    outs = []
+    for op, dim in directions:
+        _, *generate = autocast(x, op.generate.weight, op.generate.bias)
+        outs.append(mix(x, compressed[op], *generate, segments=op.num_head, dim=dim, with_mean=with_mean))
+    return outs

@@ -1,0 +1,71 @@
+"""A sum of linear layers, each with its own input, whose outputs are weighted for every image and channel.
+
+    y[b, t] = sum_k a_k[b] * (part_k[b, t] W_k) + bias[b]
+
+The weights a_k[b] scale the columns of W_k, so that each image needs one product with as many K-loops as there are
+parts, and the output of no layer is written. The same holds for gradients: M_k[b] = part_k[b]^T dy[b] gives
+dW_k = sum_b M_k[b] diag(a_k[b]) as well as da_k[b], the column sums of W_k * M_k[b].
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def scaled_weights(weight: torch.Tensor, shares: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """weight [K, D_in, D_out] with its columns scaled by shares [B, K, D_out]: [B, K, D_in, D_out]."""
+    return torch.mul(weight, shares.unsqueeze(-2), out=out)
+
+
+def sum_of_products(
+    parts: Sequence[torch.Tensor], matrices: torch.Tensor, bias: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """sum_k parts[k] @ matrices[:, k] + bias, into `out` where given.
+
+    Args:
+        parts: [B, T, D_in] each.
+        matrices: [B, K, D_in, D_out].
+        bias: [B, D_out].
+    """
+    total = bias.unsqueeze(1)
+    for part, matrix in zip(parts, matrices.unbind(1), strict=True):
+        total = out = torch.baddbmm(total, part, matrix, out=out)
+    return total
+
+
+class _WeightedParts(torch.autograd.Function):
+    """Keeps the parts alone: the scaled weights of a batch can take more memory than its activations."""
+
+    @staticmethod
+    def forward(ctx, shares, weight, bias, *parts):
+        ctx.save_for_backward(shares, weight, *parts)
+        return sum_of_products(parts, scaled_weights(weight, shares), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        shares, weight, *parts = ctx.saved_tensors
+        grad_shares, grad_weight, grad_parts = [], [], []
+        for k, part in enumerate(parts):
+            share = shares[:, k, None]  # [B, 1, D_out]
+            grad_parts.append(torch.bmm(grad, (weight[k] * share).mT))
+            product = torch.bmm(part.mT, grad)  # [B, D_in, D_out]
+            grad_shares.append((product * weight[k]).sum(1))
+            grad_weight.append((product * share).sum(0))
+        return torch.stack(grad_shares, 1), torch.stack(grad_weight), grad.sum(1), *grad_parts
+
+
+def weighted_parts(
+    parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor, shares: torch.Tensor
+) -> torch.Tensor:
+    """The sum above, differentiable.
+
+    Args:
+        parts: K tensors [B, T, D_in].
+        weight: [K, D_in, D_out].
+        bias: [B, D_out].
+        shares: [B, K, D_out].
+
+    Returns:
+        [B, T, D_out].
+    """
+    return _WeightedParts.apply(shares, weight, bias, *parts)
