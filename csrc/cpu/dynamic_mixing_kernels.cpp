@@ -10,6 +10,7 @@ typedef DynamicMixingView View;
 
 constexpr int kRows = TF_VECTOR_BYTES == 64 ? 8 : 4;  // rows and vectors of a block of a product, held in registers
 constexpr int kVectors = 2;
+constexpr int64_t kDepth = 64;  // a longer sum would lose precision
 
 template <typename A>
 constexpr int64_t kPanel = kVectors * VecOf<A>::lanes;
@@ -32,14 +33,7 @@ struct Product {
   TF_INLINE void block(int64_t row, int64_t column) const {
     constexpr int lanes = VecOf<A>::lanes;
     A* const out = c + row * c_pitch + column;
-    Vec<A> sums[rows][vectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v)
-        sums[r][v] = start == Start::kZero   ? Vec<A>{}
-                     : start == Start::kBias ? load(bias + column + v * lanes)
-                                             : load(out + r * c_pitch + v * lanes);
+    Vec<A> sums[rows][vectors] = {};
     const A* left = a + row * a_row;
     const A* right = b + column;
     for (int64_t k = 0; k < depth; ++k, left += a_depth, right += b_pitch) {
@@ -54,7 +48,12 @@ struct Product {
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) store(out + r * c_pitch + v * lanes, sums[r][v]);
+      for (int v = 0; v < vectors; ++v) {
+        A* const at = out + r * c_pitch + v * lanes;
+        if constexpr (start == Start::kBias) sums[r][v] += load(bias + column + v * lanes);
+        if constexpr (start == Start::kSum) sums[r][v] += load(at);
+        store(at, sums[r][v]);
+      }
   }
 
   template <Start start, int vectors, int rows = kRows>
@@ -64,11 +63,24 @@ struct Product {
   }
 
   template <Start start>
-  void run(int64_t rows, int64_t columns) const {
+  void all(int64_t rows, int64_t columns) const {
     constexpr int lanes = VecOf<A>::lanes;
     int64_t j = 0;
     for (; j + lanes < columns; j += 2 * lanes) panel<start, 2>(0, rows, j);
     if (j < columns) panel<start, 1>(0, rows, j);
+  }
+
+  template <Start start>
+  void run(int64_t rows, int64_t columns) const {
+    Product part = *this;
+    part.depth = depth < kDepth ? depth : kDepth;
+    part.template all<start>(rows, columns);
+    for (int64_t k = kDepth; k < depth; k += kDepth) {
+      part.a = a + k * a_depth;
+      part.b = b + k * b_pitch;
+      part.depth = depth - k < kDepth ? depth - k : kDepth;
+      part.template all<Start::kSum>(rows, columns);
+    }
   }
 };
 

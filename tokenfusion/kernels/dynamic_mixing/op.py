@@ -71,7 +71,7 @@ def _double_backward(ctx, *grad_grads):
     total = grad_mixed if grad_mean is None else grad_mixed + grad_mean[:, None, None] / tokens
     wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
     of_total, *grads = second_order(definition, total, inputs, wanted)
-    of_mean = None if grad_mean is None else of_total.mean(dim=(1, 2))
+    of_mean = None if grad_mean is None or of_total is None else of_total.mean(dim=(1, 2))
     return of_total, of_mean, *grads, None, None, None
 
 

@@ -1,0 +1,61 @@
+"""Inputs for the tests of dynamic_mixing, and what to hold results against."""
+
+from collections.abc import Callable
+
+import torch
+
+from tests.parity import assert_parity
+from tokenfusion.kernels.dynamic_mixing import reference
+
+Tensors = tuple[torch.Tensor, ...]
+NAMES = ("mixed", "x", "compress_weight", "compress_bias", "generate_weight", "generate_bias")
+
+
+def make_inputs(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    *,
+    segments: int,
+    dim: int,
+    reduced: int = 2,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Tensors:
+    """x and the four parameters, which require gradients, and a gradient of the output; logits of about unit size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    length, inputs = (height, width)[dim - 1], (height, width)[dim - 1] * reduced
+    tensors = (
+        normal(batch, height, width, channels) + 0.3,
+        normal(segments * reduced, channels, scale=channels**-0.5),
+        normal(segments * reduced),
+        normal(length**2, inputs, scale=inputs**-0.5),
+        normal(length**2),
+    )
+    tensors = (*(t.to(dtype).requires_grad_() for t in tensors), normal(batch, height, width, channels).to(dtype))
+    return tensors
+
+
+def with_gradients(function: Callable, inputs: Tensors, **options) -> list[torch.Tensor]:
+    """The output, and the gradients of those inputs that require them."""
+    *tensors, grad = inputs
+    mixed = function(*tensors, **options)
+    return [mixed, *torch.autograd.grad(mixed, [t for t in tensors if t.requires_grad], grad)]
+
+
+def in_float64(inputs: Tensors) -> Tensors:
+    return tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
+
+
+def check_parity(function: Callable, inputs: Tensors, **options) -> None:
+    """Output and gradients of function obey the parity rule."""
+    actual = with_gradients(function, inputs, **options)
+    unfused = with_gradients(reference.dynamic_mixing, inputs, **options)
+    exact = with_gradients(reference.dynamic_mixing, in_float64(inputs), **options)
+    for name, *tensors in zip(NAMES, actual, unfused, exact, strict=True):
+        assert_parity(*tensors, name=name)
