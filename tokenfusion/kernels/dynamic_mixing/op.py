@@ -3,16 +3,17 @@
 import torch
 import torch.nn.functional as F
 
-from tokenfusion.kernels import extension
+from tokenfusion.kernels import extension, triton_support
 from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.dynamic_mixing import reference
 from tokenfusion.kernels.dynamic_mixing.shapes import empty_gradients, empty_mean
-from tokenfusion.kernels.library import define, second_order
+from tokenfusion.kernels.library import LIBRARY, define, second_order
 
 MAX_TOKENS = 64
 MAX_REDUCED = 16
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _SCHEMA = (
     "(Tensor x, Tensor compressed, Tensor generate_weight, Tensor generate_bias, int segments, int dim, bool with_mean)"
@@ -92,12 +93,31 @@ def _define(backend: str):
     )
 
 
+def _define_triton():
+    run = _define("triton")
+    device = "CPU" if triton_support.INTERPRET else "CUDA"
+
+    def run_forward(*args):
+        from tokenfusion.kernels.dynamic_mixing import triton_host
+
+        return triton_host.run_forward(*args)
+
+    def run_backward(*args):
+        from tokenfusion.kernels.dynamic_mixing import triton_host
+
+        return triton_host.run_backward(*args)
+
+    LIBRARY.impl("dynamic_mixing_triton", run_forward, device)
+    LIBRARY.impl("dynamic_mixing_backward_triton", run_backward, device)
+    return run
+
+
 def _run_reference(x, compressed, generate_weight, generate_bias, segments, dim, with_mean):
     mixed = reference.mix(x, compressed, generate_weight, generate_bias, segments=segments, dim=dim)
     return mixed, mixed.mean(dim=(1, 2)) if with_mean else empty_mean(x, with_mean)
 
 
-def _why_not_kernel(x, compressed, generate_weight, segments, dim, dtypes) -> str | None:
+def _why_not_kernel(x, compressed, segments, dim, dtypes) -> str | None:
     """What the kernels of every backend ask of a call."""
     if x.dtype not in dtypes:
         return f"dtype {x.dtype} is not supported"
@@ -115,11 +135,17 @@ def _cpu_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -
         return extension.why_not()
     if x.device.type != "cpu":
         return f"tensors are on {x.device.type}, expected cpu"
-    return _why_not_kernel(x, compressed, generate_weight, segments, dim, _CPU_DTYPES)
+    return _why_not_kernel(x, compressed, segments, dim, _CPU_DTYPES)
+
+
+def _triton_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
+    reason = triton_support.why_not_tensor(x)
+    return reason or _why_not_kernel(x, compressed, segments, dim, _TRITON_DTYPES)
 
 
 OPERATOR = register(
     "dynamic_mixing",
+    Implementation("triton", _define_triton(), _triton_can_run, automatic=False),
     Implementation("cpu", _define("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda *call: None),
 )
