@@ -33,7 +33,8 @@ def check(inputs, **options):
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 14, 15, 16, 20, 32, 33, 64])
 def test_any_number_of_tokens(tokens, dim, dtype):
     height, width = (tokens, 3) if dim == 1 else (3, tokens)
-    check(make_inputs(2, height, width, 24, segments=3, dim=dim, dtype=dtype), segments=3, dim=dim)
+    # many segments: the error of a gradient of few elements is a matter of chance
+    check(make_inputs(2, height, width, 24, segments=12, dim=dim, dtype=dtype), segments=12, dim=dim)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

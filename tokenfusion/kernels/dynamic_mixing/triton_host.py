@@ -8,8 +8,13 @@ from tokenfusion.kernels.dynamic_mixing.shapes import empty_gradients, empty_mea
 
 ROWS = 16  # tl.dot's least
 TARGETS = 16
+INPUTS = 16  # of the N * d of a row, whose gradients a program makes
 WEIGHT_SPLITS = 32  # programs among which the rows are divided for the gradient of the generator's weight
-_WARPS = {16: 4, 32: 8, 64: 16}  # for each padded number of tokens
+# itemsize: padded number of tokens: warps; of (forward_kernel, grad_x_kernel, grad_compressed_kernel, grad_weight_kernel)
+_WARPS = {
+    2: {16: (4, 4, 4, 8), 32: (8, 16, 8, 8), 64: (16, 16, 16, 16)},
+    4: {16: (8, 8, 16, 16), 32: (16, 16, 16, 16), 64: (32, 32, 32, 32)},
+}
 
 
 def _power_of_two(size: int, most: int) -> int:
@@ -22,7 +27,7 @@ def _strides(tensor: torch.Tensor, dim: int) -> tuple[int, int, int]:
 
 
 def _plan(x, compressed, segments, dim) -> dict:
-    """Arguments and options that all kernels share."""
+    """What all kernels take."""
     length, width, reduced = x.shape[dim], x.shape[3] // segments, compressed.shape[3] // segments
     padded = _power_of_two(length, 64)
     return dict(
@@ -35,9 +40,8 @@ def _plan(x, compressed, segments, dim) -> dict:
         BR=ROWS,
         BT=TARGETS,
         NP=padded,
-        BC=_power_of_two(width, 32 if padded < 64 else 16),
+        BC=_power_of_two(width, 32 if padded < 64 and x.element_size() < 4 else 16),
         BK=_power_of_two(length * reduced, 32 if x.element_size() < 4 else 16),
-        num_warps=_WARPS[padded],
         num_stages=1,
     )
 
@@ -62,6 +66,7 @@ def run_forward(x, compressed, generate_weight, generate_bias, segments, dim, wi
             **_named("z", compressed, dim),
             **_named("o", mixed, dim),
             WITH_SUMS=with_mean,
+            num_warps=_WARPS[x.element_size()][plan["NP"]][0],
         )
     if not with_mean:
         return mixed, empty_mean(x, with_mean)
@@ -84,33 +89,37 @@ def run_backward(grad_mixed, grad_mean, x, compressed, generate_weight, generate
     plan |= _named("z", compressed, dim) | _named("g", grad_mixed, dim)
     of_x = _named("x", x, dim)
     inputs = plan["N"] * plan["REDUCED"]
-    block_o = _power_of_two(inputs, 32)
     row_blocks = triton.cdiv(plan["R"], plan["BR"])
+    _, *warps = _WARPS[x.element_size()][plan["NP"]]
     with torch.cuda.device_of(x):
         if needed[0]:
-            triton_kernels.grad_x_kernel[row_blocks, triton.cdiv(plan["WIDTH"], plan["BC"])](
-                compressed, *weights, grad_mixed, mean, grads[0], **plan, **_named("o", grads[0], dim)
-            )
+            plan_of_x = plan | dict(BC=min(plan["BC"], 512 // plan["NP"]))  # its sums stay in registers
+            triton_kernels.grad_x_kernel[row_blocks, triton.cdiv(plan["WIDTH"], plan_of_x["BC"])](
+                compressed, *weights, grad_mixed, mean, grads[0], **plan_of_x, **_named("o", grads[0], dim),
+                num_warps=warps[0],
+            )  # fmt: skip
         if needed[1]:
-            triton_kernels.grad_compressed_kernel[row_blocks, triton.cdiv(inputs, block_o)](
+            triton_kernels.grad_compressed_kernel[row_blocks, triton.cdiv(inputs, INPUTS)](
                 x, compressed, *weights, grad_mixed, mean, grads[1], **plan, **of_x, **_named("o", grads[1], dim),
-                BO=block_o,
+                BO=INPUTS, num_warps=warps[1],
             )  # fmt: skip
         if needed[2] or needed[3]:
-            blocks_per_split = triton.cdiv(row_blocks, WEIGHT_SPLITS)
-            splits = triton.cdiv(row_blocks, blocks_per_split)
-            partial_weight = x.new_empty(splits, *generate_weight.shape, dtype=torch.float32)
-            partial_bias = x.new_empty(splits, *generate_bias.shape, dtype=torch.float32)
-            grid = triton.cdiv(plan["N"], plan["BT"]), triton.cdiv(inputs, block_o), splits
-            triton_kernels.grad_weight_kernel[grid](
-                x, compressed, *weights, grad_mixed, mean, partial_weight, partial_bias, **plan, **of_x,
-                blocks_per_split=blocks_per_split, BO=block_o,
-            )  # fmt: skip
             grads = (
                 *grads[:2],
-                *(
-                    partial.sum(0).to(x.dtype) if wanted else grad
-                    for partial, wanted, grad in zip((partial_weight, partial_bias), needed[2:], grads[2:])
-                ),
+                *_weight_gradients(x, compressed, *weights, grad_mixed, mean, plan | of_x, needed[2:], warps[2]),
             )
     return grads
+
+
+def _weight_gradients(x, compressed, weight, bias, grad_mixed, mean, plan, needed, num_warps):
+    """Partial sums over a part of the rows each, added in a fixed order."""
+    row_blocks = triton.cdiv(plan["R"], plan["BR"])
+    blocks_per_split = triton.cdiv(row_blocks, WEIGHT_SPLITS)
+    splits = triton.cdiv(row_blocks, blocks_per_split)
+    partials = [x.new_empty(splits, *tensor.shape, dtype=torch.float32) for tensor in (weight, bias)]
+    grid = triton.cdiv(plan["N"], plan["BT"]), triton.cdiv(weight.shape[1] + 1, INPUTS), splits
+    triton_kernels.grad_weight_kernel[grid](
+        x, compressed, weight, bias, grad_mixed, mean, *partials, **plan, blocks_per_split=blocks_per_split, BO=INPUTS,
+        num_warps=num_warps,
+    )  # fmt: skip
+    return [p.sum(0).to(x.dtype) if wanted else x.new_empty(0) for p, wanted in zip(partials, needed, strict=True)]

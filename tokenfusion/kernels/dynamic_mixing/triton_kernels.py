@@ -192,7 +192,6 @@ def grad_weight_kernel(
     o_k = i_o * BO + tl.arange(0, BO)
     o_zk = (o_k // REDUCED).to(tl.int64) * stride_zt + o_k % REDUCED
     b_dw = tl.zeros([BO, BT * NP], tl.float32)
-    b_db = tl.zeros([BT * NP], tl.float32)
     for i_b in tl.range(0, blocks_per_split):
         i_r = i_s * blocks_per_split + i_b
         o_x, m_r = _locate(i_r, R, lines, stride_xb, stride_xl, S, WIDTH, BR)
@@ -204,13 +203,13 @@ def grad_weight_kernel(
             b_p, x + o_x, grad_mixed + o_g, grad_mean + o_m, m_r, i_t, stride_xt, stride_gt, N, WIDTH, BC, HAS_MEAN
         )
         b_ds = tl.reshape(b_ds, [BR, BT * NP])
-        b_db += tl.sum(b_ds, 0)
         p_z = compressed + o_z[None, :] + o_zk[:, None]
         b_z = tl.load(p_z, mask=m_r[None, :] & (o_k < K)[:, None], other=0.0)
+        b_z = tl.where((o_k == K)[:, None], 1.0, b_z).to(b_z.dtype)  # the input of the bias
         # [BO, BR] @ [BR, BT * NP] -> [BO, BT * NP]
         b_dw = tl.dot(b_z, b_ds.to(b_z.dtype), b_dw, input_precision="ieee")
     o_w, m_w = _columns(i_t, N, BT, NP)
     p_w = grad_weight + i_s * N * N * K + o_w[None, :] * K + o_k[:, None]
     tl.store(p_w, b_dw, mask=m_w[None, :] & (o_k < K)[:, None])
-    if i_o == 0:
-        tl.store(grad_bias + i_s * N * N + o_w, b_db, mask=m_w)
+    p_b = grad_bias + i_s * N * N + o_w[None, :] + tl.zeros_like(o_k)[:, None]
+    tl.store(p_b, b_dw, mask=m_w[None, :] & (o_k == K)[:, None])
