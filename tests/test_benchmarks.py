@@ -93,6 +93,8 @@ def test_smoke_profile_writes_a_record(tmp_path):
         "ClassBlock, eager is timm's",
         "AttentionPoolLatent, eager is timm's",
         "AttentionPool2d, eager is timm's",
+        "dynamic_mixing, the op",
+        "DynaMixerBlock, eager is the authors' form",
         "CrossViT models of timm",
     }
     assert {row["case"]["direction"] for row in loaded["rows"] if "model" in row["case"]} == {
