@@ -41,9 +41,7 @@ def autocast_like(leader: torch.Tensor, *others: torch.Tensor | None) -> tuple[t
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Under autocast, tensors in its dtype, as it does with those of a matrix product; float64 stays."""
     leader = tensors[0]
-    if not isinstance(leader, torch.Tensor) or not torch.amp.is_autocast_available(leader.device.type):
-        return tensors
-    if not torch.is_autocast_enabled(leader.device.type):
+    if not isinstance(leader, torch.Tensor) or leader.is_meta or not torch.is_autocast_enabled(leader.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(leader.device.type)
     lower = (torch.float32, torch.float16, torch.bfloat16)

@@ -86,7 +86,7 @@ class DynaMixerOp(nn.Module):
         if self.generator == "random":
             return self.logits.softmax(dim=-2)
         logits = self.generate(x).unflatten(-1, (self.num_head, self.seq_len))  # [..., target, S, source]
-        return logits.softmax(dim=-1).movedim(-3, -1).transpose(-3, -2)  # to [..., S, source, target]
+        return logits.softmax(dim=-1).movedim(-3, -1)  # to [..., S, source, target]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
