@@ -29,7 +29,7 @@ def sum_of_products(
     """
     total = bias.unsqueeze(1)
     for part, matrix in zip(parts, matrices.unbind(1), strict=True):
-        total = out = torch.baddbmm(total, part, matrix, out=out)
+        total = torch.baddbmm(total, part, matrix, out=out)
     return total
 
 
@@ -39,7 +39,10 @@ class _WeightedParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shares, weight, bias, *parts):
         ctx.save_for_backward(shares, weight, *parts)
-        return sum_of_products(parts, scaled_weights(weight, shares), bias)
+        out = None  # what torch.compile 2.11 sees written in place here gets no gradient, silently
+        if not torch.compiler.is_compiling():
+            out = parts[0].new_empty(*parts[0].shape[:2], weight.shape[2])
+        return sum_of_products(parts, scaled_weights(weight, shares), bias, out=out)
 
     @staticmethod
     def backward(ctx, grad):
