@@ -30,6 +30,7 @@ def arguments(**changed):
         (dict(compress_bias=torch.randn(7)), ValueError, ["compress_bias", "[7]", "[12]"]),
         (dict(generate_weight=torch.randn(16, 7)), ValueError, ["generate_weight", "[16, 7]", "[16, 8]", "d = 2"]),
         (dict(generate_weight=torch.randn(9, 8)), ValueError, ["generate_weight", "[9, 8]", "[16, 8]", "N = 4"]),
+        (dict(generate_weight=torch.randn(16)), ValueError, ["generate_weight", "[16]", "[N * N, N * d]"]),
         (dict(generate_bias=torch.randn(9)), ValueError, ["generate_bias", "[9]", "[16]"]),
         (dict(generate_bias=torch.randn(16, 1)), ValueError, ["generate_bias", "[16, 1]"]),
         (dict(segments=5), ValueError, ["segments", "5", "D = 12"]),

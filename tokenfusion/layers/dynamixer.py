@@ -216,7 +216,7 @@ class DynaMixerBlock(nn.Module):
         """[B, parts, D]: the softmax over the parts. The mean of a linear layer's output is that of its mean input."""
         mean = torch.bmm(torch.stack(means), weight).sum(0) + bias.sum(0)
         shares = self.reweight(mean).unflatten(-1, (self.dim, len(means)))
-        return shares.softmax(dim=-1).mT.to(mean.dtype)
+        return shares.softmax(dim=-1).mT.to(mean.dtype).contiguous()
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:

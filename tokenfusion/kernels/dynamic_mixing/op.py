@@ -15,6 +15,13 @@ MAX_REDUCED = 16
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_LAYOUTS = {
+    "compress_weight": "[S * d, D]",
+    "compress_bias": "[S * d]",
+    "generate_weight": "[N * N, N * d]",
+    "generate_bias": "[N * N]",
+}
+
 _SCHEMA = (
     "(Tensor x, Tensor compressed, Tensor generate_weight, Tensor generate_bias, int segments, int dim, bool with_mean)"
     " -> (Tensor mixed, Tensor mean)"
@@ -168,7 +175,7 @@ def _check(x, weights: dict[str, torch.Tensor], segments: int, dim: int) -> None
         raise ValueError(f"x: got shape {list(x.shape)}, expected at least one token along dimension {dim}")
     for name, weight in weights.items():
         check_floating(name, weight)
-        check_rank(name, weight, "[S * d, D]" if name.endswith("weight") else "[S * d]")
+        check_rank(name, weight, _LAYOUTS[name])
         check_same(name, weight, "x", x)
     rows = weights["compress_weight"].shape[0]
     if rows % segments or rows == 0:
@@ -244,8 +251,7 @@ def dynamic_mixing(
         RuntimeError: the backend chosen by `set_backend` cannot run this call; the message says why.
     """
     x, *weights = autocast(x, compress_weight, compress_bias, generate_weight, generate_bias)
-    names = ("compress_weight", "compress_bias", "generate_weight", "generate_bias")
-    _check(x, dict(zip(names, weights, strict=True)), segments, dim)
+    _check(x, dict(zip(_LAYOUTS, weights, strict=True)), segments, dim)
     compress_weight, compress_bias, generate_weight, generate_bias = weights
     compressed = F.linear(x, compress_weight, compress_bias)
     return mix(x, compressed, generate_weight, generate_bias, segments=segments, dim=dim)[0]
