@@ -1,10 +1,13 @@
 """The sizes at which dynamic_mixing and DynaMixer's block are measured: images of N x N tokens."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
-from benchmarks.problem import dtype_of
+from benchmarks.problem import SmallCall, dtype_of
+from tokenfusion.kernels import dynamic_mixing
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,23 @@ def _full() -> list[Case]:
 
 
 CASES = {"smoke": _SMOKE, "quick": _QUICK, "full": _full()}
+
+
+def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
+    """Calls that reach every GPU kernel: both directions, N that fills a tile and not, wide and narrow segments."""
+    for label, height, width, channels, segments, reduced, dim in (
+        ("columns", 16, 5, 48, 3, 2, 1),
+        ("rows, N not a power of two", 3, 7, 24, 4, 1, 2),
+        ("one segment, d 16", 4, 20, 32, 1, 16, 2),
+    ):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, generator=generator) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).div(shape[-1] ** 0.5).to(dtype).requires_grad_()
+
+        length = (height, width)[dim - 1]
+        x = torch.randn(2, height, width, channels, generator=generator).to(dtype).requires_grad_()
+        compress = normal(segments * reduced, channels), normal(segments * reduced)
+        generate = normal(length**2, length * reduced), normal(length**2)
+        function = partial(dynamic_mixing, segments=segments, dim=dim)
+        yield SmallCall("dynamic_mixing", label, function, (x, *compress, *generate))
