@@ -16,6 +16,13 @@ _CROSSVIT = {
     "num_classes": 10,
 }
 _NAME = "tokenfusion_crossvit_15_240"
+_DYNAMIXER = {
+    "img_size": 56,
+    "layers": (1, 1, 1, 1),
+    "embed_dims": (24, 48, 48, 48),
+    "num_heads": (4, 8, 8, 8),
+    "num_classes": 10,
+}
 
 SMALL: dict[str, tuple[str, dict]] = {
     "crossvit": (_NAME, _CROSSVIT),
@@ -29,6 +36,9 @@ SMALL: dict[str, tuple[str, dict]] = {
     "crossvit_patches_8_16": (_NAME, _CROSSVIT | {"patch_size": (8, 16)}),
     "crossvit_equal_widths": (_NAME, _CROSSVIT | {"embed_dim": (24, 24), "num_heads": (3, 3)}),
     "crossvit_deep_small_branch": (_NAME, _CROSSVIT | {"depth": ((3, 1, 1), (0, 2, 0))}),
+    "dynamixer": ("dynamixer_s", _DYNAMIXER),
+    "dynamixer_random": ("dynamixer_s", _DYNAMIXER | {"generator": "random"}),
+    "dynamixer_plain_sum": ("dynamixer_m", _DYNAMIXER | {"reweighting": False, "shared": True}),
 }
 
 COMPILED = ("crossvit", "crossvit_pairwise")  # tracing takes some ten seconds a model

@@ -14,14 +14,15 @@ from tokenfusion.layers.linear import linear
 
 def run_blocks(blocks: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """blocks(x), up to rounding; where no gradient is recorded, with residual sums in place and fused products."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_hooks(blocks):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or has_hooks(blocks):
         return blocks(x)
     for block in blocks:
         x = _run_block(block, x) if _is_plain(block) else block(x)
     return x
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches what goes into a module or comes out of it."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -31,13 +32,13 @@ def _is_plain(block: nn.Module) -> bool:
         type(block) is Block
         and type(block.attn) is Attention
         and type(block.mlp) is Mlp
-        and not any(map(_has_hooks, (block, block.attn, block.mlp)))
+        and not any(map(has_hooks, (block, block.attn, block.mlp)))
     )
 
 
 def _run_block(block: Block, x: torch.Tensor) -> torch.Tensor:
-    x = _add(block.drop_path1(block.ls1(_run_attention(block.attn, block.norm1(x)))), x)
-    return _add(block.drop_path2(block.ls2(_run_mlp(block.mlp, block.norm2(x)))), x)
+    x = add(block.drop_path1(block.ls1(_run_attention(block.attn, block.norm1(x)))), x)
+    return add(block.drop_path2(block.ls2(run_mlp(block.mlp, block.norm2(x)))), x)
 
 
 def _run_attention(attn: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -50,8 +51,9 @@ def _run_attention(attn: Attention, x: torch.Tensor) -> torch.Tensor:
     return attn.proj_drop(_run_linear(attn.proj, attn.norm(x)))
 
 
-def _run_mlp(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
-    if type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and not _has_hooks(mlp.act):
+def run_mlp(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
+    """mlp(x), where no gradient is recorded: bias and GELU in one pass with the product."""
+    if type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and not has_hooks(mlp.act):
         hidden = _run_linear(mlp.fc1, x, "gelu")
     else:
         hidden = mlp.act(_run_linear(mlp.fc1, x))
@@ -59,15 +61,16 @@ def _run_mlp(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
 
 
 def _run_linear(layer: nn.Module, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
-    if type(layer) is nn.Linear and not _has_hooks(layer):
+    if type(layer) is nn.Linear and not has_hooks(layer):
         return linear(x, layer.weight, layer.bias, activation)
     x = layer(x)
     return x if activation is None else F.gelu(x)
 
 
 def _is_identity(*modules: nn.Module) -> bool:
-    return all(type(module) is nn.Identity and not _has_hooks(module) for module in modules)
+    return all(type(module) is nn.Identity and not has_hooks(module) for module in modules)
 
 
-def _add(new: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def add(new: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """new + x, where no gradient is recorded and nobody else holds new: into its memory."""
     return new.add_(x) if new.dtype == x.dtype else new + x  # under autocast the sum has the wider dtype
