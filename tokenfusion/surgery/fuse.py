@@ -15,7 +15,7 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
     optimizer, and the model can still be copied, pickled, trained, evaluated and compiled. `unfuse` takes everything
     back.
 
-    Known today, in any model that contains them, are these modules of timm, all by single_query_attention:
+    Known today, in any model that contains them, are these modules of timm, by single_query_attention:
 
         CrossViT                        MultiScaleBlock, CrossAttentionBlock
         CaiT                            LayerScaleBlockClassAttn, or ClassAttn by itself
@@ -23,6 +23,9 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         VOLO                            ClassBlock, or ClassAttention by itself
         SigLIP and other ViTs ("map")   AttentionPoolLatent, unless it normalises its keys
         CLIP's ResNets                  AttentionPool2d, where it pools; RotAttentionPool2d is left alone
+
+    and, by dynamic_mixing, DynaMixer's block and operation in the official code or any other, found by the names and
+    shapes of their parameters; a trial on random numbers shows first that such a module computes the same.
 
     A module that cannot be replaced is left as it was, and the report says why: dropout of attention weights in
     training, rotary or normalised keys, parts of another class, hooks that would no longer run. What only a call can
@@ -53,7 +56,7 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         if rule is None or module in absorbed or (ops is not None and rule.op not in ops):
             continue
         reason = "its forward was set on the instance" if "forward" in vars(module) else rule.why_not(module)
-        reports.append(ModuleReport(name, rule.kind, rule.op, reason))
+        reports.append(ModuleReport(name, type(module).__name__, rule.op, reason))
         if reason is None:
             replacements.append((rule, module))
             absorbed.update(module.get_submodule(child) for child in rule.absorbs)

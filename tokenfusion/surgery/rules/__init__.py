@@ -4,15 +4,16 @@ import functools
 
 from torch import nn
 
-from tokenfusion.surgery.rules.rule import Rule
+from tokenfusion.surgery.rules.rule import AnyRule
 
 
 @functools.cache
-def rules() -> tuple[Rule, ...]:
-    from tokenfusion.surgery.rules import attention_pool, class_attention, crossvit  # timm takes seconds to import
+def rules() -> tuple[AnyRule, ...]:
+    # timm takes seconds to import
+    from tokenfusion.surgery.rules import attention_pool, class_attention, crossvit, dynamixer
 
-    return (*crossvit.RULES, *class_attention.RULES, *attention_pool.RULES)
+    return (*crossvit.RULES, *class_attention.RULES, *attention_pool.RULES, *dynamixer.RULES)
 
 
-def rule_for(module: nn.Module) -> Rule | None:
+def rule_for(module: nn.Module) -> AnyRule | None:
     return next((rule for rule in rules() if rule.matches(module)), None)

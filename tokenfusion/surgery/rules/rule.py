@@ -2,8 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
+
+
+class AnyRule(Protocol):
+    """What `fuse` asks of a rule: which modules are its, why to leave one alone, how to replace and restore it."""
+
+    op: str
+    absorbs: tuple[str, ...]
+
+    def matches(self, module: nn.Module) -> bool: ...
+    def why_not(self, module: nn.Module) -> str | None: ...
+    def replace(self, module: nn.Module) -> None: ...
+    def restore(self, module: nn.Module) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -20,10 +33,6 @@ class Rule:
     fused: type[nn.Module] | None
     why_not: Callable[[nn.Module], str | None]
     absorbs: tuple[str, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        return self.original.__name__
 
     def matches(self, module: nn.Module) -> bool:
         """By exact class: a subclass may have changed what its forward means."""

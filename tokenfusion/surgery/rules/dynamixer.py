@@ -1,0 +1,184 @@
+"""The DynaMixer block and operation of the official code, and of code like it, in whatever module they are defined.
+
+They are recognised by the names and shapes of their parameters. That a module of this structure also computes what the
+paper says is tried out before it is replaced.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+from torch import nn
+
+from tokenfusion import layers
+from tokenfusion.kernels import dispatch
+from tokenfusion.surgery.rules import checks
+
+_TOLERANCE = 1e-6  # relative, in float64
+_OP_LINEARS = ("compress", "generate", "out")
+_BLOCK_LINEARS = ("mlp_c", "proj")
+
+
+class _FoundOp(layers.DynaMixerOp):
+    """The forward pass of DynaMixerOp for a module that has its parameters, and not its attributes."""
+
+    generator = "dynamic"
+    dim = property(lambda op: op.out.in_features)
+    seq_len = property(lambda op: isqrt(op.generate.out_features))
+    reduced_dim = property(lambda op: op.generate.in_features // op.seq_len)
+    num_head = property(lambda op: op.compress.out_features // op.reduced_dim)
+    sizes = property(lambda op: (op.seq_len, op.dim))  # of what it takes, after the batch
+
+    def __reduce_ex__(self, protocol):
+        return _storable(self, _FoundOp, super().__reduce_ex__(protocol))
+
+
+class _FoundBlock(layers.DynaMixerBlock):
+    """The same of DynaMixerBlock."""
+
+    shared = False
+    dim = property(lambda block: block.proj.in_features)
+    resolution = property(lambda block: (block.mix_h.seq_len, block.mix_w.seq_len))
+    sizes = property(lambda block: (*block.resolution, block.dim))
+
+    def __reduce_ex__(self, protocol):
+        return _storable(self, _FoundBlock, super().__reduce_ex__(protocol))
+
+
+@functools.cache
+def _fused_class(found: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of both, of the original's name; one for each class, so that type(module) compares as usual."""
+    return type(original.__name__, (found, original), {"__module__": original.__module__, "__doc__": original.__doc__})
+
+
+def _original_class(module: nn.Module) -> type[nn.Module]:
+    return type(module).__bases__[1]
+
+
+def _storable(module: nn.Module, found: type[nn.Module], reduced: tuple) -> tuple:
+    """What copy and pickle make a module from: by the class that it had, as the fused one can be imported nowhere."""
+    return _new_fused, (found, _original_class(module)), *reduced[2:]
+
+
+def _new_fused(found: type[nn.Module], original: type[nn.Module]) -> nn.Module:
+    fused = _fused_class(found, original)
+    return fused.__new__(fused)
+
+
+def _is_op(module: nn.Module) -> bool:
+    """Whether the linear layers of an operation are there, in sizes that fit together."""
+    linears = [getattr(module, name, None) for name in _OP_LINEARS]
+    if not all(hasattr(linear, "in_features") for linear in linears):
+        return False
+    compress, generate, out = linears
+    tokens = max(isqrt(generate.out_features), 1)
+    reduced, rest = divmod(generate.in_features, tokens)
+    return (
+        tokens**2 == generate.out_features
+        and rest == 0 < reduced
+        and compress.out_features % reduced == 0
+        and compress.in_features == out.in_features == out.out_features
+        and out.in_features % (compress.out_features // reduced) == 0
+    )
+
+
+def _is_block(module: nn.Module) -> bool:
+    linears = [getattr(module, name, None) for name in _BLOCK_LINEARS]
+    reweight = getattr(module, "reweight", None)
+    if not all(hasattr(linear, "in_features") for linear in linears) or not isinstance(reweight, nn.Module):
+        return False
+    ops = [getattr(module, name, None) for name in ("mix_h", "mix_w")]
+    return all(isinstance(op, nn.Module) and _is_op(op) for op in ops) and len({op.out.in_features for op in ops}) == 1
+
+
+@dataclass(frozen=True)
+class StructuralRule:
+    """What `Rule` is, for modules of any class with a certain structure.
+
+    found is the package's layer for them, linears are the parts that it does not call as modules, parameters all names
+    that there may be.
+    """
+
+    found: type[nn.Module]
+    looks_like: Callable[[nn.Module], bool]
+    linears: tuple[str, ...]
+    parameters: frozenset[str]
+    absorbs: tuple[str, ...] = ()
+    op: str = "dynamic_mixing"
+
+    def matches(self, module: nn.Module) -> bool:
+        own = isinstance(module, (layers.DynaMixerOp, layers.DynaMixerBlock))
+        return isinstance(module, self.found) or (not own and self.looks_like(module))
+
+    def why_not(self, module: nn.Module) -> str | None:
+        if isinstance(module, self.found):
+            return None
+        return (
+            checks.why_not_type(module, nn.Linear, *self.linears)
+            or self._why_not_state(module)
+            or checks.why_not_bypass(module, *self.linears, *self.absorbs)
+            or _why_not_dropout(module)
+            or self._why_not_results(module)
+        )
+
+    def replace(self, module: nn.Module) -> None:
+        for name in self.absorbs:
+            OP.replace(module.get_submodule(name))
+        if not isinstance(module, self.found):
+            module.__class__ = _fused_class(self.found, type(module))
+
+    def restore(self, module: nn.Module) -> None:
+        if isinstance(module, self.found):
+            module.__class__ = _original_class(module)
+
+    def _why_not_state(self, module: nn.Module) -> str | None:
+        names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+        if names != self.parameters:
+            return f"it has other parameters than the official code's: {', '.join(sorted(names ^ self.parameters))}"
+        return None
+
+    def _why_not_results(self, module: nn.Module) -> str | None:
+        """Compares both forward passes in float64, for parameters and tokens drawn at random."""
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+        try:
+            plain = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+            plain.load_state_dict({k: drawn(*v.shape) / v[0].numel() ** 0.5 for k, v in plain.state_dict().items()})
+            fused = copy.deepcopy(plain)
+            self.replace(fused)
+            x = drawn(2, *fused.sizes)
+            with torch.no_grad(), dispatch.backend("reference"):
+                expected, got = type(plain).forward(plain, x), type(fused).forward(fused, x)
+            same = torch.allclose(got, expected, rtol=0, atol=_TOLERANCE * expected.abs().max().item())
+        except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
+            return f"its forward cannot be tried out: {type(error).__name__}: {error}".splitlines()[0]
+        return None if same else "its forward does not compute what the official code's does"
+
+
+def _why_not_dropout(module: nn.Module) -> str | None:
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            return f"{name}: dropout {part.p:g}, which the fused form does not have"
+    return None
+
+
+def _names(*linears: str) -> frozenset[str]:
+    return frozenset(f"{name}.{kind}" for name in linears for kind in ("weight", "bias"))
+
+
+_OPS = tuple(f"{op}.{name}" for op in ("mix_h", "mix_w") for name in _OP_LINEARS)
+OP = StructuralRule(_FoundOp, _is_op, _OP_LINEARS, _names(*_OP_LINEARS))
+BLOCK = StructuralRule(
+    _FoundBlock,
+    _is_block,
+    (*_OPS, *_BLOCK_LINEARS),
+    _names(*_OPS, "reweight.fc1", "reweight.fc2", "proj") | {"mlp_c.weight"},
+    absorbs=("mix_h", "mix_w"),
+)
+RULES = (BLOCK, OP)
