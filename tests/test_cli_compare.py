@@ -66,7 +66,7 @@ def test_compares_a_crossvit(capsys, photograph, tmp_path):
     assert facts["conditions"]["image_size"] == [3, 240, 240]
     assert len(facts["images"][0]["top"]) == 3
     assert {module["kind"] for module in facts["modules"]} == {"CrossAttentionBlock", "MultiScaleBlock"}
-    assert facts["difference"]["fused_from_timm"]["relative"] < 1e-4
+    assert facts["difference"]["fused_from_eager"]["relative"] < 1e-4
     assert facts["difference"]["same_top_1"] == 1
     assert sum(facts["operators"]["single_query_attention"]["calls"].values()) == 6
     for timings in (facts["timings"]["fused modules"], facts["timings"]["whole model"]):
@@ -74,8 +74,22 @@ def test_compares_a_crossvit(capsys, photograph, tmp_path):
         for timing in timings.values():
             assert len(timing["seconds"]) == 2
             assert timing["peak_extra_bytes"] > 0
-            assert timing["vs_timm"] > 0
-        assert timings[variants.EAGER]["vs_timm"] == 1
+            assert timing["vs_eager"] > 0
+        assert timings[variants.EAGER]["vs_eager"] == 1
+
+
+def test_compares_a_model_of_the_package_with_its_plain_form(capsys, photograph, tmp_path, monkeypatch):
+    small = {"layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48), "num_heads": (4, 8, 8, 8)}
+    model = tokenfusion.create_model("dynamixer_s", **small).eval()
+    loaded = timm_models.Loaded(model.plain(), model, "plain", False, "random")
+    monkeypatch.setattr(timm_models, "load", lambda name: loaded)
+    record = tmp_path / "record.json"
+    assert _compare("dynamixer_s", photograph, "--no-compile", "--rounds", 1, "--device", "cpu", "--json", record) == 0
+    assert "4  PlainBlock  replaced (dynamic_mixing)" in capsys.readouterr().out
+    facts = json.loads(record.read_text())
+    assert 0 < facts["difference"]["fused_from_eager"]["relative"] < 1e-5
+    assert facts["operators"]["dynamic_mixing"]["calls"]["cpu"] == 8
+    assert all(list(timings) == [variants.EAGER, variants.FUSED] for timings in facts["timings"].values())
 
 
 def test_a_model_of_the_package_is_set_beside_timms(capsys, photograph, tmp_path):
@@ -84,7 +98,7 @@ def test_a_model_of_the_package_is_set_beside_timms(capsys, photograph, tmp_path
     assert _compare("tokenfusion_crossvit_9_240", photograph, *quick) == 0
     assert "6  CrossAttentionBlock  replaced" in capsys.readouterr().out
     facts = json.loads(record.read_text())
-    assert facts["difference"]["fused_from_timm"]["relative"] < 1e-4
+    assert facts["difference"]["fused_from_eager"]["relative"] < 1e-4
     assert list(facts["timings"]["whole model"]) == [variants.EAGER, variants.FUSED]
 
 
@@ -93,7 +107,7 @@ def test_counterparts():
     assert type(loaded.model).__module__ == "timm.models.crossvit"
     assert type(loaded.own).__module__ == "tokenfusion.models.crossvit"
     assert timm_models.load(NOTHING_TO_FUSE).own is None
-    plain, own = timm_models._with_own(tokenfusion.create_model("tokenfusion_crossvit_18_dagger_504", img_size=168))
+    plain, own, _ = timm_models._with_own(tokenfusion.create_model("tokenfusion_crossvit_18_dagger_504", img_size=168))
     assert type(plain) is type(own) and "tokenfusion.layers.crossvit" not in {
         type(m).__module__ for m in plain.modules()
     }
@@ -240,6 +254,6 @@ def test_ratios_say_how_many_times_as_fast():
         variants.FUSED: variants.Timing([1.0, 1.0], 5, 1.0),
     }
     facts = compare._timing_facts(timings)
-    assert math.isclose(facts[variants.FUSED]["vs_timm"], 3.0)
+    assert math.isclose(facts[variants.FUSED]["vs_eager"], 3.0)
     assert facts[variants.FUSED]["vs_compile"] is None
     assert facts[variants.COMPILED]["median_seconds"] is None

@@ -18,6 +18,7 @@ def print_conditions(out: Console, facts: dict) -> None:
     size = " x ".join(map(str, facts["image_size"]))
     rows = [
         ("weights", facts["weights"]),
+        ("eager", facts["eager"]),
         ("device", device),
         ("versions", ", ".join(f"{name} {facts[name]}" for name in ("tokenfusion", "torch", "timm"))),
         ("timed", f"{facts['dtype']}, batch {facts['batch_size']}, images {size}, {_count(facts['rounds'], 'round')}"),
@@ -38,12 +39,12 @@ def print_top(out: Console, classified: list[dict], pretrained: bool) -> None:
             rows.append(("" if i else entry["image"], guess["label"], f"{guess['probability']:.1%}"))
     columns = ("image", "label", "probability")
     remark = [] if pretrained else ["The weights are random, so these labels mean nothing."]
-    _print(out, table("What timm's model sees", columns, rows, numbers=columns[2:]), *remark)
+    _print(out, table("What the model sees", columns, rows, numbers=columns[2:]), *remark)
 
 
 def print_modules(out: Console, report: FuseReport) -> None:
     if not report.modules:
-        _print(out, "tokenfusion.fuse found no module of a kind that it can replace: only timm's model is timed.")
+        _print(out, "tokenfusion.fuse found no module of a kind that it can replace: only the model as it is is timed.")
         return
     outcomes = Counter(
         (module.kind, f"replaced ({module.op})" if module.replaced else f"left alone: {module.reason}")
@@ -54,9 +55,9 @@ def print_modules(out: Console, report: FuseReport) -> None:
 
 
 def print_differences(out: Console, difference: dict, dtype: str, images: int) -> None:
-    described = {"fused_from_timm": "fused against timm"}
+    described = {"fused_from_eager": "fused against eager"}
     if dtype != "float32":
-        described["timm_from_float32"] = f"timm in {dtype} against float32"
+        described["eager_from_float32"] = f"eager in {dtype} against float32"
         described["fused_from_float32"] = f"fused in {dtype} against float32"
     columns = ("largest difference of an output", "absolute", "of the largest output")
     rows = [
@@ -86,7 +87,7 @@ def _backend_state(implementation: dispatch.Implementation, choice: variants.Dis
 
 def print_timings(out: Console, title: str, timings: dict[str, dict]) -> None:
     compiled = variants.COMPILED in timings
-    columns = ["", "time [ms]", "fastest", "vs timm", "vs compile", "peak [MB]", "note"]
+    columns = ["", "time [ms]", "fastest", "vs eager", "vs compile", "peak [MB]", "note"]
     if not compiled:
         columns = [column for column in columns if column not in ("vs compile", "note")]
     rows = []
@@ -95,7 +96,7 @@ def print_timings(out: Console, title: str, timings: dict[str, dict]) -> None:
             "": name,
             "time [ms]": _number(timing["median_seconds"], 1e3, ".2f"),
             "fastest": _number(timing["fastest_seconds"], 1e3, ".2f"),
-            "vs timm": _number(timing["vs_timm"], 1, ".2f", "x"),
+            "vs eager": _number(timing["vs_eager"], 1, ".2f", "x"),
             "vs compile": _number(timing["vs_compile"], 1, ".2f", "x"),
             "peak [MB]": _number(timing["peak_extra_bytes"], 1e-6, ".2f"),
             "note": _note(name, timing),

@@ -1,4 +1,4 @@
-"""timm models by name: pretrained where the weights can be had, random otherwise, and which of the two it was."""
+"""Models of timm's registry by name: pretrained where the weights can be had, random otherwise, and which of the two it was."""
 
 import contextlib
 import copy
@@ -29,11 +29,13 @@ _HUB_SECONDS = 3
 class Loaded:
     """A model in evaluation mode; weights says in words where they come from.
 
-    own is the package's model where the name is one of its own; model is then timm's of the same architecture and weights.
+    own is the package's model where the name is one of its own; model is then its plain form of the same weights. eager
+    says what model is.
     """
 
     model: nn.Module
     own: nn.Module | None
+    eager: str
     pretrained: bool
     weights: str
 
@@ -54,8 +56,8 @@ def check_name(name: str) -> None:
     elif close:
         hint = f"close to it: {', '.join(close)}"
     else:
-        hint = "timm.list_models() has the names"
-    raise UsageError(f"MODEL: got {name!r}, expected the name of a timm model; {hint}")
+        hint = "timm.list_models() and tokenfusion.list_models() have the names"
+    raise UsageError(f"MODEL: got {name!r}, expected the name of a model of timm or tokenfusion; {hint}")
 
 
 def load(name: str) -> Loaded:
@@ -79,19 +81,21 @@ def load(name: str) -> Loaded:
     return Loaded(*_with_own(model.eval()), False, f"random, seed {SEED}: {why_not}")
 
 
-def _with_own(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """(timm's model, the package's own of the same architecture and weights, or None if this is none of its own)."""
+def _with_own(model: nn.Module) -> tuple[nn.Module, nn.Module | None, str]:
+    """(the plain form, the package's own model or None where this is none of its own, what the plain form is)."""
     name = model.pretrained_cfg["architecture"]
     if name not in tokenfusion.list_models():
-        return model, None
+        return model, None, "timm's model"
     of_timm = name.removeprefix("tokenfusion_")
+    if hasattr(model, "plain"):
+        return model.plain(), model, "the same weights in plain PyTorch, as the paper has it"
     if timm.is_model(of_timm):
         plain = timm.create_model(of_timm)
         plain.load_state_dict(model.state_dict())
-    else:  # without timm's, the model itself in its plain form
-        plain = copy.deepcopy(model)
-        tokenfusion.unfuse(plain)
-    return plain.eval(), model
+        return plain.eval(), model, f"timm's {of_timm} with the same weights"
+    plain = copy.deepcopy(model)
+    tokenfusion.unfuse(plain)
+    return plain, model, "the same model, its modules not fused"
 
 
 def _pretrained(name: str) -> tuple[nn.Module | None, str | None]:

@@ -12,8 +12,8 @@ from tokenfusion import measure
 from tokenfusion.cli.errors import first_line
 from tokenfusion.kernels import dispatch
 
-EAGER = "timm"
-COMPILED = "timm + compile"
+EAGER = "eager"
+COMPILED = "eager + compile"
 FUSED = "tokenfusion"
 FUSED_COMPILED = "tokenfusion + compile"
 THAT_COMPILE = (COMPILED, FUSED_COMPILED)
