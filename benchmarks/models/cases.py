@@ -5,7 +5,7 @@ from dataclasses import dataclass
 FORWARD = "forward"
 TRAINING = "training step"
 
-# Group of timm's models -> names. A model in which `fuse` replaces nothing is skipped.
+# Group of models -> names. A model in which `fuse` replaces nothing is skipped.
 FAMILIES = {
     "CrossViT models of timm": ("crossvit_tiny_240", "crossvit_15_240", "crossvit_9_240", "crossvit_18_240"),
     "CaiT models of timm": ("cait_xxs24_224",),
@@ -13,6 +13,7 @@ FAMILIES = {
     "VOLO models of timm": ("volo_d1_224",),
     "ViT models of timm with attention pooling (SigLIP)": ("vit_base_patch16_siglip_224",),
     "ResNet models of timm with attention pooling (CLIP)": ("resnet50_clip",),
+    "DynaMixer models, eager is the authors' form": ("dynamixer_m", "dynamixer_s"),
 }
 _BATCHES = (64, 1, 8, 32, 16, 4, 2)
 

@@ -1,4 +1,4 @@
-"""Whole models of timm as they are, fused by tokenfusion.fuse, and this package's own of the same weights.
+"""Whole models as timm or their papers have them, fused by tokenfusion.fuse, and this package's own of the same weights.
 
 A training step is zero_grad, forward pass, cross-entropy, backward pass and AdamW. Its learning rate is 0, so that
 every repetition starts from the same weights; the work is the same. Compared are the logits and the gradients of a few
@@ -6,7 +6,6 @@ weights, on two images repeated over the batch, which float64 then needs once.
 """
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import tokenfusion
+import tokenfusion.models
 from benchmarks import problem
 from benchmarks.models import cases
 from benchmarks.problem import Problem, Variant
@@ -30,13 +29,12 @@ _FLOPS_OF_TRAINING = 3  # forward, gradients of activations, gradients of weight
 _TRANSFERS_OF_TRAINING = 10  # of each weight: two reads, its gradient's write, and what AdamW reads (4) and writes (3)
 _OWN_PREFIX = "tokenfusion_"
 
-if importlib.util.find_spec("tokenfusion.models"):
-    importlib.import_module("tokenfusion.models")
-
 
 def test_models(case: cases.Case, run, request):
     torch.manual_seed(0)
     model = timm.create_model(case.model).train(case.training).to(problem.device())
+    if hasattr(model, "plain"):
+        model = model.plain()  # of a model of this package, which comes as a variant
     fused = copy.deepcopy(model)
     if not tokenfusion.fuse(fused).replaced:
         pytest.skip(f"fuse replaces nothing in {case.model}")
@@ -113,11 +111,11 @@ def _training_step(function: Callable, model: nn.Module, dtype: str) -> Callable
 
 
 def _own(name: str, model: nn.Module) -> nn.Module | None:
-    """This package's own form of a model of timm, with the same weights; None where there is none."""
-    name = _OWN_PREFIX + name
-    if not timm.is_model(name):
+    """This package's own form of a model, with the same weights; None where there is none."""
+    own_name = next((n for n in (_OWN_PREFIX + name, name) if n in tokenfusion.list_models()), None)
+    if own_name is None:
         return None
-    own = timm.create_model(name).train(model.training)
+    own = timm.create_model(own_name).train(model.training)
     own.load_state_dict(model.state_dict())
     return own.to(next(model.parameters()))
 

@@ -74,7 +74,7 @@ def plain(model: nn.Module) -> nn.Module:
         if isinstance(stage, nn.Sequential):
             for i, layer in enumerate(stage):
                 stage[i] = PlainLayer(layer.norm1, _plain_block(layer.attn), layer.norm2, layer.mlp, layer.drop_path)
-    return model
+    return model.train(model.training)
 
 
 def _plain_block(block: nn.Module) -> PlainBlock:
