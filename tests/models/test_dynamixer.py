@@ -120,7 +120,9 @@ def test_training_lowers_the_loss():
 
 def test_a_hook_keeps_what_it_saw():
     model, seen = small().eval(), []
-    model.network[0][0].mlp.fc2.register_forward_hook(lambda module, inputs, output: seen.extend((output, +output)))
+    model.network[0][0].mlp.fc2.register_forward_hook(
+        lambda module, inputs, output: seen.extend((output, output.clone()))
+    )
     with torch.no_grad():
         model(images(model))
     assert torch.equal(*seen)

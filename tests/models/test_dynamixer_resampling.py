@@ -42,7 +42,7 @@ def smooth_op(length: int, generator: str) -> nn.Sequential:
     """
     op = DynaMixerOp(1, length, 1, 1, generator=generator, dtype=torch.float64)
     source, target, token = centres(length)[:, None, None], centres(length)[None, :, None], centres(length)
-    near = -8 * (source - target).square().squeeze(2)
+    near = -8 * (source - target - 0.05).square().squeeze(2)
     with torch.no_grad():
         if generator == "dynamic":
             weight = 3 * torch.cos(4 * source + 2 * target) * torch.sin(3 * token) / length

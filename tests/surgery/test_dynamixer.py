@@ -131,7 +131,7 @@ def test_the_trial_needs_nothing_of_its_surroundings(where):
     if where == "empty weights":
         module.load_state_dict({name: torch.zeros_like(value) for name, value in module.state_dict().items()})
     with torch.device("meta" if where == "default device" else "cpu"):
-        with tokenfusion.backend("reference" if where == "backend" else "auto"):
+        with tokenfusion.backend("cuda" if where == "backend" else "auto"):
             assert tokenfusion.fuse(module).replaced
 
 
