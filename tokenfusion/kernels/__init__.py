@@ -2,5 +2,6 @@
 
 from tokenfusion.kernels.dynamic_mixing.op import dynamic_mixing
 from tokenfusion.kernels.single_query_attention.op import single_query_attention
+from tokenfusion.kernels.tied_ffn.op import tied_ffn
 
-__all__ = ["dynamic_mixing", "single_query_attention"]
+__all__ = ["dynamic_mixing", "single_query_attention", "tied_ffn"]

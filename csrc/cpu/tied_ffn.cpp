@@ -1,0 +1,176 @@
+#include "tied_ffn.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "isa.h"
+
+namespace tokenfusion {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kBlock = 256;            // tokens of one matrix product
+constexpr int64_t kMinBlock = 32;          // with fewer tokens a thread, the products are shared among the threads
+constexpr int64_t kChunkBytes = 16 << 20;  // of the hidden layer and its gradient, for one product of dW
+constexpr int64_t kMaxChunk = 2048;        // tokens of that product; a longer sum would lose precision
+
+const TiedFfnKernels::ForDtype& kernels_for(at::ScalarType dtype) {
+  const TiedFfnKernels& kernels = TOKENFUSION_KERNELS(tied_ffn);
+  switch (dtype) {
+    case at::kFloat:
+      return kernels.float32;
+    case at::kBFloat16:
+      return kernels.bfloat16;
+    case at::kDouble:
+      return kernels.float64;
+    default:
+      TORCH_CHECK_TYPE(false, "x: got dtype ", dtype, ", expected float32, bfloat16 or float64");
+  }
+}
+
+int index_of(std::string_view activation) {
+  constexpr std::string_view names[] = {"gelu", "gelu_tanh", "relu", "silu", "identity"};
+  const auto* found = std::find(std::begin(names), std::end(names), activation);
+  TORCH_CHECK_VALUE(found != std::end(names), "activation: got '", activation,
+                    "', expected 'gelu', 'gelu_tanh', 'relu', 'silu' or 'identity'");
+  return found - std::begin(names);
+}
+
+at::ScalarType accumulation_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+Tensor flat(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
+
+// Tokens a block, so that every thread gets as many blocks; all tokens where the matrix products have to be shared.
+int64_t block_of(int64_t tokens) {
+  const int64_t threads = at::get_num_threads(), per_thread = at::divup(tokens, threads);
+  if (threads > 1 && per_thread < kMinBlock) return std::max<int64_t>(tokens, 1);
+  return std::max<int64_t>(at::divup(per_thread, at::divup(per_thread, kBlock)), 1);
+}
+
+// f(first block, end of its blocks) on every thread; a single block runs outside of them, so that its products use
+// them.
+template <typename F>
+void each_share(int64_t blocks, F f) {
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    f(begin, end);
+  });
+}
+
+void linear(Tensor& out, const Tensor& x, const Tensor& matrix, const OptionalTensor& bias) {
+  if (bias)
+    at::addmm_out(out, *bias, x, matrix);
+  else
+    at::mm_out(out, x, matrix);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_in,
+                                   const OptionalTensor& bias_out, std::string_view activation, bool hold) {
+  const auto kernel = kernels_for(x_.scalar_type()).forward[index_of(activation)];
+  const int64_t features = weight.size(0);
+  Tensor y = at::empty(x_.sizes(), x_.options());
+  auto hidden_sizes = x_.sizes().vec();
+  hidden_sizes.back() = features;
+  Tensor hidden = hold ? at::empty(hidden_sizes, x_.options()) : at::empty({0}, x_.options());
+  if (y.numel() == 0) return {y, hidden};
+  const Tensor x = flat(x_), flat_y = flat(y), flat_hidden = hold ? flat(hidden) : hidden;
+  const Tensor transposed = weight.t();
+  const int64_t tokens = x.size(0), block = block_of(tokens);
+  each_share(at::divup(tokens, block), [&](int64_t begin, int64_t end) {
+    const Tensor scratch = at::empty({std::min(block, tokens), features}, x.options());
+    for (int64_t first = begin * block; first < std::min(end * block, tokens); first += block) {
+      const int64_t rows = std::min(block, tokens - first);
+      Tensor activated = scratch.narrow(0, 0, rows);
+      Tensor u = hold ? flat_hidden.narrow(0, first, rows) : activated;
+      Tensor out = flat_y.narrow(0, first, rows);
+      linear(u, x.narrow(0, first, rows), transposed, bias_in);
+      kernel({u.const_data_ptr(), activated.data_ptr(), rows, features});
+      linear(out, activated, weight, bias_out);
+    }
+  });
+  return {y, hidden};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight,
+                                                    const OptionalTensor& bias_in, const Tensor& hidden,
+                                                    std::string_view activation, std::array<bool, 4> needed) {
+  const auto kernel = kernels_for(x_.scalar_type()).backward[index_of(activation)];
+  const int64_t features = weight.size(0), channels = weight.size(1);
+  const auto accumulation = x_.options().dtype(accumulation_dtype(x_));
+  const bool held = hidden.numel() > 0;
+
+  Tensor grad_x = needed[0] ? at::empty(x_.sizes(), x_.options()) : at::empty({0}, x_.options());
+  Tensor grad_weight = at::zeros({needed[1] ? features : 0, channels}, accumulation);
+  const Tensor x = flat(x_), grad_y = flat(grad_y_), flat_grad_x = needed[0] ? flat(grad_x) : grad_x;
+  const Tensor flat_hidden = held ? flat(hidden) : hidden;
+  const Tensor transposed = weight.t();
+  const int64_t tokens = x.size(0), block = block_of(tokens);
+  const int64_t fitting = kChunkBytes / (2 * features * x_.element_size());
+  const int64_t blocks_a_chunk = std::min(fitting, kMaxChunk) / block;
+  const int64_t chunk = std::min(tokens, std::max<int64_t>(blocks_a_chunk, at::get_num_threads()) * block);
+  const int64_t sums = at::divup(block, kRowsPerSum);  // of a block
+  Tensor grad_bias_in = at::zeros({at::divup(tokens, block) * sums, features}, accumulation);
+
+  // Of a chunk of tokens: the gradient of the hidden layer, then the activated hidden layer; x, then y's gradient.
+  const Tensor left = at::empty({2 * chunk, features}, x.options());
+  const Tensor right = needed[1] ? at::empty({2 * chunk, channels}, x.options()) : Tensor();
+  Tensor product = at::empty({grad_weight.size(0), channels}, x.options());
+  for (int64_t start = 0; start < tokens && (needed[0] || needed[1] || needed[2]); start += chunk) {
+    const int64_t count = std::min(chunk, tokens - start);
+    each_share(at::divup(count, block), [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * block; first < std::min(end * block, count); first += block) {
+        const int64_t rows = std::min(block, count - first), token = start + first;
+        const Tensor x_block = x.narrow(0, token, rows), grad_block = grad_y.narrow(0, token, rows);
+        Tensor grad_hidden = left.narrow(0, first, rows), activated = left.narrow(0, count + first, rows);
+        Tensor u = held ? flat_hidden.narrow(0, token, rows) : activated;
+        if (!held) linear(u, x_block, transposed, bias_in);
+        at::mm_out(grad_hidden, grad_block, transposed);
+        TiedFfnRows r{u.const_data_ptr(), activated.data_ptr(), rows, features};
+        r.grad_activated = grad_hidden.const_data_ptr();
+        r.grad_hidden = grad_hidden.data_ptr();
+        r.grad_bias = grad_bias_in.select(0, token / block * sums).data_ptr();
+        kernel(r);
+        if (needed[0]) {
+          Tensor out = flat_grad_x.narrow(0, token, rows);
+          at::mm_out(out, grad_hidden, weight);
+        }
+        if (needed[1]) {
+          right.narrow(0, first, rows).copy_(x_block);
+          right.narrow(0, count + first, rows).copy_(grad_block);
+        }
+      }
+    });
+    if (needed[1]) {
+      at::mm_out(product, left.narrow(0, 0, 2 * count).t(), right.narrow(0, 0, 2 * count));
+      grad_weight.add_(product);
+    }
+  }
+  const auto finished = [&](const Tensor& sum) { return sum.to(x.scalar_type()); };
+  return {grad_x, needed[1] ? finished(grad_weight) : at::empty({0}, x.options()),
+          needed[2] ? finished(grad_bias_in.sum(0)) : at::empty({0}, x.options()),
+          needed[3] ? finished(at::sum(grad_y, 0, false, accumulation_dtype(x))) : at::empty({0}, x.options())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tokenfusion, CPU, library) {
+  library.impl("tied_ffn_cpu", forward);
+  library.impl("tied_ffn_backward_cpu", backward);
+}
+
+}  // namespace tokenfusion

@@ -1,0 +1,178 @@
+"""tied_ffn: argument checks, registration, autograd and the public function."""
+
+import torch
+
+from tokenfusion.kernels import extension, triton_support
+from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
+from tokenfusion.kernels.dispatch import Implementation, register
+from tokenfusion.kernels.library import LIBRARY, define, second_order
+from tokenfusion.kernels.tied_ffn import reference
+from tokenfusion.kernels.tied_ffn.shapes import empty_gradients, empty_outputs
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# hidden is the pre-activation x W^T + bias_in; of size 0 where it is not held and has to be computed again
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias_in, Tensor? bias_out, str activation, bool hold)"
+    " -> (Tensor y, Tensor hidden)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias_in, Tensor hidden, str activation, bool[4] needed)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias_in, Tensor grad_bias_out)"
+)
+
+
+def _fake(x, weight, bias_in, bias_out, activation, hold):
+    return empty_outputs(x, weight, hold)
+
+
+def _fake_backward(grad_y, x, weight, bias_in, hidden, activation, needed):
+    return empty_gradients(x, weight, needed)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias_in, _, ctx.activation, _ = inputs
+    hidden = output[1]
+    ctx.mark_non_differentiable(hidden)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias_in, hidden)
+
+
+def _backward_through(backend: str):
+    def backward(ctx, grad_y, _):
+        if grad_y is None:
+            return (None,) * 6
+        needed = ctx.needs_input_grad[:4]
+        run_backward = getattr(torch.ops.tokenfusion, f"tied_ffn_backward_{backend}").default
+        grads = run_backward(grad_y, *ctx.saved_tensors, ctx.activation, needed)
+        return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None, None
+
+    return backward
+
+
+def _setup_double_backward(ctx, inputs, output):
+    grad_y, x, weight, bias_in, _, ctx.activation, ctx.needed = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_y, x, weight, bias_in)
+
+
+def _double_backward(ctx, *grad_grads):
+    def definition(x, weight, bias_in, bias_out):
+        return reference.tied_ffn(x, weight, bias_in, bias_out, activation=ctx.activation)
+
+    grad_y, x, weight, bias_in = ctx.saved_tensors
+    bias_out = x.new_zeros(x.shape[-1])  # no gradient depends on its value
+    wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
+    *grads, _ = second_order(definition, grad_y, (x, weight, bias_in, bias_out), wanted)
+    return *grads, None, None, None
+
+
+def _define(backend: str):
+    define(
+        f"tied_ffn_backward_{backend}",
+        _BACKWARD_SCHEMA,
+        fake=_fake_backward,
+        setup_context=_setup_double_backward,
+        backward=_double_backward,
+    )
+    forward = define(
+        f"tied_ffn_{backend}",
+        _SCHEMA,
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=_backward_through(backend),
+    )
+
+    def run(x, weight, bias_in, bias_out, activation, recompute):
+        tensors = (x, weight, bias_in, bias_out)
+        hold = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return forward(*tensors, activation, hold)[0]
+
+    return run
+
+
+def _run_reference(x, weight, bias_in, bias_out, activation, recompute):
+    return reference.tied_ffn(x, weight, bias_in, bias_out, activation=activation)
+
+
+def _cpu_can_run(x, weight, bias_in, bias_out) -> str | None:
+    if extension.why_not() is not None:
+        return extension.why_not()
+    if x.device.type != "cpu":
+        return f"tensors are on {x.device.type}, expected cpu"
+    if x.dtype not in _CPU_DTYPES:
+        return f"dtype {x.dtype} is not supported"
+    return None
+
+
+OPERATOR = register(
+    "tied_ffn",
+    Implementation("cpu", _define("cpu"), _cpu_can_run),
+    Implementation("reference", _run_reference, lambda x, weight, bias_in, bias_out: None),
+)
+
+
+def _check(x, weight, bias_in, bias_out, activation) -> None:
+    check_floating("x", x)
+    check_floating("weight", weight)
+    check_rank("weight", weight, "[F, C]")
+    check_same("weight", weight, "x", x)
+    features, channels = weight.shape
+    if weight.numel() == 0:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected at least one feature and one channel")
+    if x.dim() == 0 or x.shape[-1] != channels:
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, expected [..., {channels}] to match weight {list(weight.shape)}"
+        )
+    for name, bias, size in (("bias_in", bias_in, features), ("bias_out", bias_out, channels)):
+        if bias is not None:
+            check_floating(name, bias)
+            check_same(name, bias, "x", x)
+            if bias.shape != (size,):
+                raise ValueError(
+                    f"{name}: got shape {list(bias.shape)}, expected [{size}] to match weight {list(weight.shape)}"
+                )
+    if activation not in reference.ACTIVATIONS:
+        expected = ", ".join(map(repr, reference.ACTIVATIONS))
+        raise ValueError(f"activation: got {activation!r}, expected one of {expected}")
+
+
+def tied_ffn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias_in: torch.Tensor | None = None,
+    bias_out: torch.Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    recompute: bool = True,
+) -> torch.Tensor:
+    """A feed-forward network with one matrix for both its layers: y = act(x W^T + b_in) W + b_out.
+
+    The parameter-efficient feed-forward network of Koyun and Töreyin (2024), Eq. 4; `reference.py` has the algebra of its
+    gradients. Differentiable, twice, in all four tensors; the weight gets one gradient, the sum over both its uses.
+
+    Args:
+        x: [..., C], of any number of dimensions. Copied where its leading dimensions cannot be merged, as by F.linear.
+        weight: [F, C].
+        bias_in: [F], or None.
+        bias_out: [C], or None.
+        activation: "gelu" (exact), "gelu_tanh", "relu", "silu" or "identity".
+        recompute: hold x alone for the backward pass, which computes x W^T again. False holds the pre-activation
+            x W^T + b_in too: F / C times the memory of x, and one matrix product of seven less. The reference backend holds all that autograd does.
+
+    All of one device and of one dtype: float16, bfloat16, float32 or float64. Under autocast they are cast to its
+    dtype, as those of F.linear are.
+
+    Returns:
+        y [..., C], in the dtype of x.
+
+    Raises:
+        TypeError: a dtype that is not floating point, or differing dtypes.
+        ValueError: wrong rank, mismatching C or F, an unknown activation, tensors on different devices.
+        RuntimeError: the backend chosen by `set_backend` cannot run this call; the message says why.
+    """
+    x, weight, bias_in, bias_out = autocast(x, weight, bias_in, bias_out)
+    _check(x, weight, bias_in, bias_out, activation)
+    implementation = OPERATOR.select(x, weight, bias_in, bias_out)
+    return implementation.run(x, weight, bias_in, bias_out, activation, recompute)
