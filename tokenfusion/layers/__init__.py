@@ -3,5 +3,16 @@
 from tokenfusion.layers.crossvit import CrossAttentionBlock, MultiScaleBlock
 from tokenfusion.layers.dynamixer import DynaMixerBlock, DynaMixerOp
 from tokenfusion.layers.single_query_attention import SingleQueryAttention
+from tokenfusion.layers.tied import TiedAttention, TiedBottleneck, TiedFFN, TiedStage
 
-__all__ = ["CrossAttentionBlock", "DynaMixerBlock", "DynaMixerOp", "MultiScaleBlock", "SingleQueryAttention"]
+__all__ = [
+    "CrossAttentionBlock",
+    "DynaMixerBlock",
+    "DynaMixerOp",
+    "MultiScaleBlock",
+    "SingleQueryAttention",
+    "TiedAttention",
+    "TiedBottleneck",
+    "TiedFFN",
+    "TiedStage",
+]

@@ -1,6 +1,6 @@
-"""Replacing the modules of an existing model by fused ones, and back."""
+"""Replacing the modules of an existing model by fused ones, and back; tying its matrices."""
 
 from tokenfusion.surgery.fuse import fuse, unfuse
-from tokenfusion.surgery.report import FuseReport, ModuleReport
+from tokenfusion.surgery.report import FuseReport, MatrixReport, ModuleReport, TieReport, UntiedReport
 
-__all__ = ["FuseReport", "ModuleReport", "fuse", "unfuse"]
+__all__ = ["FuseReport", "MatrixReport", "ModuleReport", "TieReport", "UntiedReport", "fuse", "unfuse"]

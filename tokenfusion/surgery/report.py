@@ -39,3 +39,40 @@ class FuseReport:
             outcome = f"replaced ({module.op})" if module.replaced else f"left alone: {module.reason}"
             lines.append(f"  {module.name or '(the model itself)'}  {module.kind}  {outcome}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One matrix that tie_weights replaced. error is that of its rebuilt form, relative to its Frobenius norm."""
+
+    name: str
+    kind: str
+    error: float
+
+
+@dataclass(frozen=True)
+class UntiedReport:
+    """A module of a known kind that tie_weights left alone, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TieReport:
+    """What `tokenfusion.tie_weights` did; printing it gives a line a matrix."""
+
+    matrices: tuple[MatrixReport, ...]
+    left: tuple[UntiedReport, ...]
+    parameters_before: int
+    parameters_after: int
+
+    def __str__(self) -> str:
+        if not self.matrices and not self.left:
+            return "tie_weights: no module of a kind that tokenfusion can tie; the model is unchanged"
+        before, after = self.parameters_before, self.parameters_after
+        lines = [f"tie_weights: {len(self.matrices)} matrices tied; {before:,} parameters before, {after:,} after"]
+        lines += [f"  {m.name}  {m.kind}  relative error {m.error:.3f}" for m in self.matrices]
+        lines += [f"  {module.name}  {module.kind}  left alone: {module.reason}" for module in self.left]
+        return "\n".join(lines)

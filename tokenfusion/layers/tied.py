@@ -1,0 +1,276 @@
+"""Layers that use a matrix and its transpose in place of two matrices (Koyun and Töreyin, "Do deep neural networks utilize
+the weight space efficiently?", 2024)."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GELUTanh, trunc_normal_
+from torch import nn
+
+from tokenfusion.kernels import tied_ffn
+from tokenfusion.kernels.tied_ffn.reference import ACTIVATIONS
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """What tied_ffn calls an activation module; None where it has no such activation."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    names = {GELUTanh: "gelu_tanh", nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
+    return names.get(type(module))
+
+
+def _bias(size: int, wanted: bool, **factory) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(size, **factory)) if wanted else None
+
+
+class TiedFFN(nn.Module):
+    """y = W^T act(W x + b_in) + b_out, Eq. 4 of the paper: the feed-forward network of a transformer with one matrix.
+
+    Takes the arguments of timm's Mlp, so that it can be the `mlp_layer` of a timm model. Holds weight
+    [hidden_features, in_features], bias_in and bias_out.
+
+    Args:
+        in_features: channels of x and y.
+        hidden_features: in_features where None.
+        out_features: in_features, or None; anything else is an error, since W^T leads back.
+        act_layer: a class of activation modules among GELU, GELU("tanh"), ReLU, SiLU and Identity.
+        norm_layer: None; a norm inside the hidden layer is not part of the tied form.
+        bias: whether there are bias_in and bias_out.
+        drop: dropout after the activation and after the output. In training it needs the hidden layer, so that plain
+            PyTorch code runs.
+        recompute: as in `tokenfusion.kernels.tied_ffn`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        bias: bool = True,
+        drop: float = 0.0,
+        *,
+        recompute: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if out_features not in (None, in_features):
+            raise ValueError(f"out_features: got {out_features}, expected {in_features}, the in_features, or None")
+        if norm_layer is not None:
+            raise ValueError(f"norm_layer: got {norm_layer!r}, expected None: there is no norm in the hidden layer")
+        act = act_layer()
+        activation = activation_name(act)
+        if activation is None:
+            expected = ", ".join(ACTIVATIONS)
+            raise ValueError(f"act_layer: got {type(act).__name__}, expected a module for one of {expected}")
+        factory = {"device": device, "dtype": dtype}
+        hidden_features = hidden_features or in_features
+        self.activation = activation
+        self.drop = drop
+        self.recompute = recompute
+        self.weight = nn.Parameter(torch.empty(hidden_features, in_features, **factory))
+        self.bias_in = _bias(hidden_features, bias, **factory)
+        self.bias_out = _bias(in_features, bias, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        trunc_normal_(self.weight, std=0.02)
+        for bias in (self.bias_in, self.bias_out):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., C] -> [..., C]."""
+        if self.training and self.drop > 0:
+            hidden = F.dropout(ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias_in)), self.drop)
+            return F.dropout(F.linear(hidden, self.weight.t(), self.bias_out), self.drop)
+        return tied_ffn(
+            x, self.weight, self.bias_in, self.bias_out, activation=self.activation, recompute=self.recompute
+        )
+
+    def extra_repr(self) -> str:
+        hidden, channels = self.weight.shape
+        return f"{channels}, {hidden}, activation={self.activation}"
+
+
+class TiedAttention(nn.Module):
+    """Self-attention with two matrices in place of four, Eq. 1 and 2 of the paper.
+
+    Q = W_q x + b_q, K = W_kv x + b_k, V = W_kv^T x + b_v, y = W_q^T attention(Q, K, V) + b_out. The transposes are those
+    of the whole matrices: heads of K are blocks of rows of W_kv, heads of V blocks of its columns. Takes the arguments
+    of timm's Attention, so that it can be the `attn_layer` of a timm model. Holds weight_q and weight_kv [dim, dim],
+    bias_q, bias_k, bias_v and bias_out.
+
+    Args:
+        dim: channels, a multiple of num_heads.
+        qkv_bias, proj_bias: whether there are bias_q, bias_k and bias_v, and bias_out.
+        qk_norm, scale_norm: False.
+        attn_drop, proj_drop: dropout of the attention weights and of the output.
+        norm_layer: not used.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim: got {dim}, expected a multiple of num_heads, {num_heads}")
+        for name, value in (("qk_norm", qk_norm), ("scale_norm", scale_norm)):
+            if value:
+                raise ValueError(f"{name}: got {value}, expected False: it is not part of the tied form")
+        factory = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.weight_q = nn.Parameter(torch.empty(dim, dim, **factory))
+        self.weight_kv = nn.Parameter(torch.empty(dim, dim, **factory))
+        self.bias_q, self.bias_k, self.bias_v = (_bias(dim, qkv_bias, **factory) for _ in range(3))
+        self.bias_out = _bias(dim, proj_bias, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.weight_q, self.weight_kv):
+            trunc_normal_(weight, std=0.02)
+        for bias in (self.bias_q, self.bias_k, self.bias_v, self.bias_out):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """[B, N, dim] -> [B, N, dim]; attn_mask and is_causal as in scaled_dot_product_attention."""
+        stacked = torch.cat((self.weight_q, self.weight_kv, self.weight_kv.t()))
+        bias = None if self.bias_q is None else torch.cat((self.bias_q, self.bias_k, self.bias_v))
+        qkv = F.linear(x, stacked, bias).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p=self.attn_drop if self.training else 0.0, is_causal=is_causal
+        )
+        return self.proj_drop(F.linear(out.transpose(1, 2).flatten(2), self.weight_q.t(), self.bias_out))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight_q.shape[0]}, num_heads={self.num_heads}"
+
+
+def _conv1x1(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, matrix[:, :, None, None])
+
+
+class TiedBottleneck(nn.Module):
+    """A bottleneck block whose 1x1 convolutions are W and W^T, Eq. 6 of the paper, on a W that it is given.
+
+    y = relu(norm3(W^T relu(norm2(conv2(relu(norm1(W e)))))) + shortcut(e)), where e is x with its channels repeated until
+    there are 4 * width of them, which is how the first block of a stage does without matrices of its own. The shortcut
+    is e, averaged over 2 x 2 pixels where the block has stride 2. W e is computed as (sum of W's column blocks) x.
+
+    Args:
+        in_channels: of x, a divisor of 4 * width.
+        width: channels inside; 4 * width come out.
+        stride: of the 3x3 convolution, 1 or 2.
+        dilation: of the 3x3 convolution.
+        norm_layer: makes a norm of a number of channels.
+        drop_path: module for the branch, such as timm's DropPath; or None.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int = 1,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        drop_path: nn.Module | None = None,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        out_channels = width * self.expansion
+        if out_channels % in_channels:
+            raise ValueError(f"in_channels: got {in_channels}, expected a divisor of 4 * width, {out_channels}")
+        if stride not in (1, 2):
+            raise ValueError(f"stride: got {stride}, expected 1 or 2")
+        factory = {"device": device, "dtype": dtype}
+        self.repeats = out_channels // in_channels
+        self.stride = stride
+        self.bn1 = norm_layer(width, **factory)
+        self.conv2 = nn.Conv2d(
+            width, width, 3, stride=stride, padding=dilation, dilation=dilation, bias=False, **factory
+        )
+        self.bn2 = norm_layer(width, **factory)
+        self.bn3 = norm_layer(out_channels, **factory)
+        self.drop_path = drop_path or nn.Identity()
+
+    def zero_init_last(self) -> None:
+        nn.init.zeros_(self.bn3.weight)
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: [B, in_channels, h, w].
+            weight: W, [width, 4 * width].
+
+        Returns:
+            [B, 4 * width, h / stride, w / stride], sizes rounded up.
+        """
+        shortcut = x
+        if self.stride == 2:
+            shortcut = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+        reduce = weight
+        if self.repeats > 1:
+            shortcut = shortcut.repeat(1, self.repeats, 1, 1)
+            reduce = weight.unflatten(1, (self.repeats, -1)).sum(1)
+        x = F.relu(self.bn1(_conv1x1(x, reduce)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(_conv1x1(x, weight.t()))
+        return F.relu(self.drop_path(x) + shortcut)
+
+
+class TiedStage(nn.Module):
+    """The bottleneck blocks of one stage of a ResNet around one matrix, Eq. 7 to 9 of the paper.
+
+    Holds weight [width, 4 * width], the only 1x1 weights of the stage, and blocks. Iterating gives each block as a
+    function of x alone, as timm's gradient checkpointing wants it.
+
+    Args:
+        blocks: TiedBottleneck modules of equal width.
+    """
+
+    def __init__(self, *blocks: TiedBottleneck):
+        super().__init__()
+        conv = blocks[0].conv2
+        width = conv.out_channels
+        self.weight = nn.Parameter(conv.weight.new_empty(width, width * TiedBottleneck.expansion))
+        self.blocks = nn.ModuleList(blocks)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight[:, :, None, None], mode="fan_out", nonlinearity="relu")
+
+    def __iter__(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        return iter([functools.partial(block, weight=self.weight) for block in self.blocks])
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, in_channels, h, w] -> [B, 4 * width, h / stride, w / stride]."""
+        for block in self.blocks:
+            x = block(x, self.weight)
+        return x
