@@ -2,11 +2,12 @@
 the weight space efficiently?", 2024)."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import GELUTanh, trunc_normal_
+from timm.models.resnet import Bottleneck
 from torch import nn
 
 from tokenfusion.kernels import tied_ffn
@@ -259,6 +260,45 @@ class TiedStage(nn.Module):
         self.weight = nn.Parameter(conv.weight.new_empty(width, width * TiedBottleneck.expansion))
         self.blocks = nn.ModuleList(blocks)
         self.reset_parameters()
+
+    @classmethod
+    def of(cls, stage: Sequence[Bottleneck]) -> "TiedStage":
+        """A stage with a new matrix, and the 3x3 convolutions, norms and drop paths of blocks of timm's ResNet.
+
+        Raises:
+            ValueError: the blocks have parts that the tied form does not have.
+        """
+        reason = cls.why_not(stage)
+        if reason is not None:
+            raise ValueError(f"stage: {reason}")
+        blocks = []
+        for block in stage:
+            conv, weight = block.conv2, block.conv1.weight
+            sizes = weight.shape[1], conv.out_channels, conv.stride[0], conv.dilation[0]
+            tied = TiedBottleneck(*sizes, drop_path=block.drop_path, device=weight.device, dtype=weight.dtype)
+            tied.conv2, tied.bn1, tied.bn2, tied.bn3 = conv, block.bn1, block.bn2, block.bn3
+            blocks.append(tied)
+        return cls(*blocks)
+
+    @staticmethod
+    def why_not(stage: Sequence[Bottleneck]) -> str | None:
+        """Why `of` cannot take these blocks of timm; None where it can."""
+        width = stage[0].conv2.out_channels
+        for i, block in enumerate(stage):
+            conv = block.conv2
+            if type(conv) is not nn.Conv2d or conv.kernel_size != (3, 3) or conv.groups != 1:
+                return f"{i}.conv2 is not a plain 3x3 convolution"
+            if conv.in_channels != width or block.conv3.out_channels != 4 * width:
+                return f"{i} does not have {width} channels inside and {4 * width} outside"
+            if conv.dilation != conv.padding or conv.stride[0] not in (1, 2) or (i > 0 and conv.stride != (1, 1)):
+                return f"{i}.conv2 has stride {conv.stride} and dilation {conv.dilation}, expected a stride at the first alone"
+            if type(block.act1) is not nn.ReLU or block.se is not None or not isinstance(block.aa, nn.Identity):
+                return f"{i} has another activation than ReLU, an attention module or anti-aliasing"
+            if not isinstance(block.drop_block, nn.Identity):
+                return f"{i} has DropBlock, which the tied form does not have"
+        if 4 * width % stage[0].conv1.in_channels:
+            return f"0.conv1 takes {stage[0].conv1.in_channels} channels, expected a divisor of {4 * width}"
+        return None
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight[:, :, None, None], mode="fan_out", nonlinearity="relu")

@@ -1,7 +1,7 @@
 """Turning a network that somebody already has into its parameter-efficient form: a matrix and its transpose for two."""
 
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from timm.models.resnet import Bottleneck
 from timm.models.vision_transformer import Attention
 from torch import nn
 
-from tokenfusion.layers.tied import TiedAttention, TiedBottleneck, TiedFFN, TiedStage, activation_name
+from tokenfusion.layers.tied import TiedAttention, TiedFFN, TiedStage, activation_name
 from tokenfusion.surgery.report import MatrixReport, TieReport, UntiedReport
 
 INITS = ("mean", "first", "fresh")
@@ -191,44 +191,8 @@ def _is_stage(module: nn.Module) -> bool:
     return type(module) is nn.Sequential and len(module) > 0 and all(type(block) is Bottleneck for block in module)
 
 
-def _why_not_stage(stage: nn.Sequential) -> str | None:
-    width = stage[0].conv2.out_channels
-    for i, block in enumerate(stage):
-        conv = block.conv2
-        if type(conv) is not nn.Conv2d or conv.kernel_size != (3, 3) or conv.groups != 1:
-            return f"{i}.conv2 is not a plain 3x3 convolution"
-        if conv.in_channels != width or block.conv3.out_channels != 4 * width:
-            return f"{i} does not have {width} channels inside and {4 * width} outside"
-        if conv.dilation != conv.padding or conv.stride[0] not in (1, 2) or (i > 0 and conv.stride != (1, 1)):
-            return (
-                f"{i}.conv2 has stride {conv.stride} and dilation {conv.dilation}, expected a stride at the first alone"
-            )
-        if type(block.act1) is not nn.ReLU or block.se is not None or not isinstance(block.aa, nn.Identity):
-            return f"{i} has another activation than ReLU, an attention module or anti-aliasing"
-        if not isinstance(block.drop_block, nn.Identity):
-            return f"{i} has DropBlock, which the tied form does not have"
-    if 4 * width % stage[0].conv1.in_channels:
-        return f"0.conv1 takes {stage[0].conv1.in_channels} channels, expected a divisor of {4 * width}"
-    return None
-
-
-def _tied_blocks(stage: nn.Sequential) -> Iterator[TiedBottleneck]:
-    for block in stage:
-        conv = block.conv2
-        tied = TiedBottleneck(
-            block.conv1.in_channels,
-            conv.out_channels,
-            conv.stride[0],
-            conv.dilation[0],
-            drop_path=block.drop_path,
-            **_factory(conv.weight),
-        )
-        tied.conv2, tied.bn1, tied.bn2, tied.bn3 = conv, block.bn1, block.bn2, block.bn3
-        yield tied
-
-
 def _tie_stage(stage: nn.Sequential, init: str):
-    tied = TiedStage(*_tied_blocks(stage))
+    tied = TiedStage.of(stage)
     reduce = [block.conv1.weight[:, :, 0, 0] for block in stage]
     expand = [block.conv3.weight[:, :, 0, 0].t() for block in stage]
     repeats = tied.blocks[0].repeats
@@ -249,5 +213,5 @@ def _tie_stage(stage: nn.Sequential, init: str):
 _RULES = (
     _Rule("Mlp", lambda module: type(module) is Mlp, _why_not_mlp, _tie_mlp),
     _Rule("Attention", lambda module: type(module) is Attention, _why_not_attention, _tie_attention),
-    _Rule("Bottleneck stage", _is_stage, _why_not_stage, _tie_stage),
+    _Rule("Bottleneck stage", _is_stage, TiedStage.why_not, _tie_stage),
 )

@@ -92,6 +92,25 @@ def _define(backend: str):
     return run
 
 
+def _define_triton():
+    run = _define("triton")
+    device = "CPU" if triton_support.INTERPRET else "CUDA"
+
+    def run_forward(*args):
+        from tokenfusion.kernels.tied_ffn import triton_host
+
+        return triton_host.run_forward(*args)
+
+    def run_backward(*args):
+        from tokenfusion.kernels.tied_ffn import triton_host
+
+        return triton_host.run_backward(*args)
+
+    LIBRARY.impl("tied_ffn_triton", run_forward, device)
+    LIBRARY.impl("tied_ffn_backward_triton", run_backward, device)
+    return run
+
+
 def _run_reference(x, weight, bias_in, bias_out, activation, recompute):
     return reference.tied_ffn(x, weight, bias_in, bias_out, activation=activation)
 
@@ -106,8 +125,16 @@ def _cpu_can_run(x, weight, bias_in, bias_out) -> str | None:
     return None
 
 
+def _triton_can_run(x, weight, bias_in, bias_out) -> str | None:
+    reason = triton_support.why_not_tensor(x)
+    if reason is None and x.dtype not in _TRITON_DTYPES:
+        reason = f"dtype {x.dtype} is not supported"
+    return reason
+
+
 OPERATOR = register(
     "tied_ffn",
+    Implementation("triton", _define_triton(), _triton_can_run, automatic=False),
     Implementation("cpu", _define("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda x, weight, bias_in, bias_out: None),
 )

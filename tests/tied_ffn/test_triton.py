@@ -1,0 +1,88 @@
+"""The Triton kernels of tied_ffn against the reference: in the interpreter, or on a GPU where there is one."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import tests.interpreter  # noqa: F401
+import tokenfusion
+from tests.parity import assert_runs
+from tests.tied_ffn.cases import check_parity, make_inputs, with_gradients
+from tokenfusion.kernels import tied_ffn, triton_support
+from tokenfusion.kernels.tied_ffn import reference, triton_host
+
+pytestmark = pytest.mark.skipif(not triton_support.INTERPRET, reason="the interpreter is off: a GPU is here")
+
+FORWARD, BACKWARD = "tied_ffn_triton", "tied_ffn_backward_triton"
+DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 is wrong
+
+
+@pytest.fixture(autouse=True)
+def on_triton_backend():
+    with tokenfusion.backend("triton"):
+        yield
+
+
+def check(inputs, **options):
+    with assert_runs(FORWARD, BACKWARD):
+        check_parity(tied_ffn, inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_activations(activation, dtype, recompute):
+    inputs = make_inputs(2, 20, channels=24, features=50, dtype=dtype)
+    check(inputs, activation=activation, recompute=recompute)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels, features", [(1, 1), (7, 13), (130, 70), (136, 40)])
+def test_any_widths(channels, features, dtype):
+    check(make_inputs(3, 20, channels=channels, features=features, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 31, 150])
+def test_any_number_of_tokens_in_several_splits(tokens, dtype, monkeypatch):
+    monkeypatch.setattr(triton_host, "ROWS_PER_SPLIT", 32)
+    check(make_inputs(tokens, channels=16, features=24, dtype=dtype))
+
+
+@pytest.mark.parametrize("biases", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("channels", [16, 136])
+def test_biases_may_be_absent(biases, channels):
+    check(make_inputs(2, 10, channels=channels, features=24, dtype=torch.float32, biases=biases))
+
+
+@pytest.mark.parametrize("frozen", [{0}, {1}, {2, 3}, {0, 1, 2}], ids=str)
+def test_frozen_inputs(frozen):
+    inputs = make_inputs(2, 10, channels=16, features=24, dtype=torch.float32)
+    full = with_gradients(tied_ffn, inputs)[1:]
+    partly = tuple(t.detach() if i in frozen else t for i, t in enumerate(inputs))
+    want = [grad for i, grad in enumerate(full) if i not in frozen]
+    assert all(torch.equal(a, b) for a, b in zip(with_gradients(tied_ffn, partly)[1:], want, strict=True))
+
+
+def test_views_and_expanded_gradients():
+    x, weight, bias_in, bias_out, _ = make_inputs(2, 10, channels=16, features=24, dtype=torch.float32)
+    view = x.transpose(0, 1)[1:]
+    got = with_gradients(
+        tied_ffn, (view, weight.t().contiguous().t(), bias_in, bias_out, torch.ones(()).expand(9, 2, 16))
+    )
+    want = with_gradients(tied_ffn, (view.contiguous(), weight, bias_in, bias_out, torch.ones(9, 2, 16)))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_empty_batch():
+    y, *grads = with_gradients(tied_ffn, make_inputs(0, 20, channels=16, features=24, dtype=torch.float32))
+    assert y.shape == (0, 20, 16) and all((g == 0).all() for g in grads)
+
+
+def test_opcheck():
+    *tensors, grad = make_inputs(2, 5, channels=8, features=12, dtype=torch.float32)
+    torch.library.opcheck(torch.ops.tokenfusion.tied_ffn_triton, (*tensors, "gelu", True))
+    _, hidden = torch.ops.tokenfusion.tied_ffn_triton(*tensors, "gelu", True)
+    arguments = (grad, *tensors[:3], hidden.detach(), "gelu", [True] * 4)
+    torch.library.opcheck(torch.ops.tokenfusion.tied_ffn_backward_triton, arguments)
