@@ -7,12 +7,17 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.table import COMPILED, EAGER, PROJECTIONS, by_size, case_name, groups
+from benchmarks.table import CHECKPOINTED, COMPILED, EAGER, PROJECTIONS, by_size, case_name, groups
 
 _AXES = {"N": "tokens N", "B": "batch B", "img_size": "image size, pixels"}  # others under their own names
 _FEWEST_POINTS = 3
 _PER_LINE = 2
-_OTHERS = {EAGER: ("#000000", "o"), COMPILED: ("#E69F00", "s"), PROJECTIONS: ("#56B4E9", "^")}
+_OTHERS = {
+    EAGER: ("#000000", "o"),
+    COMPILED: ("#E69F00", "s"),
+    PROJECTIONS: ("#56B4E9", "^"),
+    CHECKPOINTED: ("#999933", "h"),
+}
 _PACKAGE = [("#0072B2", "D"), ("#D55E00", "v"), ("#009E73", "P"), ("#CC79A7", "X"), ("#8C6D00", "*"), ("#666666", "<")]
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 _STYLE = {"font.size": 11, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True}

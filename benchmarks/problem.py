@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.table import COMPILED, EAGER, PROJECTIONS  # noqa: F401
+from benchmarks.table import CHECKPOINTED, COMPILED, EAGER, PROJECTIONS  # noqa: F401
 from tokenfusion.kernels.dispatch import OPERATORS
+
+TRAINING = "forward + backward"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from itertools import groupby
 EAGER = "eager"
 COMPILED = "torch.compile"
 PROJECTIONS = "projections + SDPA"
+CHECKPOINTED = "torch checkpoint"
 
 HEADINGS = ("variant", "median", "x eager", "x compile", "peak MB", "GB/s", "% ceiling", "parity")
 _COLUMNS = 120

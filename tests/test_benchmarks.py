@@ -95,6 +95,7 @@ def test_smoke_profile_writes_a_record(tmp_path):
         "AttentionPool2d, eager is timm's",
         "dynamic_mixing, the op",
         "DynaMixerBlock, eager is the authors' form",
+        "tied_ffn, the op",
         "CrossViT models of timm",
     }
     assert {row["case"]["direction"] for row in loaded["rows"] if "model" in row["case"]} == {

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.problem import SmallCall, dtype_of
+from benchmarks.problem import TRAINING, SmallCall, dtype_of
 from tokenfusion.kernels import dynamic_mixing
 
 
@@ -60,7 +60,6 @@ class Case:
         return (3 if self.backward else 1) * 2 * self.tokens * self.D * outputs
 
 
-TRAINING = "forward + backward"
 _SMALL_1, _SMALL_2 = Case(8, 32, 192, 8), Case(32, 16, 384, 16)
 _SMOKE = [Case(2, 7, 24, 3), Case(2, 7, 24, 3, direction=TRAINING)]
 _QUICK = [_SMALL_1, replace(_SMALL_1, direction=TRAINING), replace(_SMALL_1, dtype="bfloat16"), _SMALL_2]

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.problem import SmallCall, dtype_of
+from benchmarks.problem import TRAINING, SmallCall, dtype_of
 from tokenfusion.kernels import single_query_attention
 
 
@@ -43,7 +43,6 @@ class Case:
         return elements * self.torch_dtype.itemsize * (3 if self.backward else 1)
 
 
-TRAINING = "forward + backward"
 _SMOKE = [Case(2, 65, 64, 2), Case(2, 65, 64, 2, direction=TRAINING)]
 _LENGTHS = (65, 197, 401, 1025, 4097, 16385)
 _PASSES = (("float32", "forward"), ("float32", TRAINING), ("bfloat16", "forward"), ("bfloat16", TRAINING))

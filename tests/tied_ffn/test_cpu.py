@@ -126,7 +126,7 @@ def test_only_x_is_held():
 
 
 def test_views_and_expanded_gradients():
-    x, weight, bias_in, bias_out, grad = make_inputs(3, 40, channels=16, features=24, dtype=torch.float32)
+    x, weight, bias_in, bias_out, _ = make_inputs(3, 40, channels=16, features=24, dtype=torch.float32)
     views = {
         "slice of tokens": x[:, 1:],
         "tokens before batch": x.transpose(0, 1),

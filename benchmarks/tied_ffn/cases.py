@@ -1,0 +1,53 @@
+"""The sizes at which tied_ffn is measured."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from benchmarks.problem import TRAINING, dtype_of
+
+
+@dataclass(frozen=True)
+class Case:
+    N: int
+    C: int
+    F: int
+    dtype: str = "float32"
+    direction: str = "forward"
+
+    def __str__(self) -> str:
+        return f"N{self.N}-C{self.C}-F{self.F}-{self.dtype}-{self.direction}".replace(" + ", "+")
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == TRAINING
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return dtype_of(self.dtype)
+
+    def sizes(self) -> dict[str, int | str]:
+        return asdict(self)
+
+    def moved(self) -> int:
+        """Bytes that must move: x, the weight and y; again, with their gradients, for the backward pass."""
+        elements = 2 * self.N * self.C + self.F * self.C
+        return elements * self.torch_dtype.itemsize * (3 if self.backward else 1)
+
+    def flops(self) -> int:
+        """Of the matrix products that must be done, two forward and four backward; computing again is one more."""
+        return (6 if self.backward else 2) * 2 * self.N * self.C * self.F
+
+
+_KINDS = [(dtype, direction) for dtype in ("float32", "bfloat16") for direction in ("forward", TRAINING)]
+_SMOKE = [Case(70, 16, 40), Case(70, 16, 40, direction=TRAINING)]
+_QUICK = [*(Case(3152, 384, 1536, *kind) for kind in _KINDS), Case(197, 384, 1536)]  # 16 images and one, as in DeiT-S
+
+
+def _full() -> list[Case]:
+    lengths = [Case(n, 384, 1536, *kind) for kind in _KINDS for n in (1024, 4096, 16384, 65536)]
+    widths = [Case(12608, c, 4 * c, *kind) for kind in _KINDS for c in (96, 192, 384, 768, 1024)]
+    return list(dict.fromkeys((*_QUICK, *lengths, *widths)))
+
+
+CASES = {"smoke": _SMOKE, "quick": _QUICK, "full": _full()}
