@@ -62,8 +62,7 @@ int64_t block_of(int64_t tokens) {
   return std::max<int64_t>(at::divup(per_thread, at::divup(per_thread, kBlock)), 1);
 }
 
-// f(first block, end of its blocks) on every thread; a single block runs outside of them, so that its products use
-// them.
+// f(first block, last + 1) on every thread; a single block runs outside of them, so that its products can use them.
 template <typename F>
 void each_share(int64_t blocks, F f) {
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {

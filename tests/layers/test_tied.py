@@ -90,7 +90,7 @@ def test_bottleneck_is_the_untied_one_on_repeated_channels(in_channels, stride, 
     stage = randomize(TiedStage(TiedBottleneck(in_channels, 8, stride))).double()
     block = _untied_block(stage.blocks[0], stage.weight)
     if stride == 2:
-        block.downsample = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+        block.downsample = nn.AvgPool2d(2, ceil_mode=True)
 
     def untied(x):
         return block(x.repeat(1, 32 // in_channels, 1, 1))

@@ -232,7 +232,7 @@ class TiedBottleneck(nn.Module):
         """
         shortcut = x
         if self.stride == 2:
-            shortcut = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+            shortcut = F.avg_pool2d(x, 2, ceil_mode=True)
         reduce = weight
         if self.repeats > 1:
             shortcut = shortcut.repeat(1, self.repeats, 1, 1)
