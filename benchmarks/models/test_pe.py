@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion
-import tokenfusion.models  # (registers the model)
+import tokenfusion.models  # noqa: F401  (registers the model)
 from benchmarks import problem
 from benchmarks.problem import TRAINING, Problem, Variant
 

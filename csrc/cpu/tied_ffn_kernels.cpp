@@ -11,7 +11,7 @@ struct Activated {
   Vec<A> value, slope;
 };
 
-// The cumulative normal distribution at u, where density = exp(-u^2 / 2), within 4 units in the last place: with
+// The cumulative normal distribution at u, where density = exp(-u^2 / 2), to a relative 1e-6: with
 // v = |u| and t = 1 / (1 + 0.26 v), the tail beyond v is the density times t times a polynomial in t, which is a
 // minimax fit to erfcx(v / sqrt(2)) / (2 t) on [0, 14].
 TF_INLINE Vec<float> cumulative_normal(Vec<float> u, Vec<float> density) {
