@@ -16,6 +16,7 @@ _GLOSSARY = {
     "eager": "the module or model as its library has it (timm's, or the formula in plain PyTorch), run as it is",
     table.COMPILED: "the same under torch.compile: the rival that counts",
     table.PROJECTIONS: "keys and values of all tokens by matrix products, then scaled_dot_product_attention",
+    table.CHECKPOINTED: "eager under torch.utils.checkpoint: it holds the input alone and computes the rest again",
     "tokenfusion (NAME)": "this package with its backend NAME: cpu is C++, triton and cuda are GPU kernels, reference is "
     "plain PyTorch; shaded in the tables",
     "own model (NAME)": "this package's own form of the model, with the same weights",

@@ -1,10 +1,13 @@
 """The sizes at which tied_ffn is measured."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
-from benchmarks.problem import TRAINING, dtype_of
+from benchmarks.problem import TRAINING, SmallCall, dtype_of
+from tokenfusion.kernels import tied_ffn
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,20 @@ def _full() -> list[Case]:
 
 
 CASES = {"smoke": _SMOKE, "quick": _QUICK, "full": _full()}
+
+
+def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
+    """Calls that reach every GPU kernel: narrow and wide, sizes that fill a tile and not, with what is held."""
+    for label, tokens, channels, features, recompute in (
+        ("narrow", 70, 16, 40, True),
+        ("wide", 50, 136, 72, True),
+        ("held", 33, 24, 64, False),
+    ):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, generator=generator) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).div(shape[-1] ** 0.5).to(dtype).requires_grad_()
+
+        x = torch.randn(tokens, channels, generator=generator).to(dtype).requires_grad_()
+        tensors = x, normal(features, channels), normal(features), normal(channels)
+        yield SmallCall("tied_ffn", label, partial(tied_ffn, recompute=recompute), tensors)

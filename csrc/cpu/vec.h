@@ -70,16 +70,6 @@ struct VecOf<double> {
 template <typename T>
 using Vec = typename VecOf<T>::type;
 
-// What sums of T are kept in.
-template <typename T>
-struct Accumulator {
-  typedef float type;
-};
-template <>
-struct Accumulator<double> {
-  typedef double type;
-};
-
 typedef uint32_t U32 __attribute__((vector_size(TF_VECTOR_BYTES)));
 typedef uint16_t U16 __attribute__((vector_size(TF_VECTOR_BYTES / 2)));
 typedef uint16_t U16Memory __attribute__((vector_size(TF_VECTOR_BYTES / 2), aligned(2), may_alias));
@@ -127,31 +117,6 @@ TF_INLINE void narrow(bf16* p, float x) {
 template <typename T>
 TF_INLINE Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
-}
-
-// f(channel, how many lanes of the vector there are real) over the vectors of a row.
-template <typename A, typename F>
-TF_INLINE void each_vector(int64_t channels, F f) {
-  constexpr int lanes = VecOf<A>::lanes;
-  int64_t c = 0;
-  for (; c + lanes <= channels; c += lanes) f(c, lanes);
-  if (c < channels) f(c, channels - c);
-}
-
-template <typename T, typename A = typename Accumulator<T>::type>
-TF_INLINE Vec<A> load_lanes(const T* p, int64_t count) {
-  if (count == VecOf<A>::lanes) return load(p);
-  Vec<A> v{};
-  for (int i = 0; i < VecOf<A>::lanes; ++i)
-    if (i < count) v[i] = widen(p[i]);
-  return v;
-}
-
-template <typename T, typename A = typename Accumulator<T>::type>
-TF_INLINE void store_lanes(T* p, Vec<A> v, int64_t count) {
-  if (count == VecOf<A>::lanes) return store(p, v);
-  for (int i = 0; i < VecOf<A>::lanes; ++i)
-    if (i < count) narrow(p + i, v[i]);
 }
 
 // exp(x) for x <= 0 (anything below -87 gives 0), within 2 units in the last place.
