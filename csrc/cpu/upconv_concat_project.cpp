@@ -1,0 +1,113 @@
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "upconv_tiles.h"
+
+namespace tokenfusion {
+namespace {
+
+// The part of the skip in the block's fine rows: its projection, or the skip itself where there is none.
+void write_skip(const UpconvTiles& tiles, const UpconvBlock& block, const Tensor& out, const Tensor& skip,
+                const OptionalTensor& proj_skip) {
+  std::vector<Tensor> outs = tiles.fine_matrices(out, block);
+  const std::vector<Tensor> skips = tiles.fine_matrices(skip, block);
+  for (size_t i = 0; i < outs.size(); ++i) {
+    if (proj_skip)
+      at::mm_out(outs[i], skips[i], proj_skip->t());
+    else
+      outs[i].copy_(skips[i]);
+  }
+}
+
+Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip,
+               const OptionalTensor& proj_up, const OptionalTensor& proj_skip, bool channels_last) {
+  const int64_t scale = weight.size(2), up_channels = weight.size(1);
+  const int64_t channels = proj_up ? proj_up->size(0) : up_channels;
+  Tensor out = empty_map({x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x, channels_last);
+  if (x.numel() == 0) return out;
+  const UpconvTiles tiles(x, out, scale);
+  const bool whole_columns = proj_up.has_value();
+  const Tensor matrix = tiles.weight_matrix(weight), buffer = tiles.buffer(whole_columns, channels);
+  const Tensor up_buffer = proj_up ? tiles.buffer(whole_columns, up_channels) : buffer;
+  tiles.each_block(whole_columns, [&](const UpconvBlock& block) {
+    if (skip && block.first_unit == 0) write_skip(tiles, block, out, *skip, proj_skip);
+    Tensor product = tiles.product(up_buffer, block, up_channels);
+    at::mm_out(product, tiles.pixel_matrix(block), tiles.columns(matrix, block));
+    if (proj_up) {
+      Tensor projected = tiles.by_channel(buffer, block, channels);
+      at::mm_out(projected, tiles.by_channel(up_buffer, block, up_channels), proj_up->t());
+    }
+    tiles.scatter(buffer, block, bias, skip.has_value());
+  });
+  return out;
+}
+
+typedef std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Gradients;
+
+Gradients backward(const Tensor& grad_out_, const Tensor& x, const Tensor& weight, const OptionalTensor& skip,
+                   const OptionalTensor& proj_up, const OptionalTensor& proj_skip, std::array<bool, 6> needed) {
+  const auto [need_x, need_weight, need_bias, need_skip, need_proj_up, need_proj_skip] = needed;
+  const Tensor grad_out = with_contiguous_rows(grad_out_), none = at::empty({0}, x.options());
+  const int64_t channels = grad_out.size(1), up_channels = weight.size(1);
+  const UpconvTiles tiles(x, grad_out, weight.size(2));
+  const Tensor matrix = tiles.weight_matrix(weight), buffer = tiles.buffer(true, channels);
+  const Tensor up_buffer = proj_up ? tiles.buffer(true, up_channels) : buffer;
+
+  const Tensor grad_x = need_x ? tiles.empty_pixels() : none;
+  const Tensor grad_matrix = need_weight ? empty_sum(matrix.sizes(), x, true) : none;
+  const Tensor grad_bias = need_bias ? empty_sum({channels}, x, true).zero_() : none;
+  const Tensor grad_skip = need_skip ? empty_map(skip->sizes(), x, !tiles.planes()) : none;
+  const Tensor grad_proj_up = need_proj_up ? empty_sum(proj_up->sizes(), x, true) : none;
+  const Tensor grad_proj_skip = need_proj_skip ? empty_sum(proj_skip->sizes(), x, true) : none;
+  if (x.numel() == 0)
+    for (const Tensor& sum : {grad_matrix, grad_proj_up, grad_proj_skip}) sum.zero_();
+
+  tiles.each_block(true, [&](const UpconvBlock& block) {
+    const bool first = block.first_row == 0;
+    tiles.gather(buffer, block);
+    const Tensor grad = tiles.by_channel(buffer, block, channels);
+    Tensor product = tiles.product(up_buffer, block, up_channels);
+    if (need_bias) grad_bias.add_(grad.sum(0, false, grad_bias.scalar_type()));
+    if (need_proj_up) {
+      at::mm_out(product, tiles.pixel_matrix(block), matrix);
+      accumulate(grad_proj_up, grad.t(), tiles.by_channel(up_buffer, block, up_channels), first);
+    }
+    if (proj_up && (need_x || need_weight)) {
+      Tensor grad_up = tiles.by_channel(up_buffer, block, up_channels);
+      at::mm_out(grad_up, grad, *proj_up);
+    }
+    if (need_x) tiles.set_pixels(grad_x, block, product, matrix.t());
+    if (need_weight) accumulate(grad_matrix, tiles.pixel_matrix(block).t(), product, first);
+    if (need_skip || need_proj_skip) {
+      const std::vector<Tensor> grads = tiles.fine_matrices(grad_out, block);
+      const std::vector<Tensor> skips = tiles.fine_matrices(need_proj_skip ? *skip : grad_out, block);
+      std::vector<Tensor> grad_skips = tiles.fine_matrices(need_skip ? grad_skip : grad_out, block);
+      for (size_t i = 0; i < grads.size(); ++i) {
+        if (need_proj_skip) accumulate(grad_proj_skip, grads[i].t(), skips[i], first && i == 0);
+        if (need_skip) at::mm_out(grad_skips[i], grads[i], *proj_skip);
+      }
+    }
+  });
+  const auto type = x.scalar_type();
+  return {need_x ? in_format_of(grad_x, x) : none,
+          need_weight ? tiles.weight_from_matrix(grad_matrix, weight) : none,
+          grad_bias.to(type),
+          need_skip ? in_format_of(grad_skip, *skip) : none,
+          grad_proj_up.to(type),
+          grad_proj_skip.to(type)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tokenfusion, CPU, library) {
+  library.impl("upconv_concat_project_cpu", forward);
+  library.impl("upconv_concat_project_backward_cpu", backward);
+}
+
+}  // namespace tokenfusion

@@ -1,0 +1,250 @@
+"""upconv_concat: argument checks, registration, autograd and the public function."""
+
+import torch
+
+from tokenfusion.kernels import extension, triton_support
+from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
+from tokenfusion.kernels.dispatch import Implementation, register
+from tokenfusion.kernels.library import LIBRARY, define, second_order
+from tokenfusion.kernels.upconv_concat import reference
+from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
+
+SCALES = (2, 4, 8, 16, 32)
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? skip, bool skip_first"
+_SCHEMA = f"({_TENSORS}, bool channels_last) -> Tensor"
+_OUT_SCHEMA = f"({_TENSORS}, Tensor(a!) out) -> ()"
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_up, Tensor x, Tensor weight, bool[3] needed)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def _fake(x, weight, bias, skip, skip_first, channels_last):
+    return empty_map(x, weight, weight.shape[1] + (0 if skip is None else skip.shape[1]), channels_last)
+
+
+def _fake_backward(grad_up, x, weight, needed):
+    return (
+        empty_gradient(x, needed[0]),
+        torch.empty_like(weight) if needed[1] else weight.new_empty(0),
+        empty_sum(x, weight.shape[1], needed[2]),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, skip, skip_first, _ = inputs
+    up_channels, skip_channels = weight.shape[1], 0 if skip is None else skip.shape[1]
+    ctx.up = (skip_channels if skip_first else 0, up_channels)
+    ctx.skip = (0 if skip_first else up_channels, skip_channels)
+    ctx.save_for_backward(x, weight)
+
+
+def _backward_through(backend: str):
+    def backward(ctx, grad_out):
+        needed = ctx.needs_input_grad[:3]
+        grad_skip = grad_out.narrow(1, *ctx.skip) if ctx.needs_input_grad[3] else None
+        grads = (None, None, None)
+        if any(needed):
+            run_backward = getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{backend}").default
+            grads = run_backward(grad_out.narrow(1, *ctx.up), *ctx.saved_tensors, needed)
+            grads = tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+        return *grads, grad_skip, None, None
+
+    return backward
+
+
+def _setup_double_backward(ctx, inputs, output):
+    grad_up, x, weight, ctx.needed = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_up, x, weight)
+
+
+def _double_backward(ctx, *grad_grads):
+    def definition(x, weight, bias):
+        return reference.upconv_concat(x, weight, bias, None)
+
+    grad_up, x, weight = ctx.saved_tensors
+    inputs = x, weight, x.new_zeros(weight.shape[1])  # the bias, whose value does not matter
+    wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
+    return *second_order(definition, grad_up, inputs, wanted)[:3], None
+
+
+def _define(backend: str):
+    define(
+        f"upconv_concat_backward_{backend}",
+        _BACKWARD_SCHEMA,
+        fake=_fake_backward,
+        setup_context=_setup_double_backward,
+        backward=_double_backward,
+    )
+    forward = define(
+        f"upconv_concat_{backend}",
+        _SCHEMA,
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=_backward_through(backend),
+    )
+    LIBRARY.define(f"upconv_concat_out_{backend}{_OUT_SCHEMA}", tags=(torch.Tag.needs_exact_strides,))
+    torch.library.register_fake(f"tokenfusion::upconv_concat_out_{backend}", lambda *args: None, lib=LIBRARY)
+
+    def run(x, weight, bias, skip, skip_first, out):
+        if out is None:
+            return forward(x, weight, bias, skip, skip_first, gives_channels_last(x, skip))
+        getattr(torch.ops.tokenfusion, f"upconv_concat_out_{backend}").default(x, weight, bias, skip, skip_first, out)
+        return out
+
+    return run
+
+
+def _define_triton():
+    run = _define("triton")
+    device = "CPU" if triton_support.INTERPRET else "CUDA"
+
+    def run_forward(*args):
+        from tokenfusion.kernels.upconv_concat import triton_host
+
+        return triton_host.run_forward(*args)
+
+    def run_out(*args):
+        from tokenfusion.kernels.upconv_concat import triton_host
+
+        return triton_host.run_out(*args)
+
+    def run_backward(*args):
+        from tokenfusion.kernels.upconv_concat import triton_host
+
+        return triton_host.run_backward(*args)
+
+    LIBRARY.impl("upconv_concat_triton", run_forward, device)
+    LIBRARY.impl("upconv_concat_out_triton", run_out, device)
+    LIBRARY.impl("upconv_concat_backward_triton", run_backward, device)
+    return run
+
+
+def _run_reference(x, weight, bias, skip, skip_first, out):
+    result = reference.upconv_concat(x, weight, bias, skip, skip_first=skip_first)
+    return result if out is None else out.copy_(result)
+
+
+def why_not_kernel(x: torch.Tensor, weight: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """What the kernels of every backend ask of an up-convolution."""
+    if x.dtype not in dtypes:
+        return f"dtype {x.dtype} is not supported"
+    if weight.shape[2] not in SCALES:
+        return f"k = {weight.shape[2]} is not one of {', '.join(map(str, SCALES))}"
+    return None
+
+
+def cpu_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    if extension.why_not() is not None:
+        return extension.why_not()
+    if x.device.type != "cpu":
+        return f"tensors are on {x.device.type}, expected cpu"
+    return why_not_kernel(x, weight, CPU_DTYPES)
+
+
+def triton_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    return triton_support.why_not_tensor(x) or why_not_kernel(x, weight, TRITON_DTYPES)
+
+
+OPERATOR = register(
+    "upconv_concat",
+    Implementation("triton", _define_triton(), triton_can_run, automatic=False),
+    Implementation("cpu", _define("cpu"), cpu_can_run),
+    Implementation("reference", _run_reference, lambda x, weight: None),
+)
+
+
+def check_upconv(x, weight, bias, skip) -> None:
+    """What both operators ask of their common arguments."""
+    check_floating("x", x)
+    check_floating("weight", weight)
+    check_rank("x", x, "[B, Cin, h, w]")
+    check_rank("weight", weight, "[Cin, Cout, k, k]")
+    check_same("weight", weight, "x", x)
+    channels, out_channels, scale, other = weight.shape
+    if scale != other:
+        raise ValueError(f"weight: got a kernel of {scale} x {other}, expected a square one, k x k with stride k")
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"weight: got shape {list(weight.shape)}, expected [{x.shape[1]}, Cout, k, k] to match x {list(x.shape)}"
+        )
+    if 0 in (channels, out_channels, scale, x.shape[2], x.shape[3]):
+        raise ValueError(f"x, weight: got shapes {list(x.shape)}, {list(weight.shape)}, expected no size of 0 but B")
+    if bias is not None:
+        check_floating("bias", bias)
+        check_same("bias", bias, "x", x)
+        if bias.shape != (out_channels,):
+            raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{out_channels}], the channels of weight")
+    if skip is not None:
+        check_floating("skip", skip)
+        check_rank("skip", skip, "[B, Cs, k h, k w]")
+        check_same("skip", skip, "x", x)
+        batch, _, height, width = x.shape
+        if (skip.shape[0], *skip.shape[2:]) != (batch, scale * height, scale * width):
+            raise ValueError(
+                f"skip: got shape {list(skip.shape)}, expected [{batch}, Cs, {scale * height}, {scale * width}], "
+                f"{scale} times the size of x {list(x.shape)}"
+            )
+
+
+def _check_out(out, x, weight, bias, skip) -> None:
+    check_floating("out", out)
+    check_same("out", out, "x", x)
+    batch, _, height, width = x.shape
+    scale = weight.shape[2]
+    channels = weight.shape[1] + (0 if skip is None else skip.shape[1])
+    if out.shape != (batch, channels, scale * height, scale * width):
+        expected = [batch, channels, scale * height, scale * width]
+        raise ValueError(f"out: got shape {list(out.shape)}, expected {expected}")
+    if 1 not in (out.stride(1), out.stride(3)):
+        raise ValueError(f"out: got strides {list(out.stride())}, expected 1 for the channels or for the last dimension")
+    recorded = [t for t in (x, weight, bias, skip, out) if t is not None and t.requires_grad]
+    if recorded and torch.is_grad_enabled():
+        raise ValueError("out: a gradient would be recorded, which needs a result of its own; expected torch.no_grad()")
+
+
+def upconv_concat(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    *,
+    skip_first: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Transposed convolution with kernel = stride, concatenated with a skip connection, in one result.
+
+    torch.cat((F.conv_transpose2d(x, weight, bias, stride=k), skip), 1), as in the decoder of a U-Net (arXiv:1505.04597)
+    and in Token Fusion (Choi et al., 2022), without the up-sampled map by itself. Differentiable in
+    x, weight, bias and skip.
+
+    Args:
+        x: [B, Cin, h, w], contiguous or channels_last; any strides.
+        weight: [Cin, Cout, k, k], as in nn.ConvTranspose2d; the stride is k. k in 2, 4, 8, 16, 32 has kernels.
+        bias: [Cout] or None.
+        skip: [B, Cs, k h, k w]; or None, for the up-convolution alone.
+        skip_first: the skip comes first in the result.
+        out: where to write, for inference: [B, Cout + Cs, k h, k w], with channels or the last dimension contiguous. A
+            skip that is its slice of out already is not copied; no other input may share memory with out.
+
+    All of one device and of one dtype: float16, bfloat16, float32 or float64. Under autocast, as with nn.ConvTranspose2d,
+    they are cast to the lower precision.
+
+    Returns:
+        [B, Cout + Cs, k h, k w]; channels_last where x and skip are.
+
+    Raises:
+        TypeError: a dtype that is not floating point, or differing dtypes.
+        ValueError: wrong rank, a kernel that is not square, mismatching sizes, tensors on different devices; an out of
+            the wrong shape, or while a gradient is recorded.
+        RuntimeError: the backend chosen by `set_backend` cannot run this call; the message says why.
+    """
+    x, weight, bias, skip = autocast(x, weight, bias, skip)
+    check_upconv(x, weight, bias, skip)
+    if out is not None:
+        _check_out(out, x, weight, bias, skip)
+    return OPERATOR.select(x, weight).run(x, weight, bias, skip, skip_first, out)

@@ -1,0 +1,221 @@
+"""upconv_concat_project and upconv_add: argument checks, registration, autograd and the public functions."""
+
+import torch
+
+from tokenfusion.kernels import triton_support
+from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
+from tokenfusion.kernels.dispatch import Implementation, register
+from tokenfusion.kernels.library import LIBRARY, define, second_order
+from tokenfusion.kernels.upconv_concat.op import check_upconv, cpu_can_run, triton_can_run
+from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
+from tokenfusion.kernels.upconv_concat_project import reference
+
+_TENSORS = "Tensor x, Tensor weight, {}Tensor? skip, Tensor? proj_up, Tensor? proj_skip"
+_SCHEMA = f"({_TENSORS.format('Tensor? bias, ')}, bool channels_last) -> Tensor"
+_BACKWARD_SCHEMA = (
+    f"(Tensor grad_out, {_TENSORS.format('')}, bool[6] needed) -> (Tensor grad_x, Tensor grad_weight,"
+    " Tensor grad_bias, Tensor grad_skip, Tensor grad_proj_up, Tensor grad_proj_skip)"
+)
+
+
+def _fake(x, weight, bias, skip, proj_up, proj_skip, channels_last):
+    return empty_map(x, weight, (weight.shape[1] if proj_up is None else proj_up.shape[0]), channels_last)
+
+
+def _fake_backward(grad_out, x, weight, skip, proj_up, proj_skip, needed):
+    return (
+        empty_gradient(x, needed[0]),
+        torch.empty_like(weight) if needed[1] else weight.new_empty(0),
+        empty_sum(x, grad_out.shape[1], needed[2]),
+        empty_gradient(x if skip is None else skip, needed[3]),
+        *(
+            empty_sum(x, () if proj is None else proj.shape, wanted)
+            for proj, wanted in zip((proj_up, proj_skip), needed[4:], strict=True)
+        ),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, skip, proj_up, proj_skip, _ = inputs
+    ctx.adds_skip = skip is not None and proj_skip is None
+    ctx.save_for_backward(x, weight, None if ctx.adds_skip else skip, proj_up, proj_skip)
+
+
+def _backward_through(backend: str):
+    def backward(ctx, grad_out):
+        needed = list(ctx.needs_input_grad[:6])
+        grad_skip = grad_out if ctx.adds_skip and needed[3] else None
+        if ctx.adds_skip:
+            needed[3] = False
+        grads = [None] * 6
+        if any(needed):
+            name = f"upconv_concat_project_backward_{backend}"
+            grads = getattr(torch.ops.tokenfusion, name).default(grad_out, *ctx.saved_tensors, needed)
+            grads = [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
+        if grad_skip is not None:
+            grads[3] = grad_skip
+        return *grads, None
+
+    return backward
+
+
+def _setup_double_backward(ctx, inputs, output):
+    *tensors, ctx.needed = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx, *grad_grads):
+    grad_out, x, weight, *others = ctx.saved_tensors
+    inputs = x, weight, x.new_zeros(grad_out.shape[1]), *others  # the bias, whose value does not matter
+    wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
+    grad_grad_out, grad_x, grad_weight, _, *rest = second_order(
+        reference.upconv_projected_sum, grad_out, inputs, wanted
+    )
+    return grad_grad_out, grad_x, grad_weight, *rest, None
+
+
+def _define(backend: str):
+    define(
+        f"upconv_concat_project_backward_{backend}",
+        _BACKWARD_SCHEMA,
+        fake=_fake_backward,
+        setup_context=_setup_double_backward,
+        backward=_double_backward,
+    )
+    forward = define(
+        f"upconv_concat_project_{backend}",
+        _SCHEMA,
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=_backward_through(backend),
+    )
+
+    def run(x, weight, bias, skip, proj_up, proj_skip):
+        return forward(x, weight, bias, skip, proj_up, proj_skip, gives_channels_last(x, skip))
+
+    return run
+
+
+def _define_triton():
+    run = _define("triton")
+    device = "CPU" if triton_support.INTERPRET else "CUDA"
+
+    def run_forward(*args):
+        from tokenfusion.kernels.upconv_concat_project import triton_host
+
+        return triton_host.run_forward(*args)
+
+    def run_backward(*args):
+        from tokenfusion.kernels.upconv_concat_project import triton_host
+
+        return triton_host.run_backward(*args)
+
+    LIBRARY.impl("upconv_concat_project_triton", run_forward, device)
+    LIBRARY.impl("upconv_concat_project_backward_triton", run_backward, device)
+    return run
+
+
+OPERATOR = register(
+    "upconv_concat_project",
+    Implementation("triton", _define_triton(), triton_can_run, automatic=False),
+    Implementation("cpu", _define("cpu"), cpu_can_run),
+    Implementation("reference", reference.upconv_projected_sum, lambda x, weight: None),
+)
+
+
+def _check_projection(proj_weight, proj_bias, x, weight, skip) -> None:
+    check_floating("proj_weight", proj_weight)
+    check_rank("proj_weight", proj_weight, "[Cp, Cout + Cs]")
+    check_same("proj_weight", proj_weight, "x", x)
+    joined = weight.shape[1] + (0 if skip is None else skip.shape[1])
+    if proj_weight.shape[1] != joined or proj_weight.shape[0] == 0:
+        raise ValueError(
+            f"proj_weight: got shape {list(proj_weight.shape)}, expected [Cp, {joined}] for the channels of weight "
+            f"and skip"
+        )
+    if proj_bias is not None:
+        check_floating("proj_bias", proj_bias)
+        check_same("proj_bias", proj_bias, "x", x)
+        if proj_bias.shape != proj_weight.shape[:1]:
+            raise ValueError(f"proj_bias: got shape {list(proj_bias.shape)}, expected [{proj_weight.shape[0]}]")
+
+
+def _composing_pays(x: torch.Tensor, weight: torch.Tensor, projected: int) -> bool:
+    """Do P_up U and (P_up U) x take fewer multiplications than U x and P_up (U x)?"""
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    channels, up_channels = weight.shape[:2]
+    composed = channels * up_channels * projected + pixels * channels * projected
+    return composed < pixels * channels * up_channels + pixels * up_channels * projected
+
+
+def upconv_concat_project(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    *,
+    skip_first: bool = False,
+) -> torch.Tensor:
+    """`upconv_concat` followed by a 1x1 convolution, of which neither the concatenation nor the up-sampled map exists.
+
+    F.conv2d(upconv_concat(x, weight, bias, skip), proj_weight[:, :, None, None], proj_bias), as the sum of a projected
+    up-convolution and a projected skip. Differentiable in all tensors.
+
+    Args:
+        x, weight, bias, skip, skip_first: as of `upconv_concat`.
+        proj_weight: [Cp, Cout + Cs], the channels in the order of the concatenation.
+        proj_bias: [Cp] or None.
+
+    Returns:
+        [B, Cp, k h, k w]; channels_last where x and skip are.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `upconv_concat`, and ValueError for a projection of the wrong shape.
+    """
+    x, weight, bias, skip, proj_weight, proj_bias = autocast(x, weight, bias, skip, proj_weight, proj_bias)
+    check_upconv(x, weight, bias, skip)
+    _check_projection(proj_weight, proj_bias, x, weight, skip)
+    up_channels = weight.shape[1]
+    proj_skip = None
+    if skip is None:
+        proj_up = proj_weight
+    elif skip_first:
+        proj_skip, proj_up = proj_weight.split((skip.shape[1], up_channels), dim=1)
+    else:
+        proj_up, proj_skip = proj_weight.split((up_channels, skip.shape[1]), dim=1)
+    if bias is not None:
+        bias = proj_up @ bias
+        bias = bias if proj_bias is None else bias + proj_bias
+    else:
+        bias = proj_bias
+    if _composing_pays(x, weight, proj_weight.shape[0]):
+        weight = torch.nn.functional.linear(weight.permute(0, 2, 3, 1), proj_up).permute(0, 3, 1, 2)
+        proj_up = None
+    return OPERATOR.select(x, weight).run(x, weight, bias, skip, proj_up, proj_skip)
+
+
+def upconv_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, skip: torch.Tensor) -> torch.Tensor:
+    """Transposed convolution with kernel = stride, added to a skip connection of as many channels.
+
+    F.conv_transpose2d(x, weight, bias, stride=k) + skip, without the up-sampled map by itself. Differentiable in all
+    tensors. Token Fusion's "UpConv + add".
+
+    Args:
+        x, weight, bias: as of `upconv_concat`.
+        skip: [B, Cout, k h, k w].
+
+    Returns:
+        [B, Cout, k h, k w]; channels_last where x and skip are.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `upconv_concat`, and ValueError for a skip of other channels.
+    """
+    x, weight, bias, skip = autocast(x, weight, bias, skip)
+    check_upconv(x, weight, bias, skip)
+    if skip is None or skip.shape[1] != weight.shape[1]:
+        got = None if skip is None else list(skip.shape)
+        raise ValueError(f"skip: got {got}, expected a tensor of the {weight.shape[1]} channels of weight")
+    return OPERATOR.select(x, weight).run(x, weight, bias, skip, None, None)
