@@ -39,7 +39,9 @@ const UpconvKernels::ForDtype& kernels_for(at::ScalarType dtype) {
 }
 
 // Into how many equal parts of at most `most` a total is best cut: the size of such a part.
-int64_t even(int64_t total, int64_t most) { return at::divup(total, at::divup(total, std::max<int64_t>(1, most))); }
+int64_t even(int64_t total, int64_t most) {
+  return at::divup(total, std::max<int64_t>(1, at::divup(total, std::max<int64_t>(1, most))));
+}
 
 bool is_channels_last(const Tensor& x) { return x.stride(1) == 1 && !x.is_contiguous(); }
 

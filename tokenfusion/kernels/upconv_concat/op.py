@@ -17,8 +17,7 @@ _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? skip, bool skip_first
 _SCHEMA = f"({_TENSORS}, bool channels_last) -> Tensor"
 _OUT_SCHEMA = f"({_TENSORS}, Tensor(a!) out) -> ()"
 _BACKWARD_SCHEMA = (
-    "(Tensor grad_up, Tensor x, Tensor weight, bool[3] needed)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
+    "(Tensor grad_up, Tensor x, Tensor weight, bool[3] needed) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
 )
 
 
@@ -201,7 +200,9 @@ def _check_out(out, x, weight, bias, skip) -> None:
         expected = [batch, channels, scale * height, scale * width]
         raise ValueError(f"out: got shape {list(out.shape)}, expected {expected}")
     if 1 not in (out.stride(1), out.stride(3)):
-        raise ValueError(f"out: got strides {list(out.stride())}, expected 1 for the channels or for the last dimension")
+        raise ValueError(
+            f"out: got strides {list(out.stride())}, expected 1 for the channels or for the last dimension"
+        )
     recorded = [t for t in (x, weight, bias, skip, out) if t is not None and t.requires_grad]
     if recorded and torch.is_grad_enabled():
         raise ValueError("out: a gradient would be recorded, which needs a result of its own; expected torch.no_grad()")

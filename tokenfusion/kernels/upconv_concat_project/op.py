@@ -149,6 +149,13 @@ def _composing_pays(x: torch.Tensor, weight: torch.Tensor, projected: int) -> bo
     return composed < pixels * channels * up_channels + pixels * up_channels * projected
 
 
+def _compose(weight: torch.Tensor, proj_up: torch.Tensor) -> torch.Tensor:
+    """P_up U: [Cin, Cout, k, k] -> [Cin, Cp, k, k], channels_last."""
+    by_pixel = weight.permute(0, 2, 3, 1)
+    rows = by_pixel.reshape(-1, weight.shape[1])  # one product; F.linear would make one for each k of a strided weight
+    return (rows @ proj_up.t()).unflatten(0, by_pixel.shape[:3]).permute(0, 3, 1, 2)
+
+
 def upconv_concat_project(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -192,8 +199,7 @@ def upconv_concat_project(
     else:
         bias = proj_bias
     if _composing_pays(x, weight, proj_weight.shape[0]):
-        weight = torch.nn.functional.linear(weight.permute(0, 2, 3, 1), proj_up).permute(0, 3, 1, 2)
-        proj_up = None
+        weight, proj_up = _compose(weight, proj_up), None
     return OPERATOR.select(x, weight).run(x, weight, bias, skip, proj_up, proj_skip)
 
 

@@ -1,0 +1,79 @@
+"""Inputs for the tests of the up-convolutions, and what to hold results against."""
+
+from collections.abc import Callable
+
+import torch
+
+from tests.parity import assert_parity
+from tokenfusion.kernels import upconv_add, upconv_concat, upconv_concat_project
+from tokenfusion.kernels.upconv_concat import reference
+from tokenfusion.kernels.upconv_concat_project import reference as project_reference
+
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+OPS = {
+    "concat": (upconv_concat, reference.upconv_concat),
+    "project": (upconv_concat_project, project_reference.upconv_concat_project),
+    "add": (upconv_add, project_reference.upconv_add),
+}
+NAMES = ("x", "weight", "bias", "skip", "proj_weight", "proj_bias")
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+def make_inputs(
+    op: str = "concat",
+    batch: int = 2,
+    channels: tuple[int, int, int] = (5, 3, 4),
+    size: tuple[int, int] = (3, 5),
+    scale: int = 2,
+    *,
+    projected: int = 6,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    formats: tuple[str, str, str, str] = ("nchw",) * 4,
+    seed: int = 0,
+) -> Tensors:
+    """The op's tensors, which require gradients, and a gradient of its result, in the formats of x, weight, skip and
+    that gradient; channels of x, weight and skip, the last one 0 for none."""
+    generator = torch.Generator().manual_seed(seed)
+    x_channels, up_channels, skip_channels = channels
+    height, width = (scale * s for s in size)
+
+    def normal(*shape: int, std: float = 1.0, format: str = "nchw") -> torch.Tensor:
+        tensor = (std * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+        return tensor.contiguous(memory_format=FORMATS[format]) if len(shape) == 4 else tensor
+
+    if op == "add":
+        skip_channels = up_channels
+    tensors = [
+        normal(batch, x_channels, *size, format=formats[0]),
+        normal(x_channels, up_channels, scale, scale, std=x_channels**-0.5, format=formats[1]),
+        normal(up_channels) if bias else None,
+        normal(batch, skip_channels, height, width, format=formats[2]) if skip_channels else None,
+    ]
+    joined = up_channels + skip_channels
+    if op == "project":
+        tensors += [normal(projected, joined, std=joined**-0.5), normal(projected) if bias else None]
+    out_channels = {"concat": joined, "project": projected, "add": up_channels}[op]
+    tensors = [None if t is None else t.requires_grad_() for t in tensors]
+    return *tensors, normal(batch, out_channels, height, width, format=formats[3])
+
+
+def with_gradients(function: Callable, inputs: Tensors, **options) -> list[torch.Tensor]:
+    """The result, and the gradients of those inputs that require one."""
+    *tensors, grad = inputs
+    present = [t for t in tensors if t is not None and t.requires_grad]
+    out = function(*tensors, **options)
+    return [out, *torch.autograd.grad(out, present, grad)]
+
+
+def check_parity(op: str, inputs: Tensors, **options) -> None:
+    """Result and gradients of the op obey the parity rule."""
+    function, definition = OPS[op]
+    exact_inputs = tuple(None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
+    actual = with_gradients(function, inputs, **options)
+    unfused = with_gradients(definition, inputs, **options)
+    exact = with_gradients(definition, exact_inputs, **options)
+    names = ["out", *(n for n, t in zip(NAMES, inputs[:-1]) if t is not None)]
+    for name, *tensors in zip(names, actual, unfused, exact, strict=True):
+        assert_parity(*tensors, name=name)

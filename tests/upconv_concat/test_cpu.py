@@ -1,0 +1,267 @@
+"""The C++ kernels of the up-convolutions against the reference."""
+
+import itertools
+
+import pytest
+import torch
+
+import tokenfusion
+from tests.parity import assert_parity, assert_runs
+from tests.upconv_concat.cases import FORMATS, OPS, check_parity, make_inputs, with_gradients
+from tokenfusion.kernels import upconv_concat, upconv_concat_project
+from tokenfusion.kernels.upconv_concat import reference
+from tokenfusion.kernels.upconv_concat_project import op as project_op
+from tokenfusion.kernels.upconv_concat_project.reference import upconv_projected_sum
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+SCALES = (2, 4, 8, 16, 32)
+MIXED = [tuple(formats) for formats in itertools.product(FORMATS, repeat=4)]
+UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu_backend():
+    with tokenfusion.backend("cpu"):
+        yield
+
+
+def ran(op: str) -> tuple[str, str]:
+    name = "upconv_concat" if op == "concat" else "upconv_concat_project"
+    return f"{name}_cpu", f"{name}_backward_cpu"
+
+
+def check(op: str, inputs, **options):
+    with assert_runs(*ran(op)):
+        with_gradients(OPS[op][0], inputs, **options)
+    check_parity(op, inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_scale(op, scale, formats, dtype):
+    for size in ((1, 1), (2, 33)) if scale < 16 else ((1, 3),):
+        check(op, make_inputs(op, size=size, scale=scale, dtype=dtype, formats=formats))
+
+
+@pytest.mark.parametrize("formats", MIXED, ids="-".join)
+@pytest.mark.parametrize("op", OPS)
+def test_mixed_formats(op, formats):
+    check(op, make_inputs(op, batch=3, channels=(6, 5, 7), size=(3, 5), formats=formats))
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(batch=1, channels=(1, 1, 1), size=(1, 1)),
+        dict(batch=17, channels=(33, 65, 31), size=(7, 7)),
+        dict(batch=2, channels=(8, 300, 40), size=(5, 61)),
+        dict(batch=1, channels=(4, 2, 3), size=(301, 23)),
+        dict(batch=2, channels=(16, 70, 5), size=(9, 130), scale=4),
+    ],
+    ids=str,
+)
+def test_odd_sizes_and_several_blocks(op, case, formats):
+    check(op, make_inputs(op, formats=formats, **case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("skip", [0, 4])
+@pytest.mark.parametrize("skip_first", [False, True])
+@pytest.mark.parametrize("op", ["concat", "project"])
+def test_bias_and_skip(op, skip_first, skip, bias, formats, dtype):
+    check(op, make_inputs(op, channels=(5, 3, skip), bias=bias, formats=formats, dtype=dtype), skip_first=skip_first)
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("composes", [False, True])
+def test_both_orders_of_the_projection(composes, dtype, formats, monkeypatch):
+    monkeypatch.setattr(project_op, "_composing_pays", lambda *_: composes)
+    check("project", make_inputs("project", size=(5, 6), formats=formats, dtype=dtype))
+
+
+def test_composing_is_chosen_by_the_multiplications():
+    weight, few, many = torch.empty(64, 32, 2, 2), torch.empty(1, 64, 2, 2), torch.empty(8, 64, 32, 32)
+    assert not project_op._composing_pays(few, weight, 32)
+    assert project_op._composing_pays(many, weight, 32)
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("skip_first", [False, True])
+def test_out(skip_first, formats):
+    x, weight, bias, skip, _ = (t.detach() for t in make_inputs(formats=formats))
+    expected = upconv_concat(x, weight, bias, skip, skip_first=skip_first)
+    wide = torch.full((2, 11, 6, 10), torch.nan).contiguous(memory_format=FORMATS[formats[0]])
+    out = wide[:, 2:9]
+    with assert_runs("upconv_concat_out_cpu"):
+        assert upconv_concat(x, weight, bias, skip, skip_first=skip_first, out=out) is out
+    assert torch.equal(out, expected)
+    assert wide[:, :2].isnan().all() and wide[:, 9:].isnan().all()
+    again = out.clone()
+    again.narrow(1, 4 if skip_first else 0, 3).fill_(torch.nan)
+    written = again.narrow(1, 0 if skip_first else 3, 4)  # where the encoder wrote
+    upconv_concat(x, weight, bias, written, skip_first=skip_first, out=again)
+    assert torch.equal(again, expected)
+
+
+def test_the_result_is_channels_last_where_the_inputs_are():
+    for formats in MIXED:
+        x, weight, bias, skip, _ = make_inputs(size=(2, 2), formats=formats)
+        out = upconv_concat(x, weight, bias, skip)
+        want = torch.channels_last if formats[0] == formats[2] == "nhwc" else torch.contiguous_format
+        assert out.is_contiguous(memory_format=want)
+    x, weight, bias, skip, _ = make_inputs(size=(1, 1), formats=("nchw", "nchw", "nhwc", "nchw"))
+    assert upconv_concat(x, weight, bias, skip).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_slices_and_expanded_gradients(op):
+    *tensors, grad = make_inputs(op, size=(4, 6))
+
+    def inside(t):
+        if t is None or t.dim() < 2:
+            return t
+        wide = torch.full([s + 3 for s in t.shape], torch.nan)
+        view = wide[tuple(slice(1, 1 + s) for s in t.shape)]
+        view.copy_(t.detach())
+        return view.requires_grad_()
+
+    got = with_gradients(OPS[op][0], (*map(inside, tensors), inside(grad).detach()))
+    want = with_gradients(OPS[op][0], (*tensors, grad))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    ones = torch.ones(()).expand(grad.shape)
+    got, want = (with_gradients(OPS[op][0], (*tensors, g)) for g in (ones, ones.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("op", OPS)
+def test_frozen_inputs(op, formats):
+    inputs = make_inputs(op, formats=formats)
+    full = with_gradients(OPS[op][0], inputs)[1:]
+    for frozen in range(len(inputs) - 1):
+        partly = tuple(t.detach() if i == frozen else t for i, t in enumerate(inputs))
+        got = with_gradients(OPS[op][0], partly)[1:]
+        want = [grad for i, grad in enumerate(full) if i != frozen]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("op", OPS)
+def test_empty_batch(op, formats):
+    inputs = make_inputs(op, batch=0, formats=formats)
+    out, *grads = with_gradients(OPS[op][0], inputs)
+    assert out.shape == inputs[-1].shape
+    assert [g.shape for g in grads] == [t.shape for t in inputs[:-1]]
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("op", OPS)
+def test_the_same_call_gives_the_same_bits(op, formats):
+    inputs = make_inputs(op, batch=3, channels=(16, 24, 8), size=(9, 11), formats=formats)
+    first = with_gradients(OPS[op][0], inputs)
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(with_gradients(OPS[op][0], inputs), first, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check("project", make_inputs("project", batch=3, channels=(16, 40, 8), size=(21, 31)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["x", "skip"])
+def test_nan_and_inf_propagate_as_in_the_reference(value, where):
+    x, weight, bias, skip, _ = (t.detach() for t in make_inputs())
+    {"x": x, "skip": skip}[where][1, 2, 1, 3] = value
+    torch.testing.assert_close(
+        upconv_concat(x, weight, bias, skip), reference.upconv_concat(x, weight, bias, skip), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_first_and_second_order(op, formats):
+    inputs = make_inputs(
+        op, batch=2, channels=(3, 2, 2), size=(2, 3), projected=2, dtype=torch.float64, formats=formats
+    )
+    assert torch.autograd.gradcheck(OPS[op][0], inputs[:-1])
+    assert torch.autograd.gradgradcheck(OPS[op][0], inputs[:-1])
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", ["concat", "project"])
+def test_compiled(op, dynamic, formats):
+    compiled = torch.compile(OPS[op][0], fullgraph=True, dynamic=dynamic)
+    inputs = make_inputs(op, formats=formats)
+    for got, want in zip(with_gradients(compiled, inputs), with_gradients(OPS[op][0], inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+def test_opcheck(formats):
+    *tensors, grad = make_inputs(formats=formats)
+    x, weight, bias, skip = tensors
+    channels_last = formats[0] == "nhwc"
+    ops = torch.ops.tokenfusion
+    torch.library.opcheck(ops.upconv_concat_cpu, (x, weight, bias, skip, True, channels_last))
+    torch.library.opcheck(ops.upconv_concat_backward_cpu, (grad[:, 4:], x, weight, [True, True, True]))
+    out = torch.empty_like(grad)
+    torch.library.opcheck(ops.upconv_concat_out_cpu, (*(t.detach() for t in tensors), False, out))
+    *tensors, grad = make_inputs("project", formats=formats)
+    x, weight, bias, skip, proj_weight, _ = tensors
+    proj_up, proj_skip = (t.detach().requires_grad_() for t in proj_weight.split((3, 4), 1))
+    new_bias = torch.randn(6, requires_grad=True)
+    torch.library.opcheck(ops.upconv_concat_project_cpu, (x, weight, new_bias, skip, proj_up, proj_skip, channels_last))
+    arguments = (grad, x, weight, skip, proj_up, proj_skip, [True] * 6)
+    torch.library.opcheck(ops.upconv_concat_project_backward_cpu, arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast(op):
+    inputs = make_inputs(op, channels=(16, 16, 16))
+    function, definition = OPS[op]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = function(*inputs[:-1]), definition(*(t.bfloat16() for t in inputs[:-1]))
+    assert got.dtype == torch.bfloat16
+    assert_parity(got, want, definition(*(t.bfloat16().double() for t in inputs[:-1])))
+
+
+def test_sum_form_is_what_the_kernels_compute():
+    x, weight, bias, skip, proj_weight, proj_bias, _ = make_inputs("project", dtype=torch.float64)
+    got = upconv_projected_sum(
+        x, weight, proj_weight[:, :3] @ bias + proj_bias, skip, proj_weight[:, :3], proj_weight[:, 3:]
+    )
+    torch.testing.assert_close(got, upconv_concat_project(x, weight, bias, skip, proj_weight, proj_bias))
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+def test_no_up_sampled_map_and_no_concatenation(formats):
+    """Beyond results: tiles, and matrices of the size of x and of the weight, are all that is allocated."""
+    from tokenfusion.measure import peak_extra_bytes
+
+    for op, images in (("concat", 1), ("project", 1)):
+        inputs = make_inputs(op, images, (16, 64, 64), (128, 128), projected=8, formats=formats)
+        up = 64 * 256 * 256 * 4
+        out = inputs[-1].nbytes
+        with torch.no_grad():
+            peak = peak_extra_bytes(lambda: OPS[op][0](*inputs[:-1]))
+        assert peak < out + up / 2
+        grads = sum(t.nbytes for t in inputs[:-1])
+        skip_is_a_view = inputs[3].nbytes if op == "concat" else 0
+        peak = peak_extra_bytes(lambda: with_gradients(OPS[op][0], inputs))
+        assert peak < out + grads - skip_is_a_view + up / 2
