@@ -4,6 +4,7 @@ from tokenfusion.layers.crossvit import CrossAttentionBlock, MultiScaleBlock
 from tokenfusion.layers.dynamixer import DynaMixerBlock, DynaMixerOp
 from tokenfusion.layers.single_query_attention import SingleQueryAttention
 from tokenfusion.layers.tied import TiedAttention, TiedBottleneck, TiedFFN, TiedStage
+from tokenfusion.layers.upconv import UpConvAdd, UpConvConcat, UpConvConcatProject, UpCopyAdd, UpCopyConcat
 
 __all__ = [
     "CrossAttentionBlock",
@@ -15,4 +16,9 @@ __all__ = [
     "TiedBottleneck",
     "TiedFFN",
     "TiedStage",
+    "UpConvAdd",
+    "UpConvConcat",
+    "UpConvConcatProject",
+    "UpCopyAdd",
+    "UpCopyConcat",
 ]

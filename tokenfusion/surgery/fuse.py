@@ -24,8 +24,12 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         SigLIP and other ViTs ("map")   AttentionPoolLatent, unless it normalises its keys
         CLIP's ResNets                  AttentionPool2d, where it pools; RotAttentionPool2d is left alone
 
-    and, by dynamic_mixing, DynaMixer's block and operation in the official code or any other, found by the names and
-    shapes of their parameters; a trial on random numbers shows first that such a module computes the same.
+    by dynamic_mixing, DynaMixer's block and operation in the official code or any other, found by the names and shapes
+    of their parameters; a trial on random numbers shows first that such a module computes the same;
+
+    and by upconv_concat, in U-Net decoders, nn.ConvTranspose2d with kernel = stride whose result is concatenated with
+    one other tensor in the forward of the module that holds it, where torch.fx can trace that forward. It keeps the
+    values that the forward reads from the module, such as flags, as they are now.
 
     A module that cannot be replaced is left as it was, and the report says why: dropout of attention weights in
     training, rotary or normalised keys, parts of another class, hooks that would no longer run. What only a call can

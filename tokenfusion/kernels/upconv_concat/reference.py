@@ -27,3 +27,12 @@ def upconv_concat(
     if skip is None:
         return up
     return torch.cat((skip, up) if skip_first else (up, skip), dim=1)
+
+
+def up_as_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The up-convolution as the matrix product above: what second derivatives are taken of.
+
+    PyTorch's second derivative of a convolution does not take symbolic sizes.
+    """
+    up = torch.einsum("bcyx,cdij->bdyixj", x, weight).flatten(4, 5).flatten(2, 3)
+    return up + bias[:, None, None]

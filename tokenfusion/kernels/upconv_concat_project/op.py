@@ -70,7 +70,7 @@ def _double_backward(ctx, *grad_grads):
     inputs = x, weight, x.new_zeros(grad_out.shape[1]), *others  # the bias, whose value does not matter
     wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
     grad_grad_out, grad_x, grad_weight, _, *rest = second_order(
-        reference.upconv_projected_sum, grad_out, inputs, wanted
+        reference.projected_sum_as_products, grad_out, inputs, wanted
     )
     return grad_grad_out, grad_x, grad_weight, *rest, None
 

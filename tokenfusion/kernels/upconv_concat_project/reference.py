@@ -43,8 +43,21 @@ def upconv_projected_sum(
     proj_skip: torch.Tensor | None,
 ) -> torch.Tensor:
     """P_up U x + P_skip skip + bias, each projection 1 where it is None: what the kernels of both compute."""
-    up = reference.upconv_concat(x, weight, None, None)
-    out = up if proj_up is None else F.conv2d(up, proj_up[:, :, None, None])
+    return _sum(reference.upconv_concat(x, weight, None, None), bias, skip, proj_up, proj_skip)
+
+
+def projected_sum_as_products(x, weight, bias, skip, proj_up, proj_skip) -> torch.Tensor:
+    """The same by matrix products alone: what second derivatives are taken of."""
+    up = reference.up_as_product(x, weight, x.new_zeros(weight.shape[1]))
+    return _sum(up, bias, skip, proj_up, proj_skip)
+
+
+def _sum(up, bias, skip, proj_up, proj_skip) -> torch.Tensor:
+    out = _project(up, proj_up)
     if skip is not None:
-        out = out + (skip if proj_skip is None else F.conv2d(skip, proj_skip[:, :, None, None]))
+        out = out + _project(skip, proj_skip)
     return out if bias is None else out + bias[:, None, None]
+
+
+def _project(maps: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    return maps if weight is None else torch.einsum("pc,bcyx->bpyx", weight, maps)

@@ -10,9 +10,10 @@ from tokenfusion.surgery.rules.rule import AnyRule
 @functools.cache
 def rules() -> tuple[AnyRule, ...]:
     # timm takes seconds to import
-    from tokenfusion.surgery.rules import attention_pool, class_attention, crossvit, dynamixer
+    from tokenfusion.surgery.rules import attention_pool, class_attention, crossvit, dynamixer, upconv
 
-    return (*crossvit.RULES, *class_attention.RULES, *attention_pool.RULES, *dynamixer.RULES)
+    families = (crossvit, class_attention, attention_pool, dynamixer, upconv)
+    return tuple(rule for family in families for rule in family.RULES)
 
 
 def rule_for(module: nn.Module) -> AnyRule | None:
