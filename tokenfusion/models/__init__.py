@@ -3,7 +3,13 @@
 One file a family, and one that registers its variants, which must not have the base name of a file of timm's.
 """
 
-from tokenfusion.models import crossvit_variants, dynamixer_variants, resnet_pe, vit_pe  # noqa: F401  (they register)
+from tokenfusion.models import (  # noqa: F401  (they register their models)
+    crossvit_variants,
+    dynamixer_variants,
+    resnet_pe,
+    token_fusion_variants,
+    vit_pe,
+)
 from tokenfusion.models.checkpoints import load_checkpoint
 from tokenfusion.models.factory import create_model, list_models
 

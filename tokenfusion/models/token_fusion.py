@@ -1,0 +1,465 @@
+"""Token Fusion: tokens of a CNN and of image patches (Choi et al., "Improved Image Classification with Token Fusion", 2022).
+
+The paper leaves open widths, taps and kernels; what is settled here is said where it is, and in the arguments.
+`token_fusion_variants.py` has the registered models.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tokenfusion.layers.upconv import UpConvAdd, UpConvConcat, UpConvConcatProject, UpCopyAdd, UpCopyConcat
+from tokenfusion.models.checkpoints import CheckedModel
+
+_POOLS = ("channel", "token", "mixing")
+_STAGES = 5  # the stem before its max-pool, and four stages
+_DEEPEST = 32  # pixels of the image to one of the last stage
+
+Grid = tuple[int, int]
+
+
+class TokenFusion(CheckedModel):
+    """What the three models share: the CNN, transformer blocks, positions and the three classification heads.
+
+    No class token (but of one variant) and no norm before the head, whose mean over channels it would make zero.
+
+    Args:
+        img_size: of the images, multiples of 32; with the "channel" head the model takes images of other such sizes,
+            for which positions are resized.
+        embed_dim, depth, num_heads, mlp_ratio: of the transformer, ViT-B's; depth is that of the whole model.
+        global_pool: "channel" (mean over the tokens), "token" (mean over the channels) or "mixing" (both), Figure 5.
+        cnn: a model of timm, whose stem and four stages are the CNN's features.
+        pretrained_cnn: with timm's weights. None for "if they can be had", with a warning where they cannot.
+        train_cnn: train the CNN; otherwise it is frozen, and its batch norms are in eval mode.
+
+    Raises:
+        ValueError: an argument with another value.
+    """
+
+    patch_size = 16
+    output_stride = 32
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        global_pool: str | None = None,
+        cnn: str = "resnet101",
+        pretrained_cnn: bool | None = None,
+        train_cnn: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.dd = {"device": device, "dtype": dtype}
+        self.img_size = to_2tuple(img_size)
+        if any(length <= 0 or length % _DEEPEST for length in self.img_size):
+            raise ValueError(f"img_size: got {img_size!r}, expected multiples of {_DEEPEST}")
+        self.num_classes, self.in_chans, self.embed_dim = num_classes, in_chans, embed_dim
+        self.global_pool = _pool(global_pool or "channel")
+        self.grad_checkpointing = False
+        self.grid = self._grid(self.img_size, 16)  # of the tokens that the head sees
+        self.cnn = _make_cnn(cnn, pretrained_cnn, in_chans, self.output_stride).to(**self.dd)
+        self.cnn_channels = self.cnn.feature_info.channels()
+        self.set_cnn_trainable(train_cnn)
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=rate,
+                norm_layer=norm_layer or partial(nn.LayerNorm, eps=1e-6),
+                **self.dd,
+            )
+            for rate in rates
+        )
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": self._reduction(i), "module": f"blocks.{i}"} for i in range(depth)
+        ]
+
+    def _finish(self, num_features: int, extra_tokens: int = 0) -> None:
+        """The head, and the initial values of all but the CNN."""
+        self.num_features = num_features
+        self.num_tokens = self.grid[0] * self.grid[1] + extra_tokens
+        self._make_head()
+        for name, child in self.named_children():
+            if name != "cnn":
+                child.apply(_init_weights)
+        for name in self.no_weight_decay():
+            trunc_normal_(getattr(self, name), std=0.02)
+
+    def _make_head(self) -> None:
+        widths = {
+            "channel": self.num_features,
+            "token": self.num_tokens,
+            "mixing": self.num_tokens + self.num_features,
+        }
+        self.head_hidden_size = widths[self.global_pool]
+        self.head = (
+            nn.Linear(self.head_hidden_size, self.num_classes, **self.dd) if self.num_classes > 0 else nn.Identity()
+        )
+
+    def _reduction(self, block: int) -> int:
+        return self.patch_size
+
+    def _grid(self, size: Sequence[int], patch: int) -> Grid:
+        return size[0] // patch, size[1] // patch
+
+    def _patch_embed(self, patch_size: int, in_chans: int) -> PatchEmbed:
+        return PatchEmbed(
+            self.img_size, patch_size, in_chans, self.embed_dim, strict_img_size=False, flatten=True, **self.dd
+        )
+
+    def _new_positions(self, tokens: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(1, tokens, self.embed_dim, **self.dd))
+
+    def _add_positions(self, tokens: torch.Tensor, table: torch.Tensor, grid: Grid, own: Grid) -> torch.Tensor:
+        if grid != own:
+            table = _resized(table, grid, own, table.shape[1] - own[0] * own[1])
+        return self.pos_drop(tokens + table)
+
+    def set_cnn_trainable(self, trainable: bool = True) -> None:
+        """Train the CNN from now on, or freeze it, with its batch norms in eval mode."""
+        self.train_cnn = trainable
+        self.cnn.requires_grad_(trainable)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if not self.train_cnn:
+            self.cnn.eval()
+        return self
+
+    def _cnn_features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        with torch.set_grad_enabled(self.train_cnn and torch.is_grad_enabled()):
+            return self.cnn(x)
+
+    def _run_blocks(self, x: torch.Tensor, first: int, count: int, grid: Grid, seen: list | None) -> torch.Tensor:
+        """Blocks first, first + 1, ...; what comes out of each is added to `seen`, with its grid."""
+        for block in self.blocks[first : first + count]:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if seen is not None:
+                seen.append((x, grid))
+        return x
+
+    def _features(self, x: torch.Tensor, seen: list | None = None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, in_chans, H, W] -> fused tokens [B, N, num_features].
+
+        Raises:
+            ValueError: images of another size than the model's that its head or its CNN cannot take.
+        """
+        self._check_size(x)
+        return self._features(x)
+
+    def _check_size(self, x: torch.Tensor) -> None:
+        size = tuple(x.shape[2:])
+        if size == self.img_size:
+            return
+        if any(length % _DEEPEST for length in size):
+            raise ValueError(f"images: got {size[0]} x {size[1]} pixels, expected multiples of {_DEEPEST}")
+        if self.global_pool != "channel":
+            raise ValueError(
+                f"images: got {size[0]} x {size[1]} pixels, expected {self.img_size[0]} x {self.img_size[1]}: "
+                f"the {self.global_pool!r} head has a weight for each token"
+            )
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens -> logits [B, num_classes]; or what the classifier reads, with pre_logits."""
+        pooled = []
+        if self.global_pool in ("token", "mixing"):
+            pooled.append(x.mean(dim=2))
+        if self.global_pool in ("channel", "mixing"):
+            pooled.append(x.mean(dim=1))
+        x = self.head_drop(torch.cat(pooled, dim=1))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Tokens after each transformer block, as timm's models give them; norm and stop_early change nothing."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
+        taken, _ = feature_take_indices(len(self.blocks), indices)
+        self._check_size(x)
+        seen = []
+        out = self._features(x, seen)
+        features = []
+        for tokens, grid in (seen[i] for i in taken):
+            tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
+            features.append(_as_map(tokens, grid).contiguous() if output_fmt == "NCHW" else tokens)
+        return features if intermediates_only else (out, features)
+
+    def no_weight_decay(self) -> set[str]:
+        """Positions and the class token."""
+        return {name for name, _ in self.named_parameters(recurse=False)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for layer-wise learning rates, as timm's optimizers ask for them."""
+        return {"stem": r"^cnn|^pos_embed|^cls_token|patch_embed|^bridges", "blocks": [(r"^blocks\.(\d+)", None)]}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool is not None:
+            self.global_pool = _pool(global_pool)
+        self.num_classes = num_classes
+        table = next(self.blocks.parameters())
+        self.dd = {"device": table.device, "dtype": table.dtype}
+        self._make_head()
+        self.head.apply(_init_weights).train(self.training)
+
+    def _position_grids(self) -> dict[str, Grid]:
+        return {"pos_embed": self.grid}
+
+    def checkpoint_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint of another image size: positions are resized bicubically."""
+        state_dict = super().checkpoint_filter(state_dict.get("model", state_dict))
+        for name, grid in self._position_grids().items():
+            table, own = state_dict.get(name), getattr(self, name)
+            if isinstance(table, torch.Tensor) and table.ndim == 3 and table.shape[1] != own.shape[1]:
+                prefix = own.shape[1] - grid[0] * grid[1]
+                side = round(max(table.shape[1] - prefix, 0) ** 0.5)
+                if side * side == table.shape[1] - prefix:
+                    state_dict[name] = _resized(table, grid, (side, side), prefix)
+        return state_dict
+
+
+class LateTokenFusion(TokenFusion):
+    """Method 1: two transformers in parallel, over patches of 32 x 32 pixels and over the pixels of the last stage.
+
+    The CNN has an output stride of 16, so that its last stage has four times as many tokens; the others are up-sampled
+    to them. The first half of the blocks is that of the pixels: timm wants features with the finer grid first.
+
+    Args:
+        up: "upconv" or "copy" (Figure 6).
+        join: "concat" or "add".
+        up_kernel: of the transposed convolution with stride 2; 4 has a padding of 1, and its patches overlap.
+    """
+
+    output_stride = 16
+
+    def __init__(self, *args, up: str = "upconv", join: str = "concat", up_kernel: int = 2, **kwargs):
+        _check_choice("up", up, ("upconv", "copy"))
+        _check_choice("join", join, ("concat", "add"))
+        _check_choice("up_kernel", up_kernel, (2, 4))
+        super().__init__(*args, **kwargs)
+        dim = self.embed_dim
+        self.patch_embed = self._patch_embed(_DEEPEST, self.in_chans)
+        self.pos_embed = self._new_positions(self.grid[0] // 2 * (self.grid[1] // 2))
+        self.cnn_embed = nn.Linear(self.cnn_channels[-1], dim, **self.dd)
+        self.pos_embed_cnn = self._new_positions(self.grid[0] * self.grid[1])
+        layers = {
+            ("upconv", "concat"): partial(UpConvConcat, dim, dim, **self.dd),
+            ("upconv", "add"): partial(UpConvAdd, dim, dim, **self.dd),
+            ("copy", "concat"): UpCopyConcat,
+            ("copy", "add"): UpCopyAdd,
+        }
+        if (up, up_kernel) == ("upconv", 4):
+            self.fusion = _OverlappingUpConv(dim, join, **self.dd)
+        else:
+            self.fusion = layers[up, join]()
+        self._finish(2 * dim if join == "concat" else dim)
+
+    def _reduction(self, block: int) -> int:
+        return 16 if block < len(self.blocks) // 2 else _DEEPEST
+
+    def _position_grids(self) -> dict[str, Grid]:
+        return {"pos_embed": (self.grid[0] // 2, self.grid[1] // 2), "pos_embed_cnn": self.grid}
+
+    def _features(self, x: torch.Tensor, seen: list | None = None) -> torch.Tensor:
+        half = len(self.blocks) // 2
+        grids = self._position_grids()
+        coarse, fine = self._grid(x.shape[2:], _DEEPEST), self._grid(x.shape[2:], 16)
+        pixels = self.cnn_embed(_as_tokens(self._cnn_features(x)[-1]))
+        pixels = self._add_positions(pixels, self.pos_embed_cnn, fine, grids["pos_embed_cnn"])
+        pixels = self._run_blocks(pixels, 0, half, fine, seen)
+        patches = self._add_positions(self.patch_embed(x), self.pos_embed, coarse, grids["pos_embed"])
+        patches = self._run_blocks(patches, half, len(self.blocks) - half, coarse, seen)
+        return _as_tokens(self.fusion(_as_map(patches, coarse), _as_map(pixels, fine)))
+
+
+class EarlyTokenFusion(TokenFusion):
+    """Method 2: maps of all CNN stages, brought to the image's size in 3 channels each, are concatenated to the image.
+
+    With five bridges that is the H x W x 18 of the paper. It is cut into patches as by a ViT.
+
+    Args:
+        up: "upconv" (and a 1x1 convolution) or "copy" (Figure 7), for which the 1x1 convolution comes first: it commutes
+            with copying.
+        bridges: "multi", or "single" for one bridge, from the last stage.
+        bridge_width: channels between up-convolution and 1x1 convolution.
+    """
+
+    def __init__(self, *args, up: str = "upconv", bridges: str = "multi", bridge_width: int = 4, **kwargs):
+        _check_choice("up", up, ("upconv", "copy"))
+        _check_choice("bridges", bridges, ("multi", "single"))
+        super().__init__(*args, **kwargs)
+        stages = range(_STAGES) if bridges == "multi" else [_STAGES - 1]
+        self.bridges = nn.ModuleDict()
+        for i in stages:
+            channels, scale = self.cnn_channels[i], 2 ** (i + 1)
+            self.bridges[str(i)] = (
+                UpConvConcatProject(channels, bridge_width, 0, 3, scale, **self.dd)
+                if up == "upconv"
+                else nn.Sequential(nn.Conv2d(channels, 3, 1, **self.dd), UpCopyConcat(scale))
+            )
+        self.patch_embed = self._patch_embed(16, self.in_chans + 3 * len(self.bridges))
+        self.pos_embed = self._new_positions(self.grid[0] * self.grid[1])
+        self._finish(self.embed_dim)
+
+    def _features(self, x: torch.Tensor, seen: list | None = None) -> torch.Tensor:
+        grid, maps = self._grid(x.shape[2:], 16), self._cnn_features(x)
+        joined = torch.cat((x, *(bridge(maps[int(i)]) for i, bridge in self.bridges.items())), dim=1)
+        tokens = self._add_positions(self.patch_embed(joined), self.pos_embed, grid, self.grid)
+        return self._run_blocks(tokens, 0, len(self.blocks), grid, seen)
+
+
+class LayerwiseTokenFusion(TokenFusion):
+    """Method 3: after every sixth of the blocks, the map of one CNN stage is concatenated to the tokens and integrated.
+
+    The map is brought to the grid of the tokens by average pooling, or, for the last stage, by an up-convolution, and a
+    linear layer brings the concatenation back to the width of the tokens. It starts as [identity | small].
+
+    Args:
+        class_token: with a class token, which takes part in the blocks and not in the integration (Figure 8).
+    """
+
+    def __init__(self, *args, class_token: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        dim = self.embed_dim
+        if len(self.blocks) < _STAGES + 1:
+            raise ValueError(f"depth: got {len(self.blocks)}, expected {_STAGES + 1} or more")
+        self.patch_embed = self._patch_embed(16, self.in_chans)
+        self.pos_embed = self._new_positions(self.grid[0] * self.grid[1] + class_token)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **self.dd)) if class_token else None
+        *pooled, last = self.cnn_channels
+        self.integrate = nn.ModuleList(nn.Linear(dim + channels, dim, **self.dd) for channels in pooled)
+        self.integrate_last = UpConvConcatProject(last, dim, dim, dim, 2, skip_first=True, **self.dd)
+        self._finish(dim, extra_tokens=int(class_token))
+        with torch.no_grad():
+            for weight in (*(linear.weight for linear in self.integrate), self.integrate_last.proj.weight.flatten(1)):
+                weight[:, :dim] = torch.eye(dim, **self.dd)
+
+    def _features(self, x: torch.Tensor, seen: list | None = None) -> torch.Tensor:
+        grid, maps = self._grid(x.shape[2:], 16), self._cnn_features(x)
+        each = len(self.blocks) // (_STAGES + 1)
+        tokens, prefix = self.patch_embed(x), 0
+        if self.cls_token is not None:
+            tokens, prefix = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1), 1
+        tokens = self._add_positions(tokens, self.pos_embed, grid, self.grid)
+        for i, stage in enumerate(maps):
+            tokens = self._run_blocks(tokens, i * each, each, grid, seen)
+            patches = self._integrate(i, stage, tokens[:, prefix:], grid)
+            tokens = patches if prefix == 0 else torch.cat((tokens[:, :prefix], patches), dim=1)
+        return self._run_blocks(tokens, _STAGES * each, len(self.blocks) - _STAGES * each, grid, seen)
+
+    def _integrate(self, i: int, stage: torch.Tensor, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        if i == _STAGES - 1:
+            return _as_tokens(self.integrate_last(stage, _as_map(tokens, grid)))
+        pooled = F.avg_pool2d(stage, stage.shape[2] // grid[0])
+        return self.integrate[i](torch.cat((tokens, _as_tokens(pooled)), dim=2))
+
+
+def _make_cnn(name: str, pretrained: bool | None, in_chans: int, output_stride: int) -> nn.Module:
+    make = partial(timm.create_model, name, features_only=True, in_chans=in_chans, output_stride=output_stride)
+    if pretrained is not None:
+        return make(pretrained=pretrained)
+    try:
+        return make(pretrained=True)
+    except Exception as error:  # no network, or a hub that is down: timm and its hub client raise many kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(
+            f"pretrained_cnn: timm could not fetch the weights of {name} ({reason[0]}); they are random, which a frozen "
+            "CNN stays: load a checkpoint, or pass train_cnn=True",
+            stacklevel=2,
+        )
+        return make(pretrained=False)
+
+
+def _as_map(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """[B, H W, C] -> [B, C, H, W], channels_last."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def _as_tokens(maps: torch.Tensor) -> torch.Tensor:
+    return maps.flatten(2).transpose(1, 2)
+
+
+def _resized(table: torch.Tensor, grid: Grid, own: Grid, prefix: int) -> torch.Tensor:
+    return resample_abs_pos_embed(table, grid, own, num_prefix_tokens=prefix, antialias=False)
+
+
+def _pool(global_pool: str) -> str:
+    _check_choice("global_pool", global_pool, _POOLS)
+    return global_pool
+
+
+def _check_choice(name: str, value: Any, choices: Sequence) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+class _OverlappingUpConv(nn.ConvTranspose2d):
+    """The reading of the late fusion block with a kernel of 4, stride of 2 and padding of 1."""
+
+    def __init__(self, dim: int, join: str, **dd):
+        super().__init__(dim, dim, 4, stride=2, padding=1, **dd)
+        self.join = join
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        up = super().forward(x)
+        return torch.cat((up, skip), dim=1) if self.join == "concat" else up + skip
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
