@@ -149,7 +149,7 @@ def _composing_pays(x: torch.Tensor, weight: torch.Tensor, projected: int) -> bo
     return composed < pixels * channels * up_channels + pixels * up_channels * projected
 
 
-def _compose(weight: torch.Tensor, proj_up: torch.Tensor) -> torch.Tensor:
+def compose(weight: torch.Tensor, proj_up: torch.Tensor) -> torch.Tensor:
     """P_up U: [Cin, Cout, k, k] -> [Cin, Cp, k, k], channels_last."""
     by_pixel = weight.permute(0, 2, 3, 1)
     rows = by_pixel.reshape(-1, weight.shape[1])  # one product; F.linear would make one for each k of a strided weight
@@ -199,7 +199,7 @@ def upconv_concat_project(
     else:
         bias = proj_bias
     if _composing_pays(x, weight, proj_weight.shape[0]):
-        weight, proj_up = _compose(weight, proj_up), None
+        weight, proj_up = compose(weight, proj_up), None
     return OPERATOR.select(x, weight).run(x, weight, bias, skip, proj_up, proj_skip)
 
 

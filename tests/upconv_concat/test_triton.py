@@ -1,0 +1,106 @@
+"""The Triton kernels of the up-convolutions against the reference, in Triton's interpreter or on a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import tests.interpreter  # noqa: E402, F401
+import tokenfusion  # noqa: E402
+from tests.parity import assert_runs  # noqa: E402
+from tests.upconv_concat.cases import FORMATS, OPS, check_parity, make_inputs, with_gradients  # noqa: E402
+from tokenfusion.kernels import upconv_concat  # noqa: E402
+from tokenfusion.kernels.upconv_concat_project import op as project_op  # noqa: E402
+
+UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]
+MIXED = [("nchw", "nhwc", "nchw", "nhwc"), ("nhwc", "nchw", "nchw", "nchw"), ("nhwc", "nchw", "nhwc", "nchw")]
+
+
+@pytest.fixture(autouse=True)
+def on_triton_backend():
+    with tokenfusion.backend("triton"):
+        yield
+
+
+def check(op: str, inputs, **options):
+    name = "upconv_concat" if op == "concat" else "upconv_concat_project"
+    with assert_runs(f"{name}_triton", f"{name}_backward_triton"):
+        with_gradients(OPS[op][0], inputs, **options)
+    check_parity(op, inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("formats", UNIFORM + MIXED, ids="-".join)
+@pytest.mark.parametrize("op", OPS)
+def test_formats(op, formats, dtype):
+    check(op, make_inputs(op, size=(3, 5), formats=formats, dtype=dtype))
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize(
+    "op, scale", [("concat", 4), ("concat", 8), ("concat", 16), ("concat", 32), ("project", 8), ("add", 4)]
+)
+def test_every_scale(op, scale, formats):
+    channels = (3, 1, 1) if scale > 8 else (3, 2, 1)
+    check(op, make_inputs(op, batch=1, channels=channels, size=(1, 1), scale=scale, projected=2, formats=formats))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_several_tiles_and_splits(op):
+    check(op, make_inputs(op, batch=2, channels=(66, 33, 5), size=(7, 7), projected=130))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("skip", [0, 4])
+@pytest.mark.parametrize("skip_first", [False, True])
+@pytest.mark.parametrize("op", ["concat", "project"])
+def test_bias_and_skip(op, skip_first, skip, bias):
+    check(op, make_inputs(op, channels=(5, 3, skip), bias=bias), skip_first=skip_first)
+
+
+@pytest.mark.parametrize("composes", [False, True])
+def test_both_orders_of_the_projection(composes, monkeypatch):
+    monkeypatch.setattr(project_op, "_composing_pays", lambda *_: composes)
+    check("project", make_inputs("project"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_frozen_inputs_and_empty_batch(op):
+    inputs = make_inputs(op)
+    full = with_gradients(OPS[op][0], inputs)[1:]
+    for frozen in range(len(inputs) - 1):
+        partly = tuple(t.detach() if i == frozen else t for i, t in enumerate(inputs))
+        got = with_gradients(OPS[op][0], partly)[1:]
+        assert all(torch.equal(a, b) for a, b in zip(got, [g for i, g in enumerate(full) if i != frozen], strict=True))
+    out, *grads = with_gradients(OPS[op][0], make_inputs(op, batch=0))
+    assert out.shape[0] == 0 and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+def test_out_and_its_slice(formats):
+    x, weight, bias, skip, _ = (t.detach() for t in make_inputs(formats=formats))
+    expected = upconv_concat(x, weight, bias, skip)
+    out = torch.full_like(expected, torch.nan).contiguous(memory_format=FORMATS[formats[0]])
+    with assert_runs("upconv_concat_out_triton"):
+        upconv_concat(x, weight, bias, skip, out=out)
+    assert torch.equal(out, expected)
+    out[:, :3] = torch.nan
+    upconv_concat(x, weight, bias, out[:, 3:], out=out)
+    assert torch.equal(out, expected)
+
+
+def test_elements_beyond_the_range_of_32_bits():
+    far = 2**31 + 64
+    x, weight, bias, skip, _ = (t.detach() for t in make_inputs(dtype=torch.float16))
+    memory = torch.empty(0, dtype=torch.float16)
+    memory.untyped_storage().resize_(4 * (far + 1024))  # pages that nobody touches take no memory
+    distant = memory.as_strided(x.shape, (far, *x.stride()[1:]))
+    distant.copy_(x)
+    assert torch.equal(upconv_concat(distant, weight, bias, skip), upconv_concat(x, weight, bias, skip))
+
+
+def test_opcheck():
+    (x, weight, bias, skip), grad = make_inputs()[:4], make_inputs()[4]
+    ops = torch.ops.tokenfusion
+    torch.library.opcheck(ops.upconv_concat_triton, (x, weight, bias, skip, True, False))
+    torch.library.opcheck(ops.upconv_concat_backward_triton, (grad[:, 4:], x, weight, [True, True, True]))
