@@ -96,6 +96,8 @@ def test_smoke_profile_writes_a_record(tmp_path):
         "dynamic_mixing, the op",
         "DynaMixerBlock, eager is the authors' form",
         "tied_ffn, the op",
+        "upconv_concat, the op",
+        "upconv_concat_project, the op",
         "CrossViT models of timm",
     }
     assert {row["case"]["direction"] for row in loaded["rows"] if "model" in row["case"]} == {

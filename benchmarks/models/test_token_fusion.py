@@ -1,0 +1,76 @@
+"""The Token Fusion models, and the same models in plain PyTorch operators."""
+
+import copy
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import tokenfusion
+from benchmarks import problem
+from benchmarks.problem import Problem, Variant
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    B: int
+    dtype: str = "float32"
+    direction: str = "forward"
+
+    def __str__(self) -> str:
+        return f"{self.model}-B{self.B}-{self.dtype}-{self.direction}"
+
+
+_MODELS = ("token_fusion_late", "token_fusion_early", "token_fusion_layerwise")
+CASES = {
+    "smoke": [],
+    "quick": [Case(name, 1) for name in _MODELS],
+    "full": [Case(name, b, dtype) for name in _MODELS for dtype in ("float32", "bfloat16") for b in (1, 8)],
+}
+
+
+def test_token_fusion(case: Case, run):
+    run(_problem(case))
+
+
+def _problem(case: Case) -> Problem:
+    torch.manual_seed(0)
+    dtype = problem.dtype_of(case.dtype)
+    model = tokenfusion.create_model(case.model, pretrained_cnn=False).eval().to(problem.device(), dtype)
+    exact = copy.deepcopy(model).double()
+    forward, plain = problem.forward(model), _on_reference(problem.forward(model))
+
+    def inputs():
+        return (torch.randn(case.B, 3, 224, 224, device=problem.device(), dtype=dtype),)
+
+    x, weight = inputs()[0], torch.empty(3, 1, 2, 2, device=problem.device(), dtype=dtype)
+    variants = [Variant(problem.EAGER, plain)]
+    variants += [
+        Variant(problem.package(backend), forward, backend)
+        for backend in problem.kernels_for("upconv_concat", x, weight)
+    ]
+    return Problem(
+        "Token Fusion models, eager is the reference backend, 224 x 224",
+        asdict(case),
+        variants,
+        inputs,
+        lambda images: _on_reference(problem.forward(exact))(images[:1]),
+        moved=sum(t.nbytes for t in (*model.parameters(), x)),
+        written=False,
+        flops=case.B * _flops_an_image(plain, x),
+    )
+
+
+def _on_reference(call):
+    def on_reference(*inputs):
+        with tokenfusion.backend("reference"):
+            return call(*inputs)
+
+    return on_reference
+
+
+def _flops_an_image(plain, images: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        plain(images[:1])
+    return counter.get_total_flops()
