@@ -12,10 +12,10 @@ _MAX_SPLITS = 32
 
 
 def tile(itemsize: int) -> dict[str, int]:
-    """Rows, columns and depth of a product's tile, for which ptxas needs no spill on sm_80, sm_90 and sm_100."""
+    """Rows, columns and depth of a product's tile, for which ptxas needs no spill on sm_80 and sm_90."""
     if itemsize == 4:
         return {"BP": 64, "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 2}
-    return {"BP": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 3}
+    return {"BP": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
 
 
 def strides(**tensors: torch.Tensor) -> dict[str, int]:
