@@ -50,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_up_, const Tensor
   const UpconvTiles tiles(x, grad_up, scale);
   const Tensor matrix = tiles.weight_matrix(weight), buffer = tiles.buffer(true, channels);
   const Tensor grad_x = needed[0] ? tiles.empty_pixels() : none;
-  const Tensor grad_matrix = needed[1] ? empty_sum(matrix.sizes(), x, true) : none;
-  const Tensor grad_bias = needed[2] ? empty_sum({channels}, x, true).zero_() : none;
+  const Tensor grad_matrix = needed[1] ? empty_sum(matrix.sizes(), x) : none;
+  const Tensor grad_bias = needed[2] ? empty_sum({channels}, x).zero_() : none;
   if (needed[1] && x.numel() == 0) grad_matrix.zero_();
   tiles.each_block(true, [&](const UpconvBlock& block) {
     tiles.gather(buffer, block);

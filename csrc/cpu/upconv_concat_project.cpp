@@ -60,11 +60,11 @@ Gradients backward(const Tensor& grad_out_, const Tensor& x, const Tensor& weigh
   const Tensor up_buffer = proj_up ? tiles.buffer(true, up_channels) : buffer;
 
   const Tensor grad_x = need_x ? tiles.empty_pixels() : none;
-  const Tensor grad_matrix = need_weight ? empty_sum(matrix.sizes(), x, true) : none;
-  const Tensor grad_bias = need_bias ? empty_sum({channels}, x, true).zero_() : none;
+  const Tensor grad_matrix = need_weight ? empty_sum(matrix.sizes(), x) : none;
+  const Tensor grad_bias = need_bias ? empty_sum({channels}, x).zero_() : none;
   const Tensor grad_skip = need_skip ? empty_map(skip->sizes(), x, !tiles.planes()) : none;
-  const Tensor grad_proj_up = need_proj_up ? empty_sum(proj_up->sizes(), x, true) : none;
-  const Tensor grad_proj_skip = need_proj_skip ? empty_sum(proj_skip->sizes(), x, true) : none;
+  const Tensor grad_proj_up = need_proj_up ? empty_sum(proj_up->sizes(), x) : none;
+  const Tensor grad_proj_skip = need_proj_skip ? empty_sum(proj_skip->sizes(), x) : none;
   if (x.numel() == 0)
     for (const Tensor& sum : {grad_matrix, grad_proj_up, grad_proj_skip}) sum.zero_();
 

@@ -82,9 +82,8 @@ void accumulate(const Tensor& sum, const Tensor& a, const Tensor& b, bool first)
   }
 }
 
-Tensor empty_sum(at::IntArrayRef sizes, const Tensor& like, bool wide) {
-  return at::empty(sizes,
-                   wide && like.scalar_type() == at::kBFloat16 ? like.options().dtype(at::kFloat) : like.options());
+Tensor empty_sum(at::IntArrayRef sizes, const Tensor& like) {
+  return at::empty(sizes, like.scalar_type() == at::kBFloat16 ? like.options().dtype(at::kFloat) : like.options());
 }
 
 UpconvTiles::UpconvTiles(const Tensor& x, const Tensor& map, int64_t scale)

@@ -24,10 +24,11 @@ Tensor empty_map(at::IntArrayRef sizes, const Tensor& like, bool channels_last);
 // The map itself, or a contiguous copy where neither channels nor x are contiguous.
 Tensor with_contiguous_rows(const Tensor& map);
 
-// sum += a b; assigned where it is the first product. The sum may have a wider dtype.
+// sum += a b; assigned where it is the first product.
 void accumulate(const Tensor& sum, const Tensor& a, const Tensor& b, bool first);
 
-Tensor empty_sum(at::IntArrayRef sizes, const Tensor& like, bool wide);
+// Uninitialised, for accumulate: float32 where the tensor is bfloat16.
+Tensor empty_sum(at::IntArrayRef sizes, const Tensor& like);
 
 // Some rows of the coarse map, numbered over the batch, and some of the units that make up the columns of the product:
 // channels where the map lies in planes, offsets i where it lies in pixels.
