@@ -1,5 +1,7 @@
 #include "upconv_concat.h"
 
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -7,6 +9,7 @@
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "upconv_tiles.h"
 
@@ -22,11 +25,18 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
     if (!slice.is_alias_of(*skip) || slice.data_ptr() != skip->data_ptr()) slice.copy_(*skip);
   }
   const UpconvTiles tiles(x, out.narrow(1, skip_first ? skipped : 0, channels), weight.size(2));
-  const Tensor matrix = tiles.weight_matrix(weight), buffer = tiles.buffer(false, channels);
-  tiles.each_block(false, [&](const UpconvBlock& block) {
-    Tensor product = tiles.product(buffer, block, channels);
-    at::mm_out(product, tiles.pixel_matrix(block), tiles.columns(matrix, block));
-    tiles.scatter(buffer, block, bias, false);
+  const Tensor matrix = tiles.weight_matrix(weight);
+  std::vector<UpconvBlock> blocks;
+  tiles.each_block(false, [&](const UpconvBlock& block) { blocks.push_back(block); });
+  // Threads take blocks of their own: a product shared by threads would have them wait for each other many times.
+  at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    const Tensor buffer = tiles.buffer(false, channels);
+    for (int64_t i = begin; i < end; ++i) {
+      Tensor product = tiles.product(buffer, blocks[i], channels);
+      at::mm_out(product, tiles.pixel_matrix(blocks[i]), tiles.columns(matrix, blocks[i]));
+      tiles.scatter(buffer, blocks[i], bias, false);
+    }
   });
 }
 

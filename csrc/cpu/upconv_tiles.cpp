@@ -17,7 +17,7 @@
 namespace tokenfusion {
 namespace {
 
-constexpr int64_t kTileElements = 1 << 20;
+constexpr int64_t kTileElements = 1 << 19;
 constexpr int64_t kTileColumns = 1024;
 constexpr int64_t kMinPixels = 64;           // a product of fewer rows is slow
 constexpr int64_t kPadding = 16;             // elements beyond a tile that vectors may read
