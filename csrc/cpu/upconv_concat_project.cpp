@@ -1,3 +1,5 @@
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -6,6 +8,7 @@
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "upconv_tiles.h"
 
@@ -32,18 +35,24 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   Tensor out = empty_map({x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x, channels_last);
   if (x.numel() == 0) return out;
   const UpconvTiles tiles(x, out, scale);
-  const bool whole_columns = proj_up.has_value();
-  const Tensor matrix = tiles.weight_matrix(weight), buffer = tiles.buffer(whole_columns, channels);
-  const Tensor up_buffer = proj_up ? tiles.buffer(whole_columns, up_channels) : buffer;
-  tiles.each_block(whole_columns, [&](const UpconvBlock& block) {
-    if (skip && block.first_unit == 0) write_skip(tiles, block, out, *skip, proj_skip);
-    Tensor product = tiles.product(up_buffer, block, up_channels);
-    at::mm_out(product, tiles.pixel_matrix(block), tiles.columns(matrix, block));
-    if (proj_up) {
-      Tensor projected = tiles.by_channel(buffer, block, channels);
-      at::mm_out(projected, tiles.by_channel(up_buffer, block, up_channels), proj_up->t());
+  const Tensor matrix = tiles.weight_matrix(weight);
+  std::vector<UpconvBlock> blocks;
+  tiles.each_block(true, [&](const UpconvBlock& block) { blocks.push_back(block); });
+  at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {  // as in upconv_concat
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    const Tensor buffer = tiles.buffer(true, channels);
+    const Tensor up_buffer = proj_up ? tiles.buffer(true, up_channels) : buffer;
+    for (int64_t i = begin; i < end; ++i) {
+      const UpconvBlock& block = blocks[i];
+      if (skip) write_skip(tiles, block, out, *skip, proj_skip);
+      Tensor product = tiles.product(up_buffer, block, up_channels);
+      at::mm_out(product, tiles.pixel_matrix(block), matrix);
+      if (proj_up) {
+        Tensor projected = tiles.by_channel(buffer, block, channels);
+        at::mm_out(projected, tiles.by_channel(up_buffer, block, up_channels), proj_up->t());
+      }
+      tiles.scatter(buffer, block, bias, skip.has_value());
     }
-    tiles.scatter(buffer, block, bias, skip.has_value());
   });
   return out;
 }
