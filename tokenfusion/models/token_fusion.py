@@ -1,4 +1,4 @@
-"""Token Fusion: tokens of a CNN and of image patches (Choi et al., "Improved Image Classification with Token Fusion", 2022).
+"""Token Fusion: tokens of a CNN and of image patches (Choi et al., "Improved Image Classification with Token Fusion").
 
 The paper leaves open widths, taps and kernels; what is settled here is said where it is, and in the arguments.
 `token_fusion_variants.py` has the registered models.

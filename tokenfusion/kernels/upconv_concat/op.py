@@ -229,8 +229,8 @@ def upconv_concat(
         out: where to write, for inference: [B, Cout + Cs, k h, k w], with channels or the last dimension contiguous. A
             skip that is its slice of out already is not copied; no other input may share memory with out.
 
-    All of one device and of one dtype: float16, bfloat16, float32 or float64. Under autocast, as with nn.ConvTranspose2d,
-    they are cast to the lower precision.
+    All of one device and of one dtype: float16, bfloat16, float32 or float64. Under autocast they are cast to the lower
+    precision, as by nn.ConvTranspose2d.
 
     Returns:
         [B, Cout + Cs, k h, k w]; channels_last where x and skip are.

@@ -30,7 +30,7 @@ def upconv_concat_project(
 
 
 def upconv_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, skip: torch.Tensor) -> torch.Tensor:
-    """An up-convolution whose kernel is its stride, and the sum with a skip connection: P_up = P_skip = 1 in the above."""
+    """An up-convolution whose kernel is its stride, plus a skip connection: P_up = P_skip = 1 in the above."""
     return reference.upconv_concat(x, weight, bias, None) + skip
 
 
