@@ -1,12 +1,13 @@
 """The sizes at which the up-convolutions are measured: Token Fusion's, and those of U-Net decoders."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.problem import dtype_of
+from benchmarks.problem import TRAINING, SmallCall, dtype_of
+from tokenfusion.kernels import upconv_concat, upconv_concat_project
 
-TRAINING = "forward + backward"
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -84,3 +85,29 @@ PROJECTED = {
     "quick": _both(*_PROJECTED, directions=("forward",)),
     "full": _both(*_PROJECTED),
 }
+
+
+def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
+    """Calls that reach every GPU kernel: both formats, with and without skip, composed weights and not."""
+    for label, format, projected, has_skip, k in (
+        ("nchw", "nchw", 0, True, 2),
+        ("nhwc", "nhwc", 0, True, 2),
+        ("no skip", "nhwc", 0, False, 4),
+        ("composed weights", "nchw", 4, True, 2),
+        ("projected in the tile", "nhwc", 24, True, 2),
+    ):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, fan_in: int = 1, generator=generator) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).div(fan_in**0.5).to(dtype).requires_grad_()
+
+        def image(*shape: int, normal=normal, format=format) -> torch.Tensor:
+            return normal(*shape).detach().to(memory_format=FORMATS[format]).requires_grad_()
+
+        skip = image(2, 8, 5 * k, 3 * k) if has_skip else None
+        tensors = image(2, 20, 5, 3), normal(20, 12, k, k, fan_in=20), normal(12), skip
+        if projected:
+            project = normal(projected, 20, fan_in=20), normal(projected)
+            yield SmallCall("upconv_concat_project", label, upconv_concat_project, (*tensors, *project))
+        else:
+            yield SmallCall("upconv_concat", label, upconv_concat, tensors)

@@ -7,32 +7,6 @@ namespace {
 
 typedef UpconvParams Params;
 
-template <typename T>
-struct Accumulator {
-  typedef float type;
-};
-template <>
-struct Accumulator<double> {
-  typedef double type;
-};
-
-// The first `count` lanes; beyond them nothing is read or written.
-template <typename T, typename A = typename Accumulator<T>::type>
-TF_INLINE Vec<A> load_lanes(const T* p, int64_t count) {
-  if (count >= VecOf<A>::lanes) return load(p);
-  T lanes[VecOf<A>::lanes] = {};
-  __builtin_memcpy(lanes, p, count * sizeof(T));
-  return load(lanes);
-}
-
-template <typename T, typename A = typename Accumulator<T>::type>
-TF_INLINE void store_lanes(T* p, Vec<A> v, int64_t count) {
-  if (count >= VecOf<A>::lanes) return store(p, v);
-  T lanes[VecOf<A>::lanes];
-  store(lanes, v);
-  __builtin_memcpy(p, lanes, count * sizeof(T));
-}
-
 template <typename T, bool add, typename A>
 TF_INLINE void put(T* p, Vec<A> v, int64_t count) {
   if constexpr (add) v += load_lanes(p, count);

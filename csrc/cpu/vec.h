@@ -238,9 +238,10 @@ TF_INLINE void each_vector(int64_t channels, F f) {
   if (c < channels) f(c, channels - c);
 }
 
+// The first `count` lanes; beyond them nothing is read or written.
 template <typename T, typename A = typename Accumulator<T>::type>
 TF_INLINE Vec<A> load_lanes(const T* p, int64_t count) {
-  if (count == VecOf<A>::lanes) return load(p);
+  if (count >= VecOf<A>::lanes) return load(p);
   Vec<A> v{};
   for (int i = 0; i < VecOf<A>::lanes; ++i)
     if (i < count) v[i] = widen(p[i]);
@@ -249,7 +250,7 @@ TF_INLINE Vec<A> load_lanes(const T* p, int64_t count) {
 
 template <typename T, typename A = typename Accumulator<T>::type>
 TF_INLINE void store_lanes(T* p, Vec<A> v, int64_t count) {
-  if (count == VecOf<A>::lanes) return store(p, v);
+  if (count >= VecOf<A>::lanes) return store(p, v);
   for (int i = 0; i < VecOf<A>::lanes; ++i)
     if (i < count) narrow(p + i, v[i]);
 }
