@@ -9,6 +9,7 @@ from benchmarks.table import CHECKPOINTED, COMPILED, EAGER, PROJECTIONS  # noqa:
 from tokenfusion.kernels.dispatch import OPERATORS
 
 TRAINING = "forward + backward"
+AND_COMPILE = " + compile"
 
 
 @dataclass(frozen=True)

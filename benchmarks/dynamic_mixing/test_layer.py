@@ -44,7 +44,7 @@ def _problem(case: cases.Case, with_compile: bool) -> Problem:
         variants.append(Variant(problem.package(backend), call(fused, fused), backend))
         if with_compile:
             function = call(problem.compiled(fused), fused)
-            variants.append(Variant(f"{problem.package(backend)} + compile", function, backend))
+            variants.append(Variant(problem.package(backend) + problem.AND_COMPILE, function, backend))
     return Problem(
         "DynaMixerBlock, eager is the authors' form",
         case.sizes(),

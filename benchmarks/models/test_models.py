@@ -76,7 +76,7 @@ def _problem(case: cases.Case, model: nn.Module, fused: nn.Module, with_compile:
         for name, module in replacements.items():
             variants.append(Variant(name, call(module), backend))
             if with_compile and backend == backends[0]:  # a compilation lasts a minute
-                variants.append(Variant(f"{name} + compile", call(module, compile=True), backend))
+                variants.append(Variant(name + problem.AND_COMPILE, call(module, compile=True), backend))
     parameters = sum(p.nbytes for p in model.parameters())
     return Problem(
         case.group,

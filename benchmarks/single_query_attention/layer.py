@@ -60,7 +60,7 @@ def layer_problem(
         variants.append(Variant(problem.package(backend), call(fused, fused), backend))
         if with_compile:
             function = call(problem.compiled(fused), fused)
-            variants.append(Variant(f"{problem.package(backend)} + compile", function, backend))
+            variants.append(Variant(problem.package(backend) + problem.AND_COMPILE, function, backend))
     products = 14 if case.backward else 4  # the op's
     return Problem(
         f"{type(layer).__name__}, eager is timm's",
