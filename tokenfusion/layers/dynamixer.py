@@ -9,6 +9,7 @@ from tokenfusion.kernels import dynamic_mixing
 from tokenfusion.kernels.checks import autocast
 from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
+from tokenfusion.layers.linear import linear
 from tokenfusion.layers.weighted_parts import scaled_weights, sum_of_products, weighted_parts
 
 GENERATORS = ("dynamic", "random", "dense")
@@ -202,7 +203,7 @@ class DynaMixerBlock(nn.Module):
             matrices, bias = matrices @ proj_weight.mT, F.linear(bias, proj_weight, proj_bias)
             return sum_of_products(parts, matrices, bias, out=out.view(parts[0].shape))
         y = sum_of_products(parts, matrices, bias)
-        return torch.addmm(proj_bias, y.view(-1, self.dim), proj_weight.mT, out=out.view(-1, self.dim))
+        return out.copy_(linear(y, proj_weight, proj_bias).view(x.shape))
 
     def _parts(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the linear layers of the parts are applied to, [B, H * W, D], and its means [B, D]."""

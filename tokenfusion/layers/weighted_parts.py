@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from tokenfusion.layers.linear import linear
+
 
 def scaled_weights(weight: torch.Tensor, shares: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """weight [K, D_in, D_out] with its columns scaled by shares [B, K, D_out]: [B, K, D_in, D_out]."""
@@ -27,10 +29,20 @@ def sum_of_products(
         matrices: [B, K, D_in, D_out].
         bias: [B, D_out].
     """
+    if parts[0].dtype == torch.float32 and parts[0].device.type == "cpu" and not torch.is_grad_enabled():
+        return _one_product_an_image(parts, matrices, bias, out)
     total = bias.unsqueeze(1)
     for part, matrix in zip(parts, matrices.unbind(1), strict=True):
         total = torch.baddbmm(total, part, matrix, out=out)
     return total
+
+
+def _one_product_an_image(parts, matrices, bias, out) -> torch.Tensor:
+    """The sum as one long product: for float32 oneDNN's is a tenth faster than PyTorch's several, copies included."""
+    out = parts[0].new_empty(*parts[0].shape[:2], matrices.shape[3]) if out is None else out
+    for target, tokens, matrix, shift in zip(out, zip(*parts), matrices.flatten(1, 2), bias, strict=True):
+        target.copy_(linear(torch.cat(tokens, dim=-1), matrix.mT, shift))
+    return out
 
 
 class _WeightedParts(torch.autograd.Function):
