@@ -66,7 +66,10 @@ struct Call {
     const auto dtype = accumulation_dtype(x);
     outputs = at::divup(weight.size(0), panel) * panel;
     inputs = at::divup(depth, panel) * panel;
-    weight_panels = padded(weight, outputs, depth, dtype).view({-1, panel, depth}).transpose(1, 2).contiguous();
+    p.pairs = x.scalar_type() == at::kBFloat16 && TOKENFUSION_KERNELS(dynamic_mixing).multiplies_pairs();
+    const int64_t step = p.pairs ? 2 : 1, steps = at::divup(depth, step);
+    const Tensor rows = padded(weight, outputs, steps * step, p.pairs ? at::kBFloat16 : dtype);
+    weight_panels = rows.view({-1, panel, steps, step}).transpose(1, 2).contiguous();
     bias = at::constant_pad_nd(bias_.to(dtype), {0, outputs - weight.size(0)});
     p.x = view_of(x, dim);
     p.compressed = view_of(compressed, dim);

@@ -19,6 +19,7 @@ struct DynamicMixingParams {
   DynamicMixingView x;           // D channels
   DynamicMixingView compressed;  // S * d channels
   const void* weight_panels;     // accumulation dtype, [N * N / panel, rounded up, K, panel], zero-padded
+  bool pairs;                    // weight_panels holds bf16 pairs along K, [N * N / panel, K / 2, panel, 2], instead
   const void* bias;              // accumulation dtype, [N * N rounded up to panels], zero-padded
   int64_t batch, lines, tokens, channels, segments, reduced, tile;
 
@@ -47,6 +48,7 @@ struct DynamicMixingKernels {
     Part backward;
   };
   ForDtype float32, bfloat16, float64;
+  bool (*multiplies_pairs)();  // whether those of bfloat16 take pairs on this processor
 };
 
 namespace isa_default {

@@ -1,6 +1,11 @@
 #include "dynamic_mixing.h"
 #include "vec.h"
 
+#if TF_VECTOR_BYTES == 64
+#include <immintrin.h>
+#define TF_TARGET_BF16 __attribute__((target("avx512bf16")))
+#endif
+
 namespace tokenfusion {
 namespace TOKENFUSION_ISA_NAMESPACE {
 namespace {
@@ -84,6 +89,52 @@ struct Product {
   }
 };
 
+#ifdef TF_TARGET_BF16
+// One panel c[r][j] = bias[j] + sum_k a[r][k] b[k][j] of bf16 numbers, by instructions that multiply pairs of them
+// exactly and add them up in float. `a` and `b` hold pairs along k.
+struct PairProduct {
+  int64_t depth;  // in pairs
+  const uint32_t* a;
+  int64_t a_row;
+  const uint32_t* b;  // [depth, panel]
+  float* c;
+  int64_t c_pitch;
+  const float* bias;
+
+  template <int rows>
+  TF_INLINE TF_TARGET_BF16 void block(int64_t row) const {
+    constexpr int lanes = VecOf<float>::lanes;
+    __m512 sums[rows][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_ps(bias + v * lanes);
+    const uint32_t *left = a + row * a_row, *right = b;
+    for (int64_t k = 0; k < depth; ++k, ++left, right += kPanel<float>) {
+      __m512bh columns[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(right + v * lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(left[r * a_row]));
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], pair, columns[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + (row + r) * c_pitch + v * lanes, sums[r][v]);
+  }
+
+  TF_TARGET_BF16 void run(int64_t rows) const {
+    int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows) block<kRows>(row);
+    for (; row < rows; ++row) block<1>(row);
+  }
+};
+#endif
+
 // Buffers of one thread. A vector that begins inside of a row may end behind it: rows are wider than what they hold.
 template <typename A>
 struct Scratch {
@@ -91,6 +142,7 @@ struct Scratch {
   A *x, *mixed, *grad, *grad_transposed;     // [N, channels], the last [D / S, tokens]
   A *weights, *grad_weights;                 // [N, tokens], indexed [source, target]
   A *compressed, *grad_compressed;           // [tile * S, inputs]
+  uint32_t* pairs;                           // [tile * S, inputs / 2], bf16 pairs of compressed
   A* rows;                                   // [tile * S, logits]; in backward then their gradients
   A *total, *delta;                          // [channels], [tokens]
   char* end;
@@ -116,6 +168,7 @@ struct Scratch {
     grad_weights = take(p.tokens * tokens);
     compressed = take(rows_of_tile * inputs);
     grad_compressed = take(rows_of_tile * inputs);
+    pairs = reinterpret_cast<uint32_t*>(take(p.pairs ? rows_of_tile * inputs / 2 : 0));
     rows = take(rows_of_tile * logits);
     total = take(channels);
     delta = take(tokens);
@@ -152,6 +205,25 @@ void write_line(const Params& p, const View& view, int64_t line, const Scratch<A
   }
 }
 
+#ifdef TF_TARGET_BF16
+template <typename A>
+void generate_from_pairs(const Params& p, int64_t rows, const Scratch<A>& s) {
+  const int64_t depth = (p.tokens * p.reduced + 1) / 2;
+  bf16* const narrowed = reinterpret_cast<bf16*>(s.pairs);
+  for (int64_t i = 0; i < rows * s.inputs; i += VecOf<A>::lanes) store(narrowed + i, load(s.compressed + i));
+  for (int64_t j = 0; j < p.tokens * p.tokens; j += kPanel<A>) {
+    const PairProduct product = {depth,
+                                 s.pairs,
+                                 s.inputs / 2,
+                                 static_cast<const uint32_t*>(p.weight_panels) + j * depth,
+                                 s.rows + j,
+                                 s.logits,
+                                 static_cast<const A*>(p.bias) + j};
+    product.run(rows);
+  }
+}
+#endif
+
 // Logits of the segments of `count` lines, from numbers that are gathered from the compressed tokens.
 template <typename T, typename A>
 void generate(const Params& p, int64_t first, int64_t count, const Scratch<A>& s) {
@@ -163,6 +235,10 @@ void generate(const Params& p, int64_t first, int64_t count, const Scratch<A>& s
       for (int64_t segment = 0; segment < p.segments; ++segment, out += s.inputs)
         for (int64_t i = 0; i < d; ++i) out[i] = widen(*in++);
     }
+#ifdef TF_TARGET_BF16
+  if constexpr (sizeof(A) == 4)
+    if (p.pairs) return generate_from_pairs(p, count * p.segments, s);
+#endif
   for (int64_t j = 0; j < squared; j += kPanel<A>) {
     const Product<A> product = {depth,
                                 s.compressed,
@@ -317,9 +393,18 @@ constexpr DynamicMixingKernels::ForDtype for_dtype() {
   return {kPanel<typename Accumulator<T>::type>, scratch_bytes<T>, forward<T>, backward<T>};
 }
 
+bool multiplies_pairs() {
+#ifdef TF_TARGET_BF16
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
-const DynamicMixingKernels dynamic_mixing = {for_dtype<float>(), for_dtype<bf16>(), for_dtype<double>()};
+const DynamicMixingKernels dynamic_mixing = {for_dtype<float>(), for_dtype<bf16>(), for_dtype<double>(),
+                                             multiplies_pairs};
 
 }  // namespace TOKENFUSION_ISA_NAMESPACE
 }  // namespace tokenfusion
