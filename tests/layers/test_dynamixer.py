@@ -11,7 +11,7 @@ from tests.golden import check_golden
 from tests.parity import assert_parity, assert_runs
 from tokenfusion import layers
 from tokenfusion.kernels.dynamic_mixing import reference
-from tokenfusion.layers import dynamixer
+from tokenfusion.layers import dynamixer, weighted_parts
 
 GOLDEN = "dynamixer_official.safetensors"
 FORWARD, BACKWARD = "dynamic_mixing_cpu", "dynamic_mixing_backward_cpu"
@@ -98,7 +98,9 @@ def test_parameters_of_the_ablations(options, printed):
 
 @pytest.mark.parametrize("options", ABLATIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_obeys_the_parity_rule(options, dtype):
+@pytest.mark.parametrize("by_image", [False, True])
+def test_training_obeys_the_parity_rule(options, dtype, by_image, monkeypatch):
+    monkeypatch.setattr(weighted_parts, "_LARGE_MATRIX", 0 if by_image else 1 << 60)
     block = block_of(**options).to(dtype)
     x = torch.randn(3, 7, 7, 24).to(dtype)
     exact = copy.deepcopy(block).double()
@@ -184,6 +186,18 @@ def test_second_order():
     block = block_of((2, 3), dim=8).double()
     x = torch.randn(2, 2, 3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(block, x, fast_mode=True)
+
+
+def test_batched_gradients(monkeypatch):
+    monkeypatch.setattr(weighted_parts, "_LARGE_MATRIX", 0)
+    parts, weight, bias, shares = [torch.randn(2, 5, 4)], torch.randn(1, 4, 4), torch.randn(2, 4), torch.rand(2, 1, 4)
+    leaves = [tensor.requires_grad_() for tensor in (*parts, weight, bias, shares)]
+    out = weighted_parts.weighted_parts(parts, weight, bias, shares)
+    grads = torch.randn(3, *out.shape)
+    together = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = zip(*(torch.autograd.grad(out, leaves, grad, retain_graph=True) for grad in grads))
+    for actual, expected in zip(together, one_by_one, strict=True):
+        torch.testing.assert_close(actual, torch.stack(expected))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -45,6 +45,9 @@ def _one_product_an_image(parts, matrices, bias, out) -> torch.Tensor:
     return out
 
 
+_LARGE_MATRIX = 1 << 17  # bytes; below, the calls cost more than they save
+
+
 class _WeightedParts(torch.autograd.Function):
     """Keeps the parts alone: the scaled weights of a batch can take more memory than its activations."""
 
@@ -59,14 +62,42 @@ class _WeightedParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         shares, weight, *parts = ctx.saved_tensors
-        grad_shares, grad_weight, grad_parts = [], [], []
+        in_cache = grad.device.type == "cpu" and weight[0].nbytes >= _LARGE_MATRIX
+        in_cache &= not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        in_cache &= not torch._C._functorch.is_legacy_batchedtensor(grad)  # as with is_grads_batched: nothing in place
+        gradients = _gradients_by_image if in_cache else _gradients
+        grad_shares, grad_weight, grad_parts = gradients(grad, shares, weight, parts)
+        return grad_shares, grad_weight, grad.sum(1), *grad_parts
+
+
+def _gradients(grad, shares, weight, parts):
+    grad_shares, grad_weight, grad_parts = [], [], []
+    for k, part in enumerate(parts):
+        share = shares[:, k, None]  # [B, 1, D_out]
+        grad_parts.append(torch.bmm(grad, (weight[k] * share).mT))
+        product = torch.bmm(part.mT, grad)  # [B, D_in, D_out]
+        grad_shares.append((product * weight[k]).sum(1))
+        grad_weight.append((product * share).sum(0))
+    return torch.stack(grad_shares, 1), torch.stack(grad_weight), grad_parts
+
+
+def _gradients_by_image(grad, shares, weight, parts):
+    """The same, image by image: the matrices, which can be larger than the activations, stay in the cache."""
+    sums = torch.promote_types(weight.dtype, torch.float32)
+    grad_shares = torch.empty(shares.shape, dtype=sums)
+    grad_weight = torch.zeros(weight.shape, dtype=sums)
+    grad_parts = [torch.empty_like(part) for part in parts]
+    wide_weight, wide_shares = weight.to(sums), shares.to(sums)
+    scaled, product = torch.empty_like(weight[0]), torch.empty_like(weight[0])
+    for image, tokens in enumerate(grad):
         for k, part in enumerate(parts):
-            share = shares[:, k, None]  # [B, 1, D_out]
-            grad_parts.append(torch.bmm(grad, (weight[k] * share).mT))
-            product = torch.bmm(part.mT, grad)  # [B, D_in, D_out]
-            grad_shares.append((product * weight[k]).sum(1))
-            grad_weight.append((product * share).sum(0))
-        return torch.stack(grad_shares, 1), torch.stack(grad_weight), grad.sum(1), *grad_parts
+            torch.mul(weight[k], shares[image, k], out=scaled)
+            torch.mm(tokens, scaled.mT, out=grad_parts[k][image])
+            torch.mm(part[image].mT, tokens, out=product)
+            wide = product.to(sums)
+            grad_weight[k].addcmul_(wide, wide_shares[image, k])
+            torch.sum(wide.mul_(wide_weight[k]), 0, out=grad_shares[image, k])
+    return grad_shares.to(shares.dtype), grad_weight.to(weight.dtype), grad_parts
 
 
 def weighted_parts(
