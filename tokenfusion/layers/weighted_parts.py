@@ -62,12 +62,19 @@ class _WeightedParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         shares, weight, *parts = ctx.saved_tensors
-        in_cache = grad.device.type == "cpu" and weight[0].nbytes >= _LARGE_MATRIX
-        in_cache &= not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        in_cache &= not torch._C._functorch.is_legacy_batchedtensor(grad)  # as with is_grads_batched: nothing in place
-        gradients = _gradients_by_image if in_cache else _gradients
+        gradients = _gradients_by_image if _writes_in_place(grad, weight) else _gradients
         grad_shares, grad_weight, grad_parts = gradients(grad, shares, weight, parts)
         return grad_shares, grad_weight, grad.sum(1), *grad_parts
+
+
+def _writes_in_place(grad: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and grad.device.type == "cpu"
+        and weight[0].nbytes >= _LARGE_MATRIX
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)  # of is_grads_batched
+    )
 
 
 def _gradients(grad, shares, weight, parts):
