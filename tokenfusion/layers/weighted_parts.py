@@ -14,6 +14,20 @@ import torch
 from tokenfusion.layers.linear import linear
 
 
+_LARGE_MATRIX = 1 << 17  # bytes; below, the calls cost more than they save
+
+
+def _pays_by_image(tokens: torch.Tensor, matrices: torch.Tensor) -> bool:
+    """Is one image after the other, in the cache and in place, better than a product of the whole batch?"""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and tokens.device.type == "cpu"
+        and matrices.shape[-2:].numel() * matrices.element_size() >= _LARGE_MATRIX
+        and not torch._C._functorch.is_legacy_batchedtensor(tokens)  # of is_grads_batched
+    )
+
+
 def scaled_weights(weight: torch.Tensor, shares: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """weight [K, D_in, D_out] with its columns scaled by shares [B, K, D_out]: [B, K, D_in, D_out]."""
     return torch.mul(weight, shares.unsqueeze(-2), out=out)
@@ -29,7 +43,7 @@ def sum_of_products(
         matrices: [B, K, D_in, D_out].
         bias: [B, D_out].
     """
-    if parts[0].dtype == torch.float32 and parts[0].device.type == "cpu" and not torch.is_grad_enabled():
+    if parts[0].dtype == torch.float32 and _pays_by_image(parts[0], matrices):
         return _one_product_an_image(parts, matrices, bias, out)
     total = bias.unsqueeze(1)
     for part, matrix in zip(parts, matrices.unbind(1), strict=True):
@@ -43,9 +57,6 @@ def _one_product_an_image(parts, matrices, bias, out) -> torch.Tensor:
     for target, tokens, matrix, shift in zip(out, zip(*parts), matrices.flatten(1, 2), bias, strict=True):
         target.copy_(linear(torch.cat(tokens, dim=-1), matrix.mT, shift))
     return out
-
-
-_LARGE_MATRIX = 1 << 17  # bytes; below, the calls cost more than they save
 
 
 class _WeightedParts(torch.autograd.Function):
@@ -62,19 +73,9 @@ class _WeightedParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         shares, weight, *parts = ctx.saved_tensors
-        gradients = _gradients_by_image if _writes_in_place(grad, weight) else _gradients
+        gradients = _gradients_by_image if _pays_by_image(grad, weight) else _gradients
         grad_shares, grad_weight, grad_parts = gradients(grad, shares, weight, parts)
         return grad_shares, grad_weight, grad.sum(1), *grad_parts
-
-
-def _writes_in_place(grad: torch.Tensor, weight: torch.Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and grad.device.type == "cpu"
-        and weight[0].nbytes >= _LARGE_MATRIX
-        and not torch._C._functorch.is_legacy_batchedtensor(grad)  # of is_grads_batched
-    )
 
 
 def _gradients(grad, shares, weight, parts):
