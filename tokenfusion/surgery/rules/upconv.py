@@ -186,8 +186,9 @@ class DecoderRule:
     def replace(self, module: nn.Module) -> None:
         if not isinstance(module, _Fused):
             original = type(module)
-            body = {"forward": _fused_forward(module)[0], "original": original, "__doc__": original.__doc__}
-            module.__class__ = type(f"Fused{original.__name__}", (_Fused, original), body)
+            body = {"forward": _fused_forward(module)[0], "original": original}
+            body |= {"__doc__": original.__doc__, "__module__": original.__module__}
+            module.__class__ = type(original.__name__, (_Fused, original), body)
 
     def restore(self, module: nn.Module) -> None:
         if isinstance(module, _Fused):
