@@ -119,3 +119,26 @@ def test_parts_that_the_tied_form_lacks_are_refused():
         timm.create_model("resnet50_pe1", tied_stages=(0, 1))
     with pytest.raises(ValueError, match="anti-aliasing"):
         timm.create_model("resnet50_pe1", act_layer="silu")
+
+
+@every_model
+def test_a_checkpoint_loads_completely_or_not_at_all(name, tmp_path):
+    model = _small(name)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = tokenfusion.create_model(name, checkpoint_path=tmp_path / "weights.safetensors", **SETTINGS[name])
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    save_file({k: v for k, v in model.state_dict().items() if "bias" not in k}, tmp_path / "part.safetensors")
+    other = _small(name)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(RuntimeError, match="missing"):
+        tokenfusion.models.load_checkpoint(other, tmp_path / "part.safetensors")
+    assert all(torch.equal(other.state_dict()[key], value) for key, value in before.items())
+
+
+def test_positions_of_another_resolution_are_resized(tmp_path):
+    save_file(_small(VIT).state_dict(), tmp_path / "weights.safetensors")
+    larger = tokenfusion.create_model(
+        VIT, checkpoint_path=tmp_path / "weights.safetensors", **(SETTINGS[VIT] | {"img_size": 48})
+    )
+    assert larger.pos_embed.shape[1] == 1 + 9

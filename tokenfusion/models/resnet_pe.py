@@ -12,11 +12,13 @@ first block's convolutions of their own (16.2 M and 16.7 M) or a shared 3x3 conv
 from collections.abc import Collection
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from tokenfusion.layers import TiedStage
+from tokenfusion.models.checkpoints import CheckedModel
+from tokenfusion.models.factory import build
 
 _CFG = {
     "num_classes": 1000,
@@ -32,7 +34,7 @@ _CFG = {
 default_cfgs = generate_default_cfgs({"resnet50_pe1": _CFG, "resnet50_pe2": _CFG})
 
 
-class ResNetPE(ResNet):
+class ResNetPE(CheckedModel, ResNet):
     """timm's ResNet of Bottleneck blocks, with some of its stages replaced by a TiedStage.
 
     Args:
@@ -57,7 +59,7 @@ class ResNetPE(ResNet):
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(ResNetPE, name, pretrained, **kwargs)
+    return build(ResNetPE, name, pretrained, **kwargs)
 
 
 @register_model

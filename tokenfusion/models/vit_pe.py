@@ -5,11 +5,16 @@ The paper gives 11.1 M parameters. With the whole-matrix transpose, all biases a
 patch embedding left out of the count) are not built, nor is sharing W_q alone or a single matrix for all four.
 """
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 from tokenfusion.layers import TiedAttention, TiedFFN
+from tokenfusion.models.checkpoints import CheckedModel
+from tokenfusion.models.factory import build
 
 default_cfgs = generate_default_cfgs(
     {
@@ -27,6 +32,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+class ViTPE(CheckedModel, VisionTransformer):
+    """timm's VisionTransformer, whose checkpoints load completely or not at all."""
+
+    def checkpoint_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """As timm's: positions of another resolution are resized."""
+        return checkpoint_filter_fn(super().checkpoint_filter(state_dict), self)
+
+
 @register_model
 def vit_pe_small_patch16_224(pretrained: bool = False, **kwargs) -> nn.Module:
     """ViT-PE of the paper: timm's VisionTransformer of 12 layers, width 384 and 6 heads; its arguments in kwargs."""
@@ -38,8 +51,8 @@ def vit_pe_small_patch16_224(pretrained: bool = False, **kwargs) -> nn.Module:
         "attn_layer": TiedAttention,
         "mlp_layer": TiedFFN,
     }
-    return build_model_with_cfg(
-        VisionTransformer,
+    return build(
+        ViTPE,
         "vit_pe_small_patch16_224",
         pretrained,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
