@@ -79,3 +79,14 @@ def test_hooks_run_and_keep_what_they_saw():
     with torch.no_grad():
         in_place.run_blocks(model, X)
         assert torch.equal(seen[0], model[0](X))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["0.attn.proj", "0.attn", "0.mlp.fc2", "0.mlp.drop2", "0.drop_path1"])
+def test_what_a_hook_keeps_does_not_change(name):
+    model, kept = blocks(), []
+    model.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output: kept.append((output, output.clone()))
+    )
+    in_place.run_blocks(model, X)
+    assert all(torch.equal(output, copy) for output, copy in kept) and kept
