@@ -1,6 +1,12 @@
-"""Triton's interpreter beside NumPy 2.4, which Triton before 3.9 does not know; a test of Triton kernels imports this."""
+"""Where a test of Triton kernels runs them: on a GPU, or in the interpreter, mended for NumPy 2.4 before Triton 3.9."""
 
+import torch
 from triton.runtime import interpreter
+
+from tokenfusion.kernels import triton_support
+
+DEVICE = "cpu" if triton_support.INTERPRET else "cuda"
+DTYPES = (torch.float32, torch.float16, *([] if triton_support.INTERPRET else [torch.bfloat16]))  # wrong there
 
 _patch_lang_tensor = interpreter._patch_lang_tensor
 

@@ -22,6 +22,7 @@ def make_inputs(
     reduced: int = 2,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Tensors:
     """x and the four parameters, which require gradients, and a gradient of the output; logits of about unit size."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +38,10 @@ def make_inputs(
         normal(length**2, inputs, scale=inputs**-0.5),
         normal(length**2),
     )
-    tensors = (*(t.to(dtype).requires_grad_() for t in tensors), normal(batch, height, width, channels).to(dtype))
+    tensors = (
+        *(t.to(device, dtype).requires_grad_() for t in tensors),
+        normal(batch, height, width, channels).to(device, dtype),
+    )
     return tensors
 
 

@@ -1,22 +1,23 @@
-"""The Triton kernels of dynamic_mixing against the reference, in the interpreter."""
+"""The Triton kernels of dynamic_mixing against the reference: in the interpreter, or on a GPU where there is one."""
+
+import functools
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-import tests.interpreter  # noqa: F401
 import tokenfusion
-from tests.dynamic_mixing.cases import check_parity, make_inputs, with_gradients
+from tests.dynamic_mixing import cases
+from tests.dynamic_mixing.cases import check_parity, with_gradients
+from tests.interpreter import DEVICE, DTYPES
 from tests.parity import assert_runs
-from tokenfusion.kernels import dynamic_mixing, triton_support
+from tokenfusion.kernels import dynamic_mixing
 from tokenfusion.kernels.dynamic_mixing import reference
 from tokenfusion.kernels.dynamic_mixing.op import mix
 
-pytestmark = pytest.mark.skipif(not triton_support.INTERPRET, reason="the interpreter is off: a GPU is here")
-
 FORWARD, BACKWARD = "dynamic_mixing_triton", "dynamic_mixing_backward_triton"
-DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 is wrong
+make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_mean_and_its_gradients():
 
 def test_strided_tensors_are_read_in_place():
     x, *weights, grad = make_inputs(2, 5, 6, 12, segments=2, dim=1)
-    guarded = torch.full((4, 9, 10, 28), torch.nan)
+    guarded = torch.full((4, 9, 10, 28), torch.nan, device=DEVICE)
     guarded[1:3, 2:7, 2:8, 8:20] = x.detach()
     view = guarded[1:3, 2:7, 2:8, 8:20].requires_grad_()
     got = with_gradients(
@@ -104,7 +105,7 @@ def test_nan_and_inf_propagate_as_in_the_reference(value, where):
 
 def test_elements_beyond_the_range_of_32_bits():
     far = 2**31 + 64
-    memory = torch.empty(0, dtype=torch.float16)
+    memory = torch.empty(0, dtype=torch.float16, device=DEVICE)
     memory.untyped_storage().resize_((far + 128) * 2)  # pages that nobody touches take no memory
     x, compressed, *generate = (t.detach() for t in compressed_inputs(torch.float16))
     view = memory.as_strided(x.shape, (far, 24, 6, 1))
@@ -116,5 +117,12 @@ def test_elements_beyond_the_range_of_32_bits():
 def test_opcheck():
     tensors = compressed_inputs()
     torch.library.opcheck(torch.ops.tokenfusion.dynamic_mixing_triton, (*tensors, 2, 2, True))
-    arguments = (torch.randn(2, 3, 4, 6), torch.randn(2, 6), *(t.detach() for t in tensors), 2, 2, [True] * 4)
+    arguments = (
+        torch.randn(2, 3, 4, 6, device=DEVICE),
+        torch.randn(2, 6, device=DEVICE),
+        *(t.detach() for t in tensors),
+        2,
+        2,
+        [True] * 4,
+    )
     torch.library.opcheck(torch.ops.tokenfusion.dynamic_mixing_backward_triton, arguments)

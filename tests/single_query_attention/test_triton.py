@@ -7,17 +7,15 @@ import torch
 
 pytest.importorskip("triton")
 
-import tests.interpreter  # noqa: F401
 import tokenfusion
+from tests.interpreter import DEVICE, DTYPES
 from tests.parity import assert_runs
 from tests.single_query_attention import cases
 from tests.single_query_attention.cases import check_common_offset, check_parity, with_gradients
-from tokenfusion.kernels import single_query_attention, triton_support
+from tokenfusion.kernels import single_query_attention
 from tokenfusion.kernels.single_query_attention import triton_host
 
 FORWARD, BACKWARD = "single_query_attention_triton", "single_query_attention_backward_triton"
-DEVICE = "cpu" if triton_support.INTERPRET else "cuda"
-DTYPES = (torch.float32, torch.float16, *([] if triton_support.INTERPRET else [torch.bfloat16]))  # wrong there
 make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
 OPTIONS = [dict(normalize=normalize, extra=extra) for normalize in (False, True) for extra in (False, True)]
 

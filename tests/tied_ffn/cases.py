@@ -11,12 +11,14 @@ NAMES = ("x", "weight", "bias_in", "bias_out")
 Tensors = tuple[torch.Tensor | None, ...]
 
 
-def make_inputs(*leading: int, channels: int, features: int, dtype: torch.dtype, biases=(True, True)) -> Tensors:
+def make_inputs(
+    *leading: int, channels: int, features: int, dtype: torch.dtype, biases=(True, True), device: str = "cpu"
+) -> Tensors:
     """x, weight, bias_in and bias_out that require gradients, and a gradient of y; all of about unit size."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(device, dtype)
 
     x, weight = normal(*leading, channels), normal(features, channels, scale=channels**-0.5)
     bias_in, bias_out = normal(features, scale=0.5), normal(channels, scale=0.5)

@@ -1,21 +1,22 @@
 """The Triton kernels of tied_ffn against the reference: in the interpreter, or on a GPU where there is one."""
 
+import functools
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-import tests.interpreter  # noqa: F401
 import tokenfusion
+from tests.interpreter import DEVICE, DTYPES
 from tests.parity import assert_runs
-from tests.tied_ffn.cases import check_parity, make_inputs, with_gradients
-from tokenfusion.kernels import tied_ffn, triton_support
+from tests.tied_ffn import cases
+from tests.tied_ffn.cases import check_parity, with_gradients
+from tokenfusion.kernels import tied_ffn
 from tokenfusion.kernels.tied_ffn import reference, triton_host
 
-pytestmark = pytest.mark.skipif(not triton_support.INTERPRET, reason="the interpreter is off: a GPU is here")
-
 FORWARD, BACKWARD = "tied_ffn_triton", "tied_ffn_backward_triton"
-DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 is wrong
+make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -69,9 +70,9 @@ def test_views_and_expanded_gradients():
     x, weight, bias_in, bias_out, _ = make_inputs(2, 10, channels=16, features=24, dtype=torch.float32)
     view = x.transpose(0, 1)[1:]
     got = with_gradients(
-        tied_ffn, (view, weight.t().contiguous().t(), bias_in, bias_out, torch.ones(()).expand(9, 2, 16))
+        tied_ffn, (view, weight.t().contiguous().t(), bias_in, bias_out, torch.ones((), device=DEVICE).expand(9, 2, 16))
     )
-    want = with_gradients(tied_ffn, (view.contiguous(), weight, bias_in, bias_out, torch.ones(9, 2, 16)))
+    want = with_gradients(tied_ffn, (view.contiguous(), weight, bias_in, bias_out, torch.ones(9, 2, 16, device=DEVICE)))
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 

@@ -32,6 +32,7 @@ def make_inputs(
     bias: bool = True,
     formats: tuple[str, str, str, str] = ("nchw",) * 4,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Tensors:
     """The op's tensors, which require gradients, and a gradient of its result, in the formats of x, weight, skip and
     that gradient; channels of x, weight and skip, the last one 0 for none."""
@@ -40,7 +41,7 @@ def make_inputs(
     height, width = (scale * s for s in size)
 
     def normal(*shape: int, std: float = 1.0, format: str = "nchw") -> torch.Tensor:
-        tensor = (std * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+        tensor = (std * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(device, dtype)
         return tensor.contiguous(memory_format=FORMATS[format]) if len(shape) == 4 else tensor
 
     if op == "add":

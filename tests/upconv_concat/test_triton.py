@@ -1,17 +1,21 @@
 """The Triton kernels of the up-convolutions against the reference, in Triton's interpreter or on a GPU."""
 
+import functools
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-import tests.interpreter  # noqa: E402, F401
-import tokenfusion  # noqa: E402
-from tests.parity import assert_runs  # noqa: E402
-from tests.upconv_concat.cases import FORMATS, OPS, check_parity, make_inputs, with_gradients  # noqa: E402
-from tokenfusion.kernels import upconv_concat  # noqa: E402
-from tokenfusion.kernels.upconv_concat_project import op as project_op  # noqa: E402
+import tokenfusion
+from tests.interpreter import DEVICE, DTYPES
+from tests.parity import assert_runs
+from tests.upconv_concat import cases
+from tests.upconv_concat.cases import FORMATS, OPS, check_parity, with_gradients
+from tokenfusion.kernels import upconv_concat
+from tokenfusion.kernels.upconv_concat_project import op as project_op
 
+make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
 UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]
 MIXED = [("nchw", "nhwc", "nchw", "nhwc"), ("nhwc", "nchw", "nchw", "nchw"), ("nhwc", "nchw", "nhwc", "nchw")]
 
@@ -29,7 +33,7 @@ def check(op: str, inputs, **options):
     check_parity(op, inputs, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("formats", UNIFORM + MIXED, ids="-".join)
 @pytest.mark.parametrize("op", OPS)
 def test_formats(op, formats, dtype):
@@ -92,7 +96,7 @@ def test_out_and_its_slice(formats):
 def test_elements_beyond_the_range_of_32_bits():
     far = 2**31 + 64
     x, weight, bias, skip, _ = (t.detach() for t in make_inputs(dtype=torch.float16))
-    memory = torch.empty(0, dtype=torch.float16)
+    memory = torch.empty(0, dtype=torch.float16, device=DEVICE)
     memory.untyped_storage().resize_(4 * (far + 1024))  # pages that nobody touches take no memory
     distant = memory.as_strided(x.shape, (far, *x.stride()[1:]))
     distant.copy_(x)
