@@ -1,10 +1,13 @@
-"""Whether Triton kernels can run here: on an NVIDIA GPU, or in Triton's interpreter on a CPU."""
+"""Triton kernels: can they run here, on an NVIDIA GPU or in the interpreter on a CPU, and how they are registered."""
 
 import functools
+import importlib
 import importlib.util
 import os
 
 import torch
+
+from tokenfusion.kernels.library import LIBRARY
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -30,3 +33,19 @@ def why_not_tensor(tensor: torch.Tensor) -> str | None:
     if tensor.device.type != expected:
         return f"tensors are on {tensor.device.type}, expected {expected}"
     return None
+
+
+def implement(operator: str, *others: str) -> None:
+    """Have tokenfusion::<operator>_triton and <operator>_backward_triton run run_forward and run_backward of its host.
+
+    The host, tokenfusion/kernels/<operator>/triton_host.py, is imported by the first call: it needs Triton. For each
+    name in others, <operator>_<name>_triton runs its run_<name>.
+    """
+    host = f"tokenfusion.kernels.{operator}.triton_host"
+
+    def run(function: str, *args):
+        return getattr(importlib.import_module(host), function)(*args)
+
+    for name in ("forward", "backward", *others):
+        part = "" if name == "forward" else f"_{name}"
+        LIBRARY.impl(f"{operator}{part}_triton", functools.partial(run, f"run_{name}"), "CPU" if INTERPRET else "CUDA")

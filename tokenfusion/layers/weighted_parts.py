@@ -13,7 +13,6 @@ import torch
 
 from tokenfusion.layers.linear import linear
 
-
 _LARGE_MATRIX = 1 << 17  # bytes; below, the calls cost more than they save
 
 

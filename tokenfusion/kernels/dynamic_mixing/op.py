@@ -8,7 +8,7 @@ from tokenfusion.kernels.checks import autocast, check_floating, check_rank, che
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.dynamic_mixing import reference
 from tokenfusion.kernels.dynamic_mixing.shapes import empty_gradients, empty_mean
-from tokenfusion.kernels.library import LIBRARY, define, second_order
+from tokenfusion.kernels.library import define, second_order
 
 MAX_TOKENS = 64
 MAX_REDUCED = 16
@@ -100,25 +100,6 @@ def _define(backend: str):
     )
 
 
-def _define_triton():
-    run = _define("triton")
-    device = "CPU" if triton_support.INTERPRET else "CUDA"
-
-    def run_forward(*args):
-        from tokenfusion.kernels.dynamic_mixing import triton_host
-
-        return triton_host.run_forward(*args)
-
-    def run_backward(*args):
-        from tokenfusion.kernels.dynamic_mixing import triton_host
-
-        return triton_host.run_backward(*args)
-
-    LIBRARY.impl("dynamic_mixing_triton", run_forward, device)
-    LIBRARY.impl("dynamic_mixing_backward_triton", run_backward, device)
-    return run
-
-
 def _run_reference(x, compressed, generate_weight, generate_bias, segments, dim, with_mean):
     mixed = reference.mix(x, compressed, generate_weight, generate_bias, segments=segments, dim=dim)
     return mixed, mixed.mean(dim=(1, 2)) if with_mean else empty_mean(x, with_mean)
@@ -152,10 +133,11 @@ def _triton_can_run(x, compressed, generate_weight, generate_bias, segments, dim
 
 OPERATOR = register(
     "dynamic_mixing",
-    Implementation("triton", _define_triton(), _triton_can_run, automatic=False),
+    Implementation("triton", _define("triton"), _triton_can_run, automatic=False),
     Implementation("cpu", _define("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda *call: None),
 )
+triton_support.implement("dynamic_mixing")
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: list[int], because: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from tokenfusion.kernels import extension, triton_support
 from tokenfusion.kernels.checks import autocast_like, check_floating, check_rank, check_same
 from tokenfusion.kernels.dispatch import Implementation, register
-from tokenfusion.kernels.library import LIBRARY, define, second_order
+from tokenfusion.kernels.library import define, second_order
 from tokenfusion.kernels.single_query_attention import reference
 from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, statistics_dtype
 
@@ -97,25 +97,6 @@ def _define(backend: str):
     return run
 
 
-def _define_triton():
-    run = _define("triton")
-    device = "CPU" if triton_support.INTERPRET else "CUDA"
-
-    def run_forward(*args):
-        from tokenfusion.kernels.single_query_attention import triton_host
-
-        return triton_host.run_forward(*args)
-
-    def run_backward(*args):
-        from tokenfusion.kernels.single_query_attention import triton_host
-
-        return triton_host.run_backward(*args)
-
-    LIBRARY.impl("single_query_attention_triton", run_forward, device)
-    LIBRARY.impl("single_query_attention_backward_triton", run_backward, device)
-    return run
-
-
 def _run_reference(query, tokens, extra_token, normalize, eps):
     return reference.single_query_attention(query, tokens, extra_token, normalize=normalize, eps=eps)
 
@@ -195,10 +176,11 @@ def _cuda_can_run(query, tokens, extra_token) -> str | None:
 OPERATOR = register(
     "single_query_attention",
     Implementation("cuda", _define("cuda"), _cuda_can_run, automatic=False),
-    Implementation("triton", _define_triton(), _triton_can_run, automatic=False),
+    Implementation("triton", _define("triton"), _triton_can_run, automatic=False),
     Implementation("cpu", _define("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda query, tokens, extra_token: None),
 )
+triton_support.implement("single_query_attention")
 
 
 def _check(query, tokens, extra_token) -> None:

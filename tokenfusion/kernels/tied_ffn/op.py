@@ -5,7 +5,7 @@ import torch
 from tokenfusion.kernels import extension, triton_support
 from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
 from tokenfusion.kernels.dispatch import Implementation, register
-from tokenfusion.kernels.library import LIBRARY, define, second_order
+from tokenfusion.kernels.library import define, second_order
 from tokenfusion.kernels.tied_ffn import reference
 from tokenfusion.kernels.tied_ffn.shapes import empty_gradients, empty_outputs
 
@@ -92,25 +92,6 @@ def _define(backend: str):
     return run
 
 
-def _define_triton():
-    run = _define("triton")
-    device = "CPU" if triton_support.INTERPRET else "CUDA"
-
-    def run_forward(*args):
-        from tokenfusion.kernels.tied_ffn import triton_host
-
-        return triton_host.run_forward(*args)
-
-    def run_backward(*args):
-        from tokenfusion.kernels.tied_ffn import triton_host
-
-        return triton_host.run_backward(*args)
-
-    LIBRARY.impl("tied_ffn_triton", run_forward, device)
-    LIBRARY.impl("tied_ffn_backward_triton", run_backward, device)
-    return run
-
-
 def _run_reference(x, weight, bias_in, bias_out, activation, recompute):
     return reference.tied_ffn(x, weight, bias_in, bias_out, activation=activation)
 
@@ -134,10 +115,11 @@ def _triton_can_run(x, weight, bias_in, bias_out) -> str | None:
 
 OPERATOR = register(
     "tied_ffn",
-    Implementation("triton", _define_triton(), _triton_can_run, automatic=False),
+    Implementation("triton", _define("triton"), _triton_can_run, automatic=False),
     Implementation("cpu", _define("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda x, weight, bias_in, bias_out: None),
 )
+triton_support.implement("tied_ffn")
 
 
 def _check(x, weight, bias_in, bias_out, activation) -> None:

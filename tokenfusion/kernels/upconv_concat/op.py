@@ -95,31 +95,6 @@ def _define(backend: str):
     return run
 
 
-def _define_triton():
-    run = _define("triton")
-    device = "CPU" if triton_support.INTERPRET else "CUDA"
-
-    def run_forward(*args):
-        from tokenfusion.kernels.upconv_concat import triton_host
-
-        return triton_host.run_forward(*args)
-
-    def run_out(*args):
-        from tokenfusion.kernels.upconv_concat import triton_host
-
-        return triton_host.run_out(*args)
-
-    def run_backward(*args):
-        from tokenfusion.kernels.upconv_concat import triton_host
-
-        return triton_host.run_backward(*args)
-
-    LIBRARY.impl("upconv_concat_triton", run_forward, device)
-    LIBRARY.impl("upconv_concat_out_triton", run_out, device)
-    LIBRARY.impl("upconv_concat_backward_triton", run_backward, device)
-    return run
-
-
 def _run_reference(x, weight, bias, skip, skip_first, out):
     result = reference.upconv_concat(x, weight, bias, skip, skip_first=skip_first)
     return result if out is None else out.copy_(result)
@@ -148,10 +123,11 @@ def triton_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
 
 OPERATOR = register(
     "upconv_concat",
-    Implementation("triton", _define_triton(), triton_can_run, automatic=False),
+    Implementation("triton", _define("triton"), triton_can_run, automatic=False),
     Implementation("cpu", _define("cpu"), cpu_can_run),
     Implementation("reference", _run_reference, lambda x, weight: None),
 )
+triton_support.implement("upconv_concat", "out")
 
 
 def check_upconv(x, weight, bias, skip) -> None:

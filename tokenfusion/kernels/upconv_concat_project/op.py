@@ -5,7 +5,7 @@ import torch
 from tokenfusion.kernels import triton_support
 from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
 from tokenfusion.kernels.dispatch import Implementation, register
-from tokenfusion.kernels.library import LIBRARY, define, second_order
+from tokenfusion.kernels.library import define, second_order
 from tokenfusion.kernels.upconv_concat.op import check_upconv, cpu_can_run, triton_can_run
 from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
 from tokenfusion.kernels.upconv_concat_project import reference
@@ -97,31 +97,13 @@ def _define(backend: str):
     return run
 
 
-def _define_triton():
-    run = _define("triton")
-    device = "CPU" if triton_support.INTERPRET else "CUDA"
-
-    def run_forward(*args):
-        from tokenfusion.kernels.upconv_concat_project import triton_host
-
-        return triton_host.run_forward(*args)
-
-    def run_backward(*args):
-        from tokenfusion.kernels.upconv_concat_project import triton_host
-
-        return triton_host.run_backward(*args)
-
-    LIBRARY.impl("upconv_concat_project_triton", run_forward, device)
-    LIBRARY.impl("upconv_concat_project_backward_triton", run_backward, device)
-    return run
-
-
 OPERATOR = register(
     "upconv_concat_project",
-    Implementation("triton", _define_triton(), triton_can_run, automatic=False),
+    Implementation("triton", _define("triton"), triton_can_run, automatic=False),
     Implementation("cpu", _define("cpu"), cpu_can_run),
     Implementation("reference", reference.upconv_projected_sum, lambda x, weight: None),
 )
+triton_support.implement("upconv_concat_project")
 
 
 def _check_projection(proj_weight, proj_bias, x, weight, skip) -> None:
