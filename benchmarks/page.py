@@ -17,6 +17,7 @@ _GLOSSARY = {
     table.COMPILED: "the same under torch.compile: the rival that counts",
     table.PROJECTIONS: "keys and values of all tokens by matrix products, then scaled_dot_product_attention",
     table.CHECKPOINTED: "eager under torch.utils.checkpoint: it holds the input alone and computes the rest again",
+    table.EPILOGUE: "bias and activation in the epilogue of the first matrix product, as PyTorch has it for inference",
     "tokenfusion (NAME)": "this package with its backend NAME: cpu is C++, triton and cuda are GPU kernels, reference is "
     "plain PyTorch; shaded in the tables",
     "own model (NAME)": "this package's own form of the model, with the same weights",

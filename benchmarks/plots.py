@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.table import CHECKPOINTED, COMPILED, EAGER, PROJECTIONS, by_size, case_name, groups
+from benchmarks.table import CHECKPOINTED, COMPILED, EAGER, EPILOGUE, PROJECTIONS, by_size, case_name, groups
 
 _AXES = {"N": "tokens N", "B": "batch B", "img_size": "image size, pixels"}  # others under their own names
 _FEWEST_POINTS = 3
@@ -17,6 +17,7 @@ _OTHERS = {
     COMPILED: ("#E69F00", "s"),
     PROJECTIONS: ("#56B4E9", "^"),
     CHECKPOINTED: ("#999933", "h"),
+    EPILOGUE: ("#882255", "p"),
 }
 _PACKAGE = [("#0072B2", "D"), ("#D55E00", "v"), ("#009E73", "P"), ("#CC79A7", "X"), ("#8C6D00", "*"), ("#666666", "<")]
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")

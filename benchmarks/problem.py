@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.table import CHECKPOINTED, COMPILED, EAGER, PROJECTIONS  # noqa: F401
+from benchmarks.table import CHECKPOINTED, COMPILED, EAGER, EPILOGUE, PROJECTIONS  # noqa: F401
 from tokenfusion.kernels.dispatch import OPERATORS
 
 TRAINING = "forward + backward"

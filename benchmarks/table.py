@@ -7,6 +7,7 @@ EAGER = "eager"
 COMPILED = "torch.compile"
 PROJECTIONS = "projections + SDPA"
 CHECKPOINTED = "torch checkpoint"
+EPILOGUE = "cuBLASLt epilogue"
 
 HEADINGS = ("variant", "median", "x eager", "x compile", "peak MB", "GB/s", "% ceiling", "parity")
 _COLUMNS = 120

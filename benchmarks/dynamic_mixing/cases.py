@@ -75,7 +75,18 @@ def _full() -> list[Case]:
     return list(dict.fromkeys((*every, *lengths, *others, *batches)))
 
 
-CASES = {"smoke": _SMOKE, "quick": _QUICK, "full": _full()}
+def _gpu() -> list[Case]:
+    """The stages of DynaMixer-S and -L in batches that fill a GPU, one image, and lengths."""
+    passes = [(dtype, direction) for dtype in ("bfloat16", "float32") for direction in ("forward", TRAINING)]
+    stages = [Case(64, 32, 192, 8), Case(64, 16, 384, 16), Case(64, 32, 256, 8, 8), Case(64, 16, 512, 16, 8)]
+    named = [replace(case, dtype=dtype, direction=way) for dtype, way in passes for case in stages[:2]]
+    large = [replace(case, dtype="bfloat16", direction=way) for _, way in passes[:2] for case in stages[2:]]
+    batches = [replace(stages[0], B=b, dtype="bfloat16") for b in (1, 8, 256)]
+    lengths = [replace(stages[0], B=16, N=n, dtype="bfloat16") for n in (7, 14, 20, 33, 64)]
+    return [*named, *large, *batches, *lengths]
+
+
+CASES = {"smoke": _SMOKE, "quick": _QUICK, "full": _full(), "gpu": _gpu()}
 
 
 def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:

@@ -141,6 +141,11 @@ def pytest(arguments: list[str], seconds: float) -> Outcome:
     return Outcome(status, summary, finished.seconds, finished.log, {"failed_tests": names})
 
 
+def suite(check: Check, seconds: float) -> Outcome:
+    """All tests, those of the CPU as well: the whole package in this environment."""
+    return pytest(["tests"], seconds)
+
+
 def repeats(check: Check, seconds: float) -> Outcome:
     allowed = max(0.7 * seconds, _FEWEST_REPEATS_SECONDS)  # the rest is for start and compilation
     command = python("-m", "benchmarks.gpu_check.kernels", "repeats", "--seconds", str(allowed))
@@ -217,5 +222,6 @@ STEPS = (
     Step("racecheck", functools.partial(sanitizer, "racecheck"), share=2, needs_gpu=True),
     Step("ceilings", ceilings, share=1),
     Step("benchmarks", benchmarks, share=12),
+    Step("suite", suite, share=4, needs_gpu=True),
     Step("report", report, share=1),
 )

@@ -55,5 +55,9 @@ CASES = {
         *(case for model in (_FIRST, *_OTHERS[1:]) for case in _passes(model, 4, ("float32",))),
     ],
     "full": list(dict.fromkeys([*_SWEEP, *(case for m in _ALL for b in (1, 8, 16, 64) for case in _passes(m, b))])),
-    "gpu": [*_SWEEP[:4], *(case for m in _OTHERS for case in _passes(m, 64, ("bfloat16",))), *_SWEEP[4:]],
+    "gpu": [
+        *_SWEEP[:4],
+        *(case for batch in (64, 256) for m in _OTHERS for case in _passes(m, batch, ("bfloat16",))),
+        *_SWEEP[4:],
+    ],
 }

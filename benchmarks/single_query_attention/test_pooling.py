@@ -90,6 +90,10 @@ def _full(layer: Layer) -> list[Case]:
     return list(dict.fromkeys((*lengths, *sizes)))
 
 
+def _gpu(layer: Layer) -> list[Case]:
+    return [layer.case(64, 576, "bfloat16", direction) for direction in ("forward", TRAINING)]
+
+
 def _smoke(layer: Layer) -> list[Case]:
     small = Case(2, 64, 64, 2)
     return [small, replace(small, direction=TRAINING)]
@@ -97,7 +101,7 @@ def _smoke(layer: Layer) -> list[Case]:
 
 CASES = {
     profile: [Named(name, case) for name, layer in LAYERS.items() for case in cases_of(layer)]
-    for profile, cases_of in (("smoke", _smoke), ("quick", _quick), ("full", _full))
+    for profile, cases_of in (("smoke", _smoke), ("quick", _quick), ("full", _full), ("gpu", _gpu))
 }
 
 

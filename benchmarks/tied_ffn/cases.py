@@ -17,9 +17,11 @@ class Case:
     F: int
     dtype: str = "float32"
     direction: str = "forward"
+    activation: str = "gelu"
 
     def __str__(self) -> str:
-        return f"N{self.N}-C{self.C}-F{self.F}-{self.dtype}-{self.direction}".replace(" + ", "+")
+        sizes = f"N{self.N}-C{self.C}-F{self.F}-{self.activation}"
+        return f"{sizes}-{self.dtype}-{self.direction}".replace(" + ", "+")
 
     @property
     def backward(self) -> bool:
@@ -53,7 +55,16 @@ def _full() -> list[Case]:
     return list(dict.fromkeys((*_QUICK, *lengths, *widths)))
 
 
-CASES = {"smoke": _SMOKE, "quick": _QUICK, "full": _full()}
+def _gpu() -> list[Case]:
+    """64 images of DeiT-S, the narrow layers that a back-to-back kernel is for, and what fills a large GPU."""
+    kinds = _KINDS[::-1]
+    named = [Case(12608, 384, 1536, *kind) for kind in kinds]
+    sizes = [(65536, 96), (65536, 128), (12608, 192), (32768, 768), (32768, 1024), (1024, 384)]
+    tanh = Case(12608, 384, 1536, "bfloat16", activation="gelu_tanh")  # which cuBLASLt has, too
+    return [*named, tanh, *(Case(n, c, 4 * c, *kind) for n, c in sizes for kind in kinds[:2])]
+
+
+CASES = {"smoke": _SMOKE, "quick": _QUICK, "full": _full(), "gpu": _gpu()}
 
 
 def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:

@@ -30,24 +30,33 @@ def _problem(case: cases.Case, with_compile: bool) -> Problem:
         return (*tensors, random(case.N, case.C).detach()) if case.backward else tensors
 
     kernels = problem.kernels_for("tied_ffn", *inputs()[:4])
-    variants = [Variant(problem.EAGER, call(reference.tied_ffn))]
+    formula, op = (partial(f, activation=case.activation) for f in (reference.tied_ffn, tied_ffn))
+    variants = [Variant(problem.EAGER, call(formula))]
     if with_compile:
-        variants.append(Variant(problem.COMPILED, call(problem.compiled(reference.tied_ffn))))
+        variants.append(Variant(problem.COMPILED, call(problem.compiled(formula))))
     if case.backward:
-        checkpointed = partial(checkpoint, reference.tied_ffn, use_reentrant=False)
+        checkpointed = partial(checkpoint, formula, use_reentrant=False)
         variants.append(Variant(problem.CHECKPOINTED, call(checkpointed)))
+    elif case.activation == "gelu_tanh" and problem.device() == "cuda":
+        variants.append(Variant(problem.EPILOGUE, call(_with_epilogue)))
     for backend in kernels:
-        variants.append(Variant(problem.package(backend), call(tied_ffn), backend))
+        variants.append(Variant(problem.package(backend), call(op), backend))
         if case.backward:
-            holding = call(partial(tied_ffn, recompute=False))
+            holding = call(partial(op, recompute=False))
             variants.append(Variant(f"{problem.package(backend)}, holding", holding, backend))
     return Problem(
         "tied_ffn, the op",
         case.sizes(),
         variants,
         inputs,
-        call(reference.tied_ffn),
+        call(formula),
         moved=case.moved(),
         written=True,
         flops=case.flops(),
     )
+
+
+def _with_epilogue(x, weight, bias_in, bias_out):
+    """Bias and tanh GELU in cuBLASLt's first product, which PyTorch has for inference."""
+    activated = torch._addmm_activation(bias_in, x, weight.mT, use_gelu=True)
+    return torch.addmm(bias_out, activated, weight)

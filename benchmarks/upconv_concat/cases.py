@@ -1,7 +1,7 @@
 """The sizes at which the up-convolutions are measured: Token Fusion's, and those of U-Net decoders."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -72,9 +72,24 @@ _DECODERS = [
 ]
 _PROJECTED = [_UNET | {"Cp": 64}, _LATE | {"Cp": 768}, _EARLY | {"Cp": 3}]
 
+# The first level of a U-Net for 256 and for 512 pixels, and a deeper one.
+_LARGE_DECODERS = [
+    {"B": 16, "Cin": 64, "Cout": 32, "Cs": 32, "size": 128, "k": 2},
+    {"B": 8, "Cin": 64, "Cout": 32, "Cs": 32, "size": 256, "k": 2},
+    {"B": 16, "Cin": 256, "Cout": 128, "Cs": 128, "size": 64, "k": 2},
+]
+
+
+def _gpu(*cases: dict) -> list[Case]:
+    """Four times the batch of a CPU's, in bfloat16; the forward pass of the first in float32, too."""
+    half = [replace(case, B=4 * case.B, dtype="bfloat16") for case in _both(*cases)]
+    return [*half, *(replace(case, dtype="float32") for case in half[:4] if not case.backward)]
+
+
 CASES = {
     "smoke": _both({"B": 2, "Cin": 16, "Cout": 8, "Cs": 8, "size": 8, "k": 2}, directions=("forward",)),
     "quick": _both(_LATE, _UNET, _EARLY),
+    "gpu": _gpu(_LATE, *_LARGE_DECODERS, _EARLY),
     "full": [
         *_both(_LATE, _UNET, _EARLY, *_DECODERS),
         *(Case(**case, format=f, dtype="bfloat16") for case in (_LATE, _UNET, _EARLY) for f in FORMATS),
@@ -83,6 +98,7 @@ CASES = {
 PROJECTED = {
     "smoke": _both({"B": 2, "Cin": 16, "Cout": 8, "Cs": 8, "size": 8, "k": 2, "Cp": 8}, directions=("forward",)),
     "quick": _both(*_PROJECTED, directions=("forward",)),
+    "gpu": _gpu(*_PROJECTED, *(case | {"Cp": case["Cout"]} for case in _LARGE_DECODERS)),
     "full": _both(*_PROJECTED),
 }
 
