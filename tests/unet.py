@@ -60,6 +60,14 @@ class TrainingDecoder(Decoder):
         return F.dropout(torch.cat((self.up(x), skip), 1), 0.5, self.training)
 
 
+class BranchingDecoder(Decoder):
+    def forward(self, x, skip):
+        x = self.up(x)
+        if isinstance(skip, torch.Tensor):
+            x = torch.cat((x, skip), 1)
+        return x
+
+
 class UNet(nn.Module):
     """Two levels: one decoder block of its own, and one in the model's forward, in a container."""
 

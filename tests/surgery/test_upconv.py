@@ -4,12 +4,15 @@ import copy
 import pickle
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
+from monai.networks import nets
 from torch import nn
 
 import tokenfusion
 from tests.parity import assert_runs
 from tests.unet import (
+    BranchingDecoder,
     Decoder,
     PaddedDecoder,
     SharedDecoder,
@@ -135,18 +138,51 @@ def test_compiled():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(IMAGES), model(IMAGES))
 
 
-def test_unet_of_another_library():
-    smp = pytest.importorskip("segmentation_models_pytorch")
+def test_unets_of_segmentation_models_pytorch():
     model = smp.Unet("resnet18", encoder_weights=None, decoder_interpolation="nearest").eval()
-    assert not tokenfusion.fuse(model).replaced  # it up-samples by interpolation
+    assert not tokenfusion.fuse(model).modules  # it up-samples by interpolation
 
 
-def test_unet_of_monai():
-    nets = pytest.importorskip("monai.networks.nets")
+def basic_unet() -> nn.Module:
+    return nets.BasicUNet(spatial_dims=2, in_channels=3, out_channels=2, features=(8, 8, 16, 32, 64, 8)).eval()
+
+
+def dyn_unet() -> nn.Module:
+    kernels = {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]}
+    return nets.DynUNet(spatial_dims=2, in_channels=3, out_channels=2, **kernels).eval()
+
+
+@pytest.mark.parametrize("make, decoders", [(basic_unet, 4), (dyn_unet, 2)])
+def test_unets_of_monai(make, decoders):
     torch.manual_seed(0)
-    model = nets.BasicUNet(spatial_dims=2, in_channels=3, out_channels=2, features=(8, 8, 16, 32, 64, 8)).eval()
-    images = torch.randn(1, 3, 64, 64)
+    model = make()
+    images = torch.randn(1, 3, 64, 48)
     expected = model(images)
-    report = tokenfusion.fuse(model)
-    assert report.modules
+    assert len(tokenfusion.fuse(model, strict=True).replaced) == decoders
+    with assert_runs(OP):
+        torch.testing.assert_close(model(images), expected)
+    other = pickle.loads(pickle.dumps(model))
+    with assert_runs(OP):
+        assert torch.equal(other(images), model(images))
+    tokenfusion.unfuse(model)
+    assert torch.equal(model(images), expected)
+
+
+def test_sizes_that_monai_pads():
+    torch.manual_seed(0)
+    model, images = basic_unet(), torch.randn(1, 3, 37, 50)
+    expected = model(images)
+    tokenfusion.fuse(model, strict=True)
     torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize("part", ["upsample", "upsample.deconv"])
+def test_hooks_in_a_decoder_of_monai(part):
+    model = basic_unet()
+    model.upcat_1.get_submodule(part).register_forward_hook(lambda *_: None)
+    report = tokenfusion.fuse(model)
+    assert [m.name for m in report.left] == ["upcat_1"] and "hooks" in report.left[0].reason
+
+
+def test_a_concatenation_on_a_path_that_is_not_traced():
+    assert "does not trace" in tokenfusion.fuse(BranchingDecoder(4)).left[0].reason

@@ -1,10 +1,11 @@
 """U-Net decoders: a transposed convolution whose kernel is its stride, and the concatenation of its result.
 
 The pair is looked for in the forward of the module that holds the convolution, as torch.fx traces it with every other
-submodule as a leaf. The fused class is a subclass of the module's own whose forward is the traced one with the pair as
+submodule as a leaf; forwards that it cannot trace are known by their class's name. The fused class is a subclass of the module's own whose forward is the traced one with the pair as
 one operator: parameters, submodules and hooks of the others stay where they are.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,8 +129,41 @@ def _fuse_graph(module: nn.Module, graph: fx.Graph) -> list[str]:
     return reasons
 
 
+def _monai_up_cat(self: nn.Module, x: torch.Tensor, x_e: torch.Tensor | None) -> torch.Tensor:
+    """The forward of MONAI's UpCat: skip x_e first; where the sizes do not match, it pads."""
+    up = self.upsample.deconv
+    size = [side * scale for side, scale in zip(x.shape[2:], up.stride)]
+    if not isinstance(x_e, torch.Tensor) or list(x_e.shape[2:]) != size:
+        return self.original.forward(self, x, x_e)
+    return self.convs(upconv_concat(x, up.weight, up.bias, x_e, skip_first=True))
+
+
+# Class -> its forward with the pair as one operator, and its up-convolution, which is alone in its container.
+_KNOWN = {"monai.networks.nets.basic_unet.UpCat": (_monai_up_cat, "upsample.deconv")}
+
+
+def _known_forward(module: nn.Module) -> tuple[Callable | None, str | None] | None:
+    """What `_fused_forward` returns, for the classes that are known."""
+    forward, expected = _KNOWN.get(f"{type(module).__module__}.{type(module).__qualname__}", (None, None))
+    if forward is None:
+        return None
+    container = expected.rpartition(".")[0]
+    reason = _why_not_convolution(module, expected) or checks.why_not_bypass(module, container)
+    if reason is None and len(module.get_submodule(container)) != 1:
+        reason = f"{container} has more than one layer"
+    return (None, reason) if reason else (forward, None)
+
+
+def _names_a_concatenation(forward: Callable) -> bool:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and any(function.__name__ in code.co_names for function in _CONCATENATIONS)
+
+
 def _fused_forward(module: nn.Module) -> tuple[Callable | None, str | None]:
     """(forward, None); or (None, the reason why there is none), and (None, None) where nothing is concatenated."""
+    known = _known_forward(module)
+    if known is not None:
+        return known
     try:
         graphs = [_trace(module, training) for training in (False, True)]
     except Exception as error:  # whatever somebody's forward does with a proxy
@@ -138,7 +172,8 @@ def _fused_forward(module: nn.Module) -> tuple[Callable | None, str | None]:
     graph = graphs[0]
     pairs = _pairs(module, graph)
     if not pairs:
-        return None, None
+        hidden = _names_a_concatenation(type(module).forward) and not any(map(_is_concatenation, graph.nodes))
+        return None, "it concatenates on a path that torch.fx does not trace" if hidden else None
     if str(graph) != str(graphs[1]):
         return None, "its forward depends on self.training"
     reasons = _fuse_graph(module, graph)
