@@ -13,59 +13,6 @@ TF_INLINE void put(T* p, Vec<A> v, int64_t count) {
   store_lanes(p, v, count);
 }
 
-// Lanes first, first + step, ... of two vectors; and those of their halves taken in turn.
-template <typename A>
-struct Shuffles {
-  static constexpr int count = VecOf<A>::lanes;
-
-  static constexpr Lanes<A> every_other(int first) {
-    Lanes<A> lanes{};
-    for (int i = 0; i < count; ++i) lanes.number[i] = 2 * i + first;
-    return lanes;
-  }
-  static constexpr Lanes<A> in_turn(int first) {
-    Lanes<A> lanes{};
-    for (int i = 0; i < count; ++i) lanes.number[i] = first + i / 2 + i % 2 * count;
-    return lanes;
-  }
-};
-
-// n rows -> one sequence that takes from the rows in turn.
-template <typename A, int n>
-TF_INLINE void interleave(Vec<A> (&v)[n]) {
-  if constexpr (n > 1) {
-    static constexpr Lanes<A> low = Shuffles<A>::in_turn(0), high = Shuffles<A>::in_turn(Lanes<A>::count / 2);
-    Vec<A> even[n / 2], odd[n / 2];
-#pragma GCC unroll 16
-    for (int i = 0; i < n / 2; ++i) even[i] = v[2 * i], odd[i] = v[2 * i + 1];
-    interleave<A, n / 2>(even);
-    interleave<A, n / 2>(odd);
-#pragma GCC unroll 16
-    for (int i = 0; i < n / 2; ++i) {
-      v[2 * i] = shuffle<A>(even[i], odd[i], low);
-      v[2 * i + 1] = shuffle<A>(even[i], odd[i], high);
-    }
-  }
-}
-
-// The inverse of interleave.
-template <typename A, int n>
-TF_INLINE void deinterleave(Vec<A> (&v)[n]) {
-  if constexpr (n > 1) {
-    static constexpr Lanes<A> first = Shuffles<A>::every_other(0), second = Shuffles<A>::every_other(1);
-    Vec<A> even[n / 2], odd[n / 2];
-#pragma GCC unroll 16
-    for (int i = 0; i < n / 2; ++i) {
-      even[i] = shuffle<A>(v[2 * i], v[2 * i + 1], first);
-      odd[i] = shuffle<A>(v[2 * i], v[2 * i + 1], second);
-    }
-    deinterleave<A, n / 2>(even);
-    deinterleave<A, n / 2>(odd);
-#pragma GCC unroll 16
-    for (int i = 0; i < n / 2; ++i) v[2 * i] = even[i], v[2 * i + 1] = odd[i];
-  }
-}
-
 // A fine row of `scale` rows of the tile. Of group rows, the vector i holds, where group == scale, the values from
 // i * lanes on of the fine row from x * scale on; where it does not, group == lanes, and those of coarse pixel x + i.
 template <typename A, int scale>

@@ -227,6 +227,59 @@ TF_INLINE Vec<T> sum_each(Vec<T> (&v)[VecOf<T>::lanes]) {
   }
 }
 
+// Lanes first, first + step, ... of two vectors; and those of their halves taken in turn.
+template <typename A>
+struct Shuffles {
+  static constexpr int count = VecOf<A>::lanes;
+
+  static constexpr Lanes<A> every_other(int first) {
+    Lanes<A> lanes{};
+    for (int i = 0; i < count; ++i) lanes.number[i] = 2 * i + first;
+    return lanes;
+  }
+  static constexpr Lanes<A> in_turn(int first) {
+    Lanes<A> lanes{};
+    for (int i = 0; i < count; ++i) lanes.number[i] = first + i / 2 + i % 2 * count;
+    return lanes;
+  }
+};
+
+// n rows -> one sequence that takes from the rows in turn; with as many rows as lanes, a transposition.
+template <typename A, int n>
+TF_INLINE void interleave(Vec<A> (&v)[n]) {
+  if constexpr (n > 1) {
+    static constexpr Lanes<A> low = Shuffles<A>::in_turn(0), high = Shuffles<A>::in_turn(Lanes<A>::count / 2);
+    Vec<A> even[n / 2], odd[n / 2];
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i) even[i] = v[2 * i], odd[i] = v[2 * i + 1];
+    interleave<A, n / 2>(even);
+    interleave<A, n / 2>(odd);
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i) {
+      v[2 * i] = shuffle<A>(even[i], odd[i], low);
+      v[2 * i + 1] = shuffle<A>(even[i], odd[i], high);
+    }
+  }
+}
+
+// The inverse of interleave.
+template <typename A, int n>
+TF_INLINE void deinterleave(Vec<A> (&v)[n]) {
+  if constexpr (n > 1) {
+    static constexpr Lanes<A> first = Shuffles<A>::every_other(0), second = Shuffles<A>::every_other(1);
+    Vec<A> even[n / 2], odd[n / 2];
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i) {
+      even[i] = shuffle<A>(v[2 * i], v[2 * i + 1], first);
+      odd[i] = shuffle<A>(v[2 * i], v[2 * i + 1], second);
+    }
+    deinterleave<A, n / 2>(even);
+    deinterleave<A, n / 2>(odd);
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i) v[2 * i] = even[i], v[2 * i + 1] = odd[i];
+  }
+}
+
 TF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // f(channel, how many lanes of the vector there are real) over the vectors of a row.

@@ -1,0 +1,63 @@
+// A matrix product with packed operands, for operators that read or write rows where others lie. No torch headers here:
+// see vec.h.
+//
+//     out[i][j] (+)= bias[j] + sum over terms of scale[j] * (sum over k of a(i, k) b(j, k))
+//
+// b is packed once, by `pack`, and shared by all calls and threads. `run` packs a, a few rows at a time, and is the
+// work of one thread. Sums are float; those of bfloat16 need instructions that multiply pairs: see
+// `multiplies_bfloat16`.
+#pragma once
+
+#include <stdint.h>
+
+namespace tokenfusion {
+
+// Element (i, k) is at i * line_stride + k * depth_stride, in elements; one of both is 1. With line_offsets, line i
+// begins at line_offsets[i] instead.
+struct ProductLines {
+  const void* data;
+  int64_t line_stride, depth_stride;
+  const int64_t* line_offsets;  // or null
+};
+
+struct ProductTerm {
+  ProductLines a;
+  int64_t depth;
+  const void* b;       // packed
+  const float* scale;  // [columns], or null for ones
+};
+
+struct ProductCall {
+  const ProductTerm* terms;
+  int64_t count, rows, columns;
+  const float* bias;  // [columns], or null for zeros
+  void* out;          // row i at i * out_stride, or at out_offsets[i]
+  int64_t out_stride;
+  const int64_t* out_offsets;  // or null
+  bool accumulate;
+  void* scratch;  // scratch_bytes(the sum of the terms' depths, count), aligned to 64 bytes
+};
+
+struct ProductKernels {
+  struct ForDtype {
+    int64_t panel;  // columns that are packed together: b from column j on, a multiple of it, begins at bytes(j, depth)
+    int64_t (*bytes)(int64_t columns, int64_t depth);                                   // of b packed
+    void (*pack)(const ProductLines& b, int64_t columns, int64_t depth, void* packed);  // aligned to 64 bytes
+    int64_t (*scratch_bytes)(int64_t depth, int64_t terms);
+    void (*run)(const ProductCall&);
+  };
+  ForDtype float32, bfloat16;
+  bool (*multiplies_bfloat16)();  // whether those of bfloat16 can run on this processor
+};
+
+namespace isa_default {
+extern const ProductKernels product;
+}
+namespace isa_avx2 {
+extern const ProductKernels product;
+}
+namespace isa_avx512 {
+extern const ProductKernels product;
+}
+
+}  // namespace tokenfusion

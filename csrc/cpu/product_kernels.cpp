@@ -1,0 +1,212 @@
+#include "product.h"
+#include "vec.h"
+
+namespace tokenfusion {
+namespace TOKENFUSION_ISA_NAMESPACE {
+namespace {
+
+constexpr int kLanes = VecOf<float>::lanes;
+constexpr int kVectors = 2;
+constexpr int64_t kPanel = kVectors * kLanes;
+constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;  // whose sums of a panel fill the registers
+constexpr int64_t kUnroll = 4;
+constexpr int64_t kDepth = 384;  // words; a longer sum would lose precision
+
+// What is packed, a word: a float, or a pair of bf16 along k. Rounded up to whole steps of the loop.
+template <typename T>
+constexpr int64_t kPerWord = sizeof(float) / sizeof(T);
+
+template <typename T>
+TF_INLINE int64_t words_of(int64_t depth) {
+  return round_up((depth + kPerWord<T> - 1) / kPerWord<T>, kUnroll);
+}
+
+// sum + a * b, of words.
+template <typename T>
+TF_INLINE Vec<float> multiply_add(Vec<float> sum, Vec<float> a, Vec<float> b) {
+  if constexpr (kPerWord<T> == 1) return sum + a * b;
+#if TF_VECTOR_BYTES == 64
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#endif
+  return sum;
+}
+
+TF_INLINE Vec<float> broadcast_word(const float* p) {
+  VecOf<float>::index bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return (Vec<float>)(VecOf<float>::bits{} + bits);
+}
+
+// The words of a line from p on, where `count` elements are left.
+template <typename T>
+TF_INLINE Vec<float> load_words(const T* p, int64_t count) {
+  Vec<float> v{};
+  if (count >= kLanes * kPerWord<T>)
+    __builtin_memcpy(&v, p, sizeof(v));
+  else if (count > 0)
+    __builtin_memcpy(&v, p, count * sizeof(T));
+  return v;
+}
+
+TF_INLINE Vec<float> words_across(const float* p, int64_t, int64_t, int64_t count) { return load_lanes(p, count); }
+
+// The same words of `count` neighbouring lines, of which `left` elements are left.
+TF_INLINE Vec<float> words_across(const bf16* p, int64_t depth_stride, int64_t left, int64_t count) {
+  const Vec<float> second = left > 1 ? load_lanes(p + depth_stride, count) : Vec<float>{};
+  return (Vec<float>)((U32)load_lanes(p, count) >> 16 | (U32)second);
+}
+
+TF_INLINE int64_t offset_of(int64_t i, int64_t stride, const int64_t* offsets) {
+  return offsets ? offsets[i] : i * stride;
+}
+
+// Word k of line first + i to out[k * pitch + i], for kLanes lines, of which `count` are there. Further words are
+// written in order: they may overwrite those of lines that are not there.
+template <typename T>
+void pack_lines(const ProductLines& m, int64_t first, int64_t count, int64_t depth, int64_t pitch, float* out) {
+  const T* const data = static_cast<const T*>(m.data);
+  const int64_t words = words_of<T>(depth);
+  if (m.depth_stride != 1) {
+    const T* at = data + first;
+    for (int64_t k = 0; k < words; ++k, at += kPerWord<T> * m.depth_stride, out += pitch) {
+      const int64_t left = depth - k * kPerWord<T>;
+      store(out, left > 0 ? words_across(at, m.depth_stride, left, count) : Vec<float>{});
+    }
+    return;
+  }
+  for (int64_t k = 0; k < words; k += kLanes) {
+    Vec<float> v[kLanes] = {};
+    for (int i = 0; i < kLanes; ++i)
+      if (i < count) {
+        const T* const line = data + offset_of(first + i, m.line_stride, m.line_offsets);
+        v[i] = load_words(line + k * kPerWord<T>, depth - k * kPerWord<T>);
+      }
+    interleave<float, kLanes>(v);
+    for (int i = 0; i < kLanes; ++i)
+      if (k + i < words) store(out + (k + i) * pitch, v[i]);
+  }
+}
+
+template <typename T>
+int64_t packed_bytes(int64_t columns, int64_t depth) {
+  return round_up(columns, kPanel) * words_of<T>(depth) * sizeof(float);
+}
+
+template <typename T>
+void pack(const ProductLines& b, int64_t columns, int64_t depth, void* packed) {
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    float* const panel = static_cast<float*>(packed) + j * words_of<T>(depth);
+    for (int64_t v = 0; v < kPanel; v += kLanes) pack_lines<T>(b, j + v, columns - j - v, depth, kPanel, panel + v);
+  }
+}
+
+template <typename T>
+int64_t scratch_bytes(int64_t depth, int64_t terms) {
+  return (kRows * (words_of<T>(depth) + terms * kUnroll) + kLanes) * sizeof(float);
+}
+
+// total[i] += scale * (row i of a times a panel of b), for packed a. On its own: beside anything else, the compiler
+// would not leave all registers to the sums.
+template <typename T, int rows>
+__attribute__((noinline)) void add_product(const float* a, const float* b, int64_t words, const Vec<float>* scale,
+                                           Vec<float> (*total)[kVectors]) {
+  Vec<float> sums[rows][kVectors] = {};
+  for (int64_t k = 0; k < words; k += kUnroll, a += kUnroll * rows, b += kUnroll * kPanel)
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      const Vec<float> first = load(b + u * kPanel), second = load(b + u * kPanel + kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i) {
+        const Vec<float> row = broadcast_word(a + u * rows + i);
+        sums[i][0] = multiply_add<T>(sums[i][0], row, first);
+        sums[i][1] = multiply_add<T>(sums[i][1], row, second);
+      }
+    }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) total[i][v] += scale[v] * sums[i][v];
+}
+
+// `rows` rows of a, packed; of the rows of out, `count` are there.
+template <typename T, int rows>
+struct Strip {
+  const ProductCall& call;
+  const float* a;
+  T* out[rows];
+  int64_t count;
+
+  // Columns j, j + 1, ... of a panel.
+  void panel(int64_t j) const {
+    Vec<float> total[rows][kVectors], scale[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = j + v * kLanes, lanes = call.columns - at;
+      const Vec<float> bias = call.bias ? load_lanes(call.bias + at, lanes) : Vec<float>{};
+      for (int i = 0; i < rows; ++i)
+        total[i][v] = call.accumulate && i < count ? bias + load_lanes(out[i] + at, lanes) : bias;
+    }
+    const float* left = a;
+    for (const ProductTerm* term = call.terms; term < call.terms + call.count; ++term) {
+      const int64_t words = words_of<T>(term->depth);
+      const float* const right = static_cast<const float*>(term->b) + j * words;
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = j + v * kLanes;
+        scale[v] = term->scale ? load_lanes(term->scale + at, call.columns - at) : broadcast(1.0f);
+      }
+      for (int64_t k = 0; k < words; k += kDepth)
+        add_product<T, rows>(left + k * rows, right + k * kPanel, words - k < kDepth ? words - k : kDepth, scale,
+                             total);
+      left += words * rows;
+    }
+    for (int64_t i = 0; i < count; ++i)
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = j + v * kLanes;
+        store_lanes(out[i] + at, total[i][v], call.columns - at);
+      }
+  }
+};
+
+template <typename T, int rows>
+void run_strip(const ProductCall& call, int64_t first) {
+  const int64_t left = call.rows - first;
+  float* const a = static_cast<float*>(call.scratch);
+  Strip<T, rows> strip{call, a, {}, left < rows ? left : rows};
+  float* next = a;
+  for (const ProductTerm* term = call.terms; term < call.terms + call.count; ++term) {
+    pack_lines<T>(term->a, first, strip.count, term->depth, rows, next);
+    next += words_of<T>(term->depth) * rows;
+  }
+  for (int64_t i = 0; i < strip.count; ++i)
+    strip.out[i] = static_cast<T*>(call.out) + offset_of(first + i, call.out_stride, call.out_offsets);
+  for (int64_t j = 0; j < call.columns; j += kPanel) strip.panel(j);
+}
+
+template <typename T>
+void run(const ProductCall& call) {
+  int64_t row = 0;
+  for (; row + kRows <= call.rows; row += kRows) run_strip<T, kRows>(call, row);
+  if (call.rows - row > kRows / 2)
+    run_strip<T, kRows>(call, row);
+  else if (row < call.rows)
+    run_strip<T, kRows / 2>(call, row);
+}
+
+template <typename T>
+constexpr ProductKernels::ForDtype for_dtype() {
+  return {kPanel, packed_bytes<T>, pack<T>, scratch_bytes<T>, run<T>};
+}
+
+bool multiplies_bfloat16() {
+#if TF_VECTOR_BYTES == 64
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+const ProductKernels product = {for_dtype<float>(), for_dtype<bf16>(), multiplies_bfloat16};
+
+}  // namespace TOKENFUSION_ISA_NAMESPACE
+}  // namespace tokenfusion
