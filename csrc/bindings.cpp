@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#include "cpu/product.h"
 #ifdef TOKENFUSION_WITH_CUDA
 #include "cuda/limits.h"
 #endif
@@ -21,6 +22,9 @@ PYBIND11_MODULE(_C, module) {
         }
       },
       "Instruction set of the CPU kernels that run here: default, avx2 or avx512.");
+  module.def(
+      "multiplies_bfloat16", [] { return TOKENFUSION_KERNELS(product).multiplies_bfloat16(); },
+      "Whether the CPU kernels' own matrix product takes bfloat16 here.");
 #ifdef TOKENFUSION_WITH_CUDA
   module.def("single_query_attention_cuda_max_channels", &tokenfusion::single_query_attention_cuda_max_channels,
              "The largest C for this many queries, bytes of an element and GPU; 0 where there is none.");

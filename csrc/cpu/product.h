@@ -12,8 +12,8 @@
 
 namespace tokenfusion {
 
-// Element (i, k) is at i * line_stride + k * depth_stride, in elements; one of both is 1. With line_offsets, line i
-// begins at line_offsets[i] instead.
+// Element (i, k) is at i * line_stride + k * depth_stride, in elements; one of both is 1. With line_offsets (and a
+// depth_stride of 1), line i begins at line_offsets[i] instead.
 struct ProductLines {
   const void* data;
   int64_t line_stride, depth_stride;
@@ -40,6 +40,7 @@ struct ProductCall {
 
 struct ProductKernels {
   struct ForDtype {
+    int64_t rows;   // that are computed together
     int64_t panel;  // columns that are packed together: b from column j on, a multiple of it, begins at bytes(j, depth)
     int64_t (*bytes)(int64_t columns, int64_t depth);                                   // of b packed
     void (*pack)(const ProductLines& b, int64_t columns, int64_t depth, void* packed);  // aligned to 64 bytes

@@ -193,7 +193,7 @@ void run(const ProductCall& call) {
 
 template <typename T>
 constexpr ProductKernels::ForDtype for_dtype() {
-  return {kPanel, packed_bytes<T>, pack<T>, scratch_bytes<T>, run<T>};
+  return {kRows, kPanel, packed_bytes<T>, pack<T>, scratch_bytes<T>, run<T>};
 }
 
 bool multiplies_bfloat16() {

@@ -14,7 +14,7 @@ from tokenfusion.kernels.dynamic_mixing import reference
 from tokenfusion.layers import dynamixer, weighted_parts
 
 GOLDEN = "dynamixer_official.safetensors"
-FORWARD, BACKWARD = "dynamic_mixing_cpu", "dynamic_mixing_backward_cpu"
+FORWARD, BACKWARD, SUM = "dynamic_mixing_cpu", "dynamic_mixing_backward_cpu", "weighted_parts"
 ABLATIONS = [
     dict(),
     dict(row_mixing=False),
@@ -140,9 +140,9 @@ def test_synthesizers_generate_as_described():
 
 def test_kernels_run():
     block, x = block_of(), torch.randn(2, 7, 7, 24)
-    with assert_runs(FORWARD, BACKWARD):
+    with assert_runs(FORWARD, BACKWARD, SUM):
         block(x).sum().backward()
-    with torch.no_grad(), assert_runs(FORWARD):
+    with torch.no_grad(), assert_runs(FORWARD, SUM):
         block(x)
     assert all(parameter.grad is not None for parameter in block.parameters())
     with tokenfusion.backend("reference"), assert_runs():
@@ -190,9 +190,9 @@ def test_second_order():
 
 def test_batched_gradients(monkeypatch):
     monkeypatch.setattr(weighted_parts, "_LARGE_MATRIX", 0)
-    parts, weight, bias, shares = [torch.randn(2, 5, 4)], torch.randn(1, 4, 4), torch.randn(2, 4), torch.rand(2, 1, 4)
-    leaves = [tensor.requires_grad_() for tensor in (*parts, weight, bias, shares)]
-    out = weighted_parts.weighted_parts(parts, weight, bias, shares)
+    part, weight, bias, shares = torch.randn(2, 5, 4), torch.randn(4, 4), torch.randn(4), torch.rand(2, 1, 4)
+    leaves = [tensor.requires_grad_() for tensor in (part, weight, bias, shares)]
+    out = weighted_parts.weighted_parts([part], [weight], [bias], shares)
     grads = torch.randn(3, *out.shape)
     together = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
     one_by_one = zip(*(torch.autograd.grad(out, leaves, grad, retain_graph=True) for grad in grads))

@@ -1,5 +1,6 @@
 """The compiled extension: loads it, or keeps the reason why it is not there."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -47,6 +48,19 @@ _cuda_error = _load_cuda()
 def why_not() -> str | None:
     """None when the C++ extension is loaded, otherwise the reason."""
     return _error
+
+
+@functools.cache
+def own_product_dtypes() -> tuple[torch.dtype, ...]:
+    """Where the matrix product in csrc/cpu/product.h is faster than PyTorch's: not without vectors, nor beside AMX."""
+    if _error is not None:
+        return ()
+    from tokenfusion import _C
+
+    if _C.capability() == "default":
+        return ()
+    pairs = _C.multiplies_bfloat16() and not torch.cpu._is_amx_tile_supported()
+    return (torch.float32, torch.bfloat16) if pairs else (torch.float32,)
 
 
 def why_not_cuda() -> str | None:

@@ -9,8 +9,7 @@ from tokenfusion.kernels import dynamic_mixing
 from tokenfusion.kernels.checks import autocast
 from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
-from tokenfusion.layers.linear import linear
-from tokenfusion.layers.weighted_parts import scaled_weights, sum_of_products, weighted_parts
+from tokenfusion.layers.weighted_parts import project_weighted_parts, weighted_parts
 
 GENERATORS = ("dynamic", "random", "dense")
 _PIECE_BYTES = 2 << 20  # of the input of a block in inference, whose parts then stay in the cache
@@ -163,47 +162,39 @@ class DynaMixerBlock(nn.Module):
             raise ValueError(
                 f"x: got shape {list(x.shape)}, expected [B, {self.resolution[0]}, {self.resolution[1]}, {self.dim}]"
             )
-        x, *weights = autocast(x, *self._weights())
+        x, *tensors = autocast(x, *self._tensors())
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._run(x, *weights)
+            return self._run(x, *tensors)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        images = min(len(x), max(1, _PIECE_BYTES // max(1, x[:1].nbytes))) if self.reweight else len(x)
-        matrices = x.new_empty(images if self.reweight else 1, *weights[0].shape)
-        for piece, target in zip(x.split(max(1, images)), out.split(max(1, images))):
-            self._run(piece, *weights, out=target, matrices=matrices)
+        images = max(1, _PIECE_BYTES // max(1, x[:1].nbytes)) if self.reweight else max(1, len(x))
+        for piece, target in zip(x.split(images), out.split(images)):
+            self._run(piece, *tensors, out=target)
         return out
 
-    def _weights(self) -> tuple[torch.Tensor, ...]:
-        """Transposed weights [K, D, D] and biases [K, D] of the parts' linear layers, and the projection's."""
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The projection's weight and bias, then those of the parts' linear layers, first all weights."""
         linears = [op.out for op, _ in self._directions()] + ([] if self.mlp_c is None else [self.mlp_c])
-        zeros = torch.zeros_like(self.proj.bias)
-        biases = [zeros if linear.bias is None else linear.bias for linear in linears]
-        weight = torch.stack([linear.weight.mT for linear in linears])
-        return weight, torch.stack(biases), self.proj.weight, self.proj.bias
+        weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
+        return self.proj.weight, self.proj.bias, *weights, *biases
 
     def _directions(self) -> list[tuple[DynaMixerOp, int]]:
         """Each operation with the dimension that it mixes along."""
         along_w = self.mix_h if self.shared else self.mix_w
         return [(op, dim) for op, dim in ((self.mix_h, 1), (along_w, 2)) if op is not None]
 
-    def _run(self, x, weight, bias, proj_weight, proj_bias, out=None, matrices=None) -> torch.Tensor:
-        """The block in the dtype of x; where no gradient is recorded, into `out`, with `matrices` for scaled weights."""
+    def _run(self, x, proj_weight, proj_bias, *of_parts, out=None) -> torch.Tensor | None:
+        """The block in the dtype of x; where no gradient is recorded, into `out`."""
         parts, means = self._parts(x)
+        weights, biases = of_parts[: len(parts)], of_parts[len(parts) :]
         if self.reweight is None:
             parts = [part.flatten(0, 1)[None] for part in parts]
             shares = x.new_ones(1, len(parts), self.dim)
         else:
-            shares = self._shares(means, weight, bias)
-        bias = (shares * bias).sum(1)
+            shares = self._shares(means, weights, biases)
         if out is None:
-            y = weighted_parts(parts, weight, bias, shares)
+            y = weighted_parts(parts, weights, biases, shares)
             return F.linear(y.view(x.shape), proj_weight, proj_bias)
-        matrices = scaled_weights(weight, shares, out=matrices[: len(shares)])
-        if len(parts) * self.dim < parts[0].shape[1]:  # projecting the weights is less work than projecting the tokens
-            matrices, bias = matrices @ proj_weight.mT, F.linear(bias, proj_weight, proj_bias)
-            return sum_of_products(parts, matrices, bias, out=out.view(parts[0].shape))
-        y = sum_of_products(parts, matrices, bias)
-        return out.copy_(linear(y, proj_weight, proj_bias).view(x.shape))
+        project_weighted_parts(parts, weights, biases, shares, proj_weight, proj_bias, out=out.view(parts[0].shape))
 
     def _parts(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the linear layers of the parts are applied to, [B, H * W, D], and its means [B, D]."""
@@ -213,9 +204,9 @@ class DynaMixerBlock(nn.Module):
             mixed.append((x, _mean(x) if with_mean else None))
         return [part.flatten(1, 2) for part, _ in mixed], [mean for _, mean in mixed]
 
-    def _shares(self, means: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def _shares(self, means, weights, biases) -> torch.Tensor:
         """[B, parts, D]: the softmax over the parts. The mean of a linear layer's output is that of its mean input."""
-        mean = torch.bmm(torch.stack(means), weight).sum(0) + bias.sum(0)
+        mean = sum(map(F.linear, means, weights, biases))
         shares = self.reweight(mean).unflatten(-1, (self.dim, len(means)))
         return shares.softmax(dim=-1).mT.to(mean.dtype).contiguous()
 

@@ -9,6 +9,7 @@ from tokenfusion.kernels import dispatch
 
 _MIN_ROWS = 128  # below, oneDNN spends more on its set-up than it saves
 _DTYPES = (torch.float32, torch.bfloat16)
+_PLAIN = (torch.Tensor, nn.Parameter)  # no quantized or distributed weights
 
 
 def linear(
@@ -42,20 +43,33 @@ def linear(
     return F.gelu(out) if torch.is_grad_enabled() else torch.ops.aten.gelu_(out)
 
 
-def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def kernels_may_run(*tensors: torch.Tensor) -> bool:
+    """Whether operators that nothing but eager PyTorch knows may take these tensors: on a CPU, with no gradient."""
     return (
         not torch.is_grad_enabled()
-        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()  # the compiler makes its own choice, with knowledge of what surrounds it
+        and all(
+            type(tensor) in _PLAIN and tensor.device.type == "cpu" and not _is_batched(tensor) for tensor in tensors
+        )
+        and not torch.jit.is_tracing()
+        and forward_ad._current_level < 0  # they have no forward-mode derivative
+        and dispatch.get_backend() in ("auto", "cpu")
+    )
+
+
+def _is_batched(tensor: torch.Tensor) -> bool:
+    """Whether vmap, or autograd with is_grads_batched, hides dimensions of it."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        kernels_may_run(x, weight)
         and x.dtype in _DTYPES
         and weight.dtype == x.dtype
-        and type(x) is torch.Tensor
-        and type(weight) in (torch.Tensor, nn.Parameter)  # no quantized or distributed weights
         and x.numel() >= _MIN_ROWS * x.shape[-1] > 0
-        and not torch.compiler.is_compiling()  # the compiler makes its own choice, with knowledge of what surrounds it
-        and not torch.jit.is_tracing()
-        and forward_ad._current_level < 0  # the operator has no forward-mode derivative
         and not torch.is_autocast_enabled("cpu")
-        and dispatch.get_backend() in ("auto", "cpu")
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and (x.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,124 +1,152 @@
 """A sum of linear layers, each with its own input, whose outputs are weighted for every image and channel.
 
-    y[b, t] = sum_k a_k[b] * (part_k[b, t] W_k) + bias[b]
+    y[b, t] = sum_k a_k[b] * (part_k[b, t] W_k^T + bias_k)
 
-The weights a_k[b] scale the columns of W_k, so that each image needs one product with as many K-loops as there are
-parts, and the output of no layer is written. The same holds for gradients: M_k[b] = part_k[b]^T dy[b] gives
-dW_k = sum_b M_k[b] diag(a_k[b]) as well as da_k[b], the column sums of W_k * M_k[b].
+The weights a_k[b] scale the output channels of W_k, so that each image needs one product with as many K-loops as there
+are parts, and the output of no layer is written. The same holds for gradients: M_k[b] = dy[b]^T part_k[b] gives
+dW_k = sum_b diag(a_k[b]) M_k[b] as well as da_k[b], the row sums of W_k * M_k[b].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 
-from tokenfusion.layers.linear import linear
+from tokenfusion.kernels import extension
+from tokenfusion.kernels.library import LIBRARY
+from tokenfusion.layers.linear import kernels_may_run, linear
 
 _LARGE_MATRIX = 1 << 17  # bytes; below, the calls cost more than they save
 
-
-def _pays_by_image(tokens: torch.Tensor, matrices: torch.Tensor) -> bool:
-    """Is one image after the other, in the cache and in place, better than a product of the whole batch?"""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and tokens.device.type == "cpu"
-        and matrices.shape[-2:].numel() * matrices.element_size() >= _LARGE_MATRIX
-        and not torch._C._functorch.is_legacy_batchedtensor(tokens)  # of is_grads_batched
-    )
+LIBRARY.define(
+    "weighted_parts(Tensor(a!) out, Tensor[] parts, Tensor[] weights, Tensor shares, Tensor bias,"
+    " Tensor? proj_weight, Tensor? proj_bias) -> ()"
+)
 
 
-def scaled_weights(weight: torch.Tensor, shares: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """weight [K, D_in, D_out] with its columns scaled by shares [B, K, D_out]: [B, K, D_in, D_out]."""
-    return torch.mul(weight, shares.unsqueeze(-2), out=out)
+def _kernel_serves(tokens: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+    """Whether the C++ kernel takes the sum, and is faster than PyTorch's products."""
+    return kernels_may_run(tokens, *weights) and tokens.dtype in extension.own_product_dtypes()
 
 
-def sum_of_products(
-    parts: Sequence[torch.Tensor], matrices: torch.Tensor, bias: torch.Tensor, out: torch.Tensor | None = None
+def _products(
+    parts: Sequence[torch.Tensor], matrices: Sequence[torch.Tensor], bias: torch.Tensor, add: Callable = torch.baddbmm
 ) -> torch.Tensor:
-    """sum_k parts[k] @ matrices[:, k] + bias, into `out` where given.
-
-    Args:
-        parts: [B, T, D_in] each.
-        matrices: [B, K, D_in, D_out].
-        bias: [B, D_out].
-    """
-    if parts[0].dtype == torch.float32 and _pays_by_image(parts[0], matrices):
-        return _one_product_an_image(parts, matrices, bias, out)
-    total = bias.unsqueeze(1)
-    for part, matrix in zip(parts, matrices.unbind(1), strict=True):
-        total = torch.baddbmm(total, part, matrix, out=out)
+    """sum_k parts[k] @ matrices[k] + bias, for each image; `add` adds a further product to the sum."""
+    total = torch.baddbmm(bias.unsqueeze(1), parts[0], matrices[0])
+    for part, matrix in zip(parts[1:], matrices[1:], strict=True):
+        total = add(total, part, matrix)
     return total
 
 
-def _one_product_an_image(parts, matrices, bias, out) -> torch.Tensor:
-    """The sum as one long product: for float32 oneDNN's is a tenth faster than PyTorch's several, copies included."""
-    out = parts[0].new_empty(*parts[0].shape[:2], matrices.shape[3]) if out is None else out
-    for target, tokens, matrix, shift in zip(out, zip(*parts), matrices.flatten(1, 2), bias, strict=True):
-        target.copy_(linear(torch.cat(tokens, dim=-1), matrix.mT, shift))
-    return out
+def _scaled(weights: Sequence[torch.Tensor], shares: torch.Tensor) -> list[torch.Tensor]:
+    """K matrices [B, D_in, D_out]."""
+    return [weight.mT * share.unsqueeze(1) for weight, share in zip(weights, shares.unbind(1), strict=True)]
+
+
+def _weighted_bias(biases: Sequence[torch.Tensor | None], shares: torch.Tensor) -> torch.Tensor:
+    """[B, D_out]."""
+    bias = torch.zeros_like(shares[:, 0])
+    for given, share in zip(biases, shares.unbind(1), strict=True):
+        if given is not None:
+            bias = torch.addcmul(bias, given, share)
+    return bias
 
 
 class _WeightedParts(torch.autograd.Function):
     """Keeps the parts alone: the scaled weights of a batch can take more memory than its activations."""
 
     @staticmethod
-    def forward(ctx, shares, weight, bias, *parts):
-        ctx.save_for_backward(shares, weight, *parts)
-        out = None  # what torch.compile 2.11 sees written in place here gets no gradient, silently
-        if not torch.compiler.is_compiling():
-            out = parts[0].new_empty(*parts[0].shape[:2], weight.shape[2])
-        return sum_of_products(parts, scaled_weights(weight, shares), bias, out=out)
+    def forward(ctx, shares, bias, *tensors):
+        ctx.save_for_backward(shares, *tensors)
+        weights, parts = tensors[: shares.shape[1]], tensors[shares.shape[1] :]
+        if not _kernel_serves(parts[0], weights):
+            return _products(parts, _scaled(weights, shares), bias)
+        out = parts[0].new_empty(*parts[0].shape[:2], shares.shape[2])
+        torch.ops.tokenfusion.weighted_parts(out, parts, weights, shares, bias, None, None)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        shares, weight, *parts = ctx.saved_tensors
-        gradients = _gradients_by_image if _pays_by_image(grad, weight) else _gradients
-        grad_shares, grad_weight, grad_parts = gradients(grad, shares, weight, parts)
-        return grad_shares, grad_weight, grad.sum(1), *grad_parts
+        shares, *tensors = ctx.saved_tensors
+        weights, parts = tensors[: shares.shape[1]], tensors[shares.shape[1] :]
+        gradients = _gradients_by_image if _pays_by_image(grad, weights[0]) else _gradients
+        grad_shares, grad_weights, grad_parts = gradients(grad, shares, weights, parts)
+        return grad_shares, grad.sum(1), *grad_weights, *grad_parts
 
 
-def _gradients(grad, shares, weight, parts):
-    grad_shares, grad_weight, grad_parts = [], [], []
-    for k, part in enumerate(parts):
-        share = shares[:, k, None]  # [B, 1, D_out]
-        grad_parts.append(torch.bmm(grad, (weight[k] * share).mT))
-        product = torch.bmm(part.mT, grad)  # [B, D_in, D_out]
-        grad_shares.append((product * weight[k]).sum(1))
-        grad_weight.append((product * share).sum(0))
-    return torch.stack(grad_shares, 1), torch.stack(grad_weight), grad_parts
+def _pays_by_image(grad: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Is one image after the other, in the cache and in place, better than a product of the whole batch?"""
+    return kernels_may_run(grad, weight) and weight.nbytes >= _LARGE_MATRIX
 
 
-def _gradients_by_image(grad, shares, weight, parts):
+def _gradients(grad, shares, weights, parts):
+    grad_shares, grad_weights, grad_parts = [], [], []
+    for share, weight, part in zip(shares.unbind(1), weights, parts, strict=True):
+        share = share.unsqueeze(2)  # [B, D_out, 1]
+        grad_parts.append(torch.bmm(grad, weight * share))
+        product = torch.bmm(grad.mT, part)  # [B, D_out, D_in]
+        grad_shares.append((product * weight).sum(2))
+        grad_weights.append((product * share).sum(0))
+    return torch.stack(grad_shares, 1), grad_weights, grad_parts
+
+
+def _gradients_by_image(grad, shares, weights, parts):
     """The same, image by image: the matrices, which can be larger than the activations, stay in the cache."""
-    sums = torch.promote_types(weight.dtype, torch.float32)
+    sums = torch.promote_types(grad.dtype, torch.float32)
     grad_shares = torch.empty(shares.shape, dtype=sums)
-    grad_weight = torch.zeros(weight.shape, dtype=sums)
+    grad_weights = [torch.zeros(weight.shape, dtype=sums) for weight in weights]
     grad_parts = [torch.empty_like(part) for part in parts]
-    wide_weight, wide_shares = weight.to(sums), shares.to(sums)
-    scaled, product = torch.empty_like(weight[0]), torch.empty_like(weight[0])
+    wide_weights, wide_shares = [weight.to(sums) for weight in weights], shares.to(sums)
+    scaled, product = torch.empty_like(weights[0]), torch.empty_like(weights[0])
     for image, tokens in enumerate(grad):
-        for k, part in enumerate(parts):
-            torch.mul(weight[k], shares[image, k], out=scaled)
-            torch.mm(tokens, scaled.mT, out=grad_parts[k][image])
-            torch.mm(part[image].mT, tokens, out=product)
+        for k, (weight, part) in enumerate(zip(weights, parts, strict=True)):
+            torch.mul(weight, shares[image, k, :, None], out=scaled)
+            torch.mm(tokens, scaled, out=grad_parts[k][image])
+            torch.mm(tokens.mT, part[image], out=product)
             wide = product.to(sums)
-            grad_weight[k].addcmul_(wide, wide_shares[image, k])
-            torch.sum(wide.mul_(wide_weight[k]), 0, out=grad_shares[image, k])
-    return grad_shares.to(shares.dtype), grad_weight.to(weight.dtype), grad_parts
+            grad_weights[k].addcmul_(wide, wide_shares[image, k, :, None])
+            torch.sum(wide.mul_(wide_weights[k]), 1, out=grad_shares[image, k])
+    return grad_shares.to(shares.dtype), [g.to(grad.dtype) for g in grad_weights], grad_parts
 
 
 def weighted_parts(
-    parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor, shares: torch.Tensor
+    parts: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    shares: torch.Tensor,
 ) -> torch.Tensor:
     """The sum above, differentiable.
 
     Args:
         parts: K tensors [B, T, D_in].
-        weight: [K, D_in, D_out].
-        bias: [B, D_out].
+        weights: K tensors [D_out, D_in]; biases: K tensors [D_out] or None.
         shares: [B, K, D_out].
 
     Returns:
         [B, T, D_out].
     """
-    return _WeightedParts.apply(shares, weight, bias, *parts)
+    return _WeightedParts.apply(shares, _weighted_bias(biases, shares), *weights, *parts)
+
+
+def project_weighted_parts(
+    parts: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    shares: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """A linear layer [D_out, D_out] after the sum above, into `out`, where no gradient is recorded."""
+    bias, tokens, inputs = _weighted_bias(biases, shares), parts[0].shape[1], len(parts) * parts[0].shape[2]
+    if tokens < 2 * inputs and _kernel_serves(parts[0], weights):
+        torch.ops.tokenfusion.weighted_parts(out, parts, weights, shares, bias, proj_weight, proj_bias)
+        return
+    matrices, add = _scaled(weights, shares), torch.Tensor.baddbmm_
+    if inputs < tokens:  # then projecting the weights is less work than projecting the tokens
+        projected = [matrix @ proj_weight.mT for matrix in matrices]
+        out.copy_(_products(parts, projected, F.linear(bias, proj_weight, proj_bias), add))
+    else:
+        out.copy_(linear(_products(parts, matrices, bias, add), proj_weight, proj_bias))
