@@ -145,6 +145,8 @@ struct Strip {
       for (int i = 0; i < rows; ++i)
         total[i][v] = call.accumulate && i < count ? bias + load_lanes(out[i] + at, lanes) : bias;
     }
+    for (int64_t i = 0; i < count; ++i)
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out[i] + j + v * kLanes, 1);
     const float* left = a;
     for (const ProductTerm* term = call.terms; term < call.terms + call.count; ++term) {
       const int64_t words = words_of<T>(term->depth);
@@ -166,6 +168,21 @@ struct Strip {
   }
 };
 
+// Of the kRows rows of a from `first` on, the share that has to be in the cache once column j is done.
+template <typename T>
+TF_INLINE void prefetch(const ProductCall& call, int64_t first, int64_t j) {
+  const int64_t count = call.rows - first < kRows ? call.rows - first : kRows;
+  for (const ProductTerm* term = call.terms; term < call.terms + call.count; ++term) {
+    if (term->a.depth_stride != 1) continue;
+    const int64_t begin = j * term->depth / call.columns, end = (j + kPanel) * term->depth / call.columns;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* const line =
+          static_cast<const T*>(term->a.data) + offset_of(first + i, term->a.line_stride, term->a.line_offsets);
+      for (int64_t k = begin; k < end; k += 64 / sizeof(T)) __builtin_prefetch(line + k, 0, 2);
+    }
+  }
+}
+
 template <typename T, int rows>
 void run_strip(const ProductCall& call, int64_t first) {
   const int64_t left = call.rows - first;
@@ -178,7 +195,10 @@ void run_strip(const ProductCall& call, int64_t first) {
   }
   for (int64_t i = 0; i < strip.count; ++i)
     strip.out[i] = static_cast<T*>(call.out) + offset_of(first + i, call.out_stride, call.out_offsets);
-  for (int64_t j = 0; j < call.columns; j += kPanel) strip.panel(j);
+  for (int64_t j = 0; j < call.columns; j += kPanel) {
+    prefetch<T>(call, first + rows, j);
+    strip.panel(j);
+  }
 }
 
 template <typename T>

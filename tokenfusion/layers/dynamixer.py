@@ -9,10 +9,11 @@ from tokenfusion.kernels import dynamic_mixing
 from tokenfusion.kernels.checks import autocast
 from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
+from tokenfusion.layers.linear import linear
 from tokenfusion.layers.weighted_parts import project_weighted_parts, weighted_parts
 
 GENERATORS = ("dynamic", "random", "dense")
-_PIECE_BYTES = 2 << 20  # of the input of a block in inference, whose parts then stay in the cache
+_PIECE_BYTES = 4 << 20  # of the input of a block in inference, whose parts then stay in the cache
 
 
 class DynaMixerOp(nn.Module):
@@ -226,7 +227,7 @@ def _mix_all(
         return []
     ops = list(dict.fromkeys(op for op, _ in directions))
     weight, bias = (torch.cat([getattr(op.compress, name) for op in ops]) for name in ("weight", "bias"))
-    compressed = dict(zip(ops, F.linear(x, weight, bias).chunk(len(ops), dim=-1)))
+    compressed = dict(zip(ops, linear(x, weight, bias).chunk(len(ops), dim=-1)))
     outs = []
     for op, dim in directions:
         _, *generate = autocast(x, op.generate.weight, op.generate.bias)
