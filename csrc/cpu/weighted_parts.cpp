@@ -1,11 +1,16 @@
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "isa.h"
@@ -26,13 +31,16 @@ const ProductKernels::ForDtype& kernels_for(at::ScalarType dtype) {
   return dtype == at::kFloat ? kernels.float32 : kernels.bfloat16;
 }
 
+// Matrices of which a product can read the lines.
+Tensor with_lines(const Tensor& t) { return t.stride(-2) == 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
+
 // A linear layer [D_out, D_in] as the right side of a product.
 struct Layer {
   int64_t columns, depth;
   Tensor packed, bias;
 
   Layer(const ProductKernels::ForDtype& kernels, const Tensor& weight_, const OptionalTensor& bias_) {
-    const Tensor weight = weight_.stride(0) == 1 || weight_.stride(1) == 1 ? weight_ : weight_.contiguous();
+    const Tensor weight = with_lines(weight_);
     columns = weight.size(0);
     depth = weight.size(1);
     packed = at::empty({kernels.bytes(columns, depth)}, weight.options().dtype(at::kByte));
@@ -41,6 +49,10 @@ struct Layer {
     if (bias_) bias = bias_->to(at::kFloat).contiguous();
   }
 };
+
+ProductLines transposed(const ProductLines& m) { return {m.data, m.depth_stride, m.line_stride, nullptr}; }
+
+at::DataPtr allocate(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
 
 // The tokens of an image from `first` on.
 ProductLines lines_of(const Tensor& tokens, int64_t image, int64_t first) {
@@ -56,8 +68,7 @@ void forward(const Tensor& out, at::TensorList parts_, at::TensorList weights, c
   std::vector<Layer> layers;
   int64_t depth = 0;
   for (size_t k = 0; k < parts_.size(); ++k) {
-    const Tensor& part = parts_[k];
-    parts.push_back(part.stride(1) == 1 || part.stride(2) == 1 ? part : part.contiguous());
+    parts.push_back(with_lines(parts_[k]));
     layers.emplace_back(kernels, weights[k], std::nullopt);
     depth += layers[k].depth;
   }
@@ -68,7 +79,6 @@ void forward(const Tensor& out, at::TensorList parts_, at::TensorList weights, c
   const int64_t tokens = out.size(1), channels = shares.size(2), bytes = out.element_size();
   const int64_t rows = kStrips * kernels.rows, blocks = at::divup(tokens, rows);
   at::parallel_for(0, out.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
-    const auto allocate = [](int64_t size) { return c10::GetCPUAllocator()->allocate(size); };
     const at::DataPtr sums = allocate(projection ? rows * channels * bytes : 0);
     const at::DataPtr scratch =
         allocate(std::max(kernels.scratch_bytes(depth, parts.size()), kernels.scratch_bytes(channels, 1)));
@@ -101,8 +111,65 @@ void forward(const Tensor& out, at::TensorList parts_, at::TensorList weights, c
   });
 }
 
+typedef std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> Gradients;
+
+// Of shares, weights and parts, in float32. Items are images times parts; each worker has its own sums of the weights'
+// gradients.
+Gradients backward(const Tensor& grad_, const Tensor& shares, at::TensorList parts_, at::TensorList weights) {
+  const auto& kernels = TOKENFUSION_KERNELS(product).float32;
+  TORCH_CHECK_TYPE(grad_.scalar_type() == at::kFloat, "grad: got dtype ", grad_.scalar_type(), ", expected float32");
+  const Tensor grad = grad_.stride(2) == 1 ? grad_ : grad_.contiguous();
+  const int64_t count = parts_.size(), items = grad.size(0) * count, tokens = grad.size(1), outputs = grad.size(2);
+  const int64_t workers = std::max<int64_t>(std::min<int64_t>(at::get_num_threads(), items), 1);
+  const Tensor grad_shares = at::empty(shares.sizes(), shares.options());
+  std::vector<Tensor> parts, grad_parts, sums;
+  std::vector<Layer> layers;
+  for (int64_t k = 0; k < count; ++k) {
+    parts.push_back(with_lines(parts_[k]));
+    layers.emplace_back(kernels, weights[k].t(), std::nullopt);
+    grad_parts.push_back(at::empty(parts[k].sizes(), grad.options()));
+    sums.push_back(at::zeros({workers, outputs, weights[k].size(1)}, grad.options()));
+  }
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    const at::DataPtr scratch = allocate(kernels.scratch_bytes(std::max(tokens, outputs), 1));
+    Tensor scaled = at::empty({tokens, outputs}, grad.options());
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t item = items * worker / workers; item < items * (worker + 1) / workers; ++item) {
+        const int64_t image = item / count, k = item % count, inputs = parts[k].size(2);
+        at::mul_out(scaled, grad[image], shares[image][k]);
+        ProductTerm term{{scaled.const_data_ptr(), outputs, 1, nullptr}, outputs, layers[k].packed.const_data_ptr()};
+        ProductCall call{};
+        call.terms = &term;
+        call.count = 1;
+        call.rows = tokens;
+        call.columns = call.out_stride = inputs;
+        call.out = grad_parts[k][image].data_ptr();
+        call.scratch = scratch.get();
+        kernels.run(call);
+
+        const at::DataPtr packed = allocate(kernels.bytes(inputs, tokens));
+        kernels.pack(transposed(lines_of(parts[k], image, 0)), inputs, tokens, packed.get());
+        Tensor product = at::empty({outputs, inputs}, grad.options());
+        term = {transposed(lines_of(grad, image, 0)), tokens, packed.get()};
+        call.rows = outputs;
+        call.out = product.data_ptr();
+        kernels.run(call);
+        sums[k][worker].addcmul_(product, shares[image][k].unsqueeze(1));
+        Tensor grad_share = grad_shares[image][k];
+        at::sum_out(grad_share, product.mul_(weights[k]), at::IntArrayRef{1});
+      }
+  });
+  std::vector<Tensor> grad_weights;
+  for (const Tensor& sum : sums) grad_weights.push_back(sum.sum(0));
+  return {grad_shares, grad_weights, grad_parts};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(tokenfusion, CPU, library) { library.impl("weighted_parts", forward); }
+TORCH_LIBRARY_IMPL(tokenfusion, CPU, library) {
+  library.impl("weighted_parts", forward);
+  library.impl("weighted_parts_backward", backward);
+}
 
 }  // namespace tokenfusion

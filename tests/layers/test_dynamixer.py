@@ -98,9 +98,9 @@ def test_parameters_of_the_ablations(options, printed):
 
 @pytest.mark.parametrize("options", ABLATIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("by_image", [False, True])
-def test_training_obeys_the_parity_rule(options, dtype, by_image, monkeypatch):
-    monkeypatch.setattr(weighted_parts, "_LARGE_MATRIX", 0 if by_image else 1 << 60)
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_training_obeys_the_parity_rule(options, dtype, by_kernel, monkeypatch):
+    monkeypatch.setattr(weighted_parts, "_LARGE_MATRIX", 0 if by_kernel else 1 << 60)
     block = block_of(**options).to(dtype)
     x = torch.randn(3, 7, 7, 24).to(dtype)
     exact = copy.deepcopy(block).double()

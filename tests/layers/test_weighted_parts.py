@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 import tokenfusion
 from tests.parity import assert_parity, assert_runs
 from tokenfusion.kernels import extension
+from tokenfusion.layers import weighted_parts as sum_module
 from tokenfusion.layers.weighted_parts import project_weighted_parts, weighted_parts
 
 KERNEL = "weighted_parts"
@@ -95,6 +96,33 @@ def test_strides(dtype):
     weights[0] = weights[0].t().contiguous().t()
     weights[1] = torch.stack([weights[1]] * 2, dim=2)[..., 1]
     check(parts, weights, *others)
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(), dict(batch=5, tokens=9, inputs=40, outputs=64, count=3), dict(batch=0)], ids=str
+)
+@pytest.mark.parametrize("expanded", [False, True])
+def test_gradients_obey_the_parity_rule(sizes, expanded, monkeypatch):
+    monkeypatch.setattr(sum_module, "_LARGE_MATRIX", 0)
+    *arguments, _, _ = problem(torch.float32, **sizes)
+    arguments[0][0] = arguments[0][0].mT.contiguous().mT
+
+    def gradients(function, dtype):
+        leaves = [
+            [None if t is None else t.to(dtype).requires_grad_() for t in group] if isinstance(group, list) else group
+            for group in (*arguments[:3], [arguments[3]])
+        ]
+        *groups, (shares,) = leaves
+        out = function(*groups, shares)
+        torch.manual_seed(1)
+        grad = torch.randn(out.shape[2]).to(dtype).expand_as(out) if expanded else torch.randn(out.shape).to(dtype)
+        return torch.autograd.grad(out, [t for group in leaves for t in group if t is not None], grad)
+
+    with assert_runs(*[KERNEL, f"{KERNEL}_backward"] if runs(torch.float32) else []):
+        actual = gradients(weighted_parts, torch.float32)
+    unfused, exact = gradients(plain, torch.float32), gradients(plain, torch.float64)
+    for got, plainly, expected in zip(actual, unfused, exact, strict=True):
+        assert_parity(got, plainly, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

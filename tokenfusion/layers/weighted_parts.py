@@ -16,11 +16,15 @@ from tokenfusion.kernels import extension
 from tokenfusion.kernels.library import LIBRARY
 from tokenfusion.layers.linear import kernels_may_run, linear
 
-_LARGE_MATRIX = 1 << 17  # bytes; below, the calls cost more than they save
+_LARGE_MATRIX = 1 << 17  # bytes; below, and in bfloat16, PyTorch's products of a whole batch are as fast in backward
 
 LIBRARY.define(
     "weighted_parts(Tensor(a!) out, Tensor[] parts, Tensor[] weights, Tensor shares, Tensor bias,"
     " Tensor? proj_weight, Tensor? proj_bias) -> ()"
+)
+LIBRARY.define(
+    "weighted_parts_backward(Tensor grad, Tensor shares, Tensor[] parts, Tensor[] weights)"
+    " -> (Tensor grad_shares, Tensor[] grad_weights, Tensor[] grad_parts)"
 )
 
 
@@ -70,17 +74,13 @@ class _WeightedParts(torch.autograd.Function):
     def backward(ctx, grad):
         shares, *tensors = ctx.saved_tensors
         weights, parts = tensors[: shares.shape[1]], tensors[shares.shape[1] :]
-        gradients = _gradients_by_image if _pays_by_image(grad, weights[0]) else _gradients
-        grad_shares, grad_weights, grad_parts = gradients(grad, shares, weights, parts)
+        by_kernel = grad.dtype == torch.float32 and weights[0].nbytes >= _LARGE_MATRIX and _kernel_serves(grad, weights)
+        gradients = torch.ops.tokenfusion.weighted_parts_backward if by_kernel else _gradients
+        grad_shares, grad_weights, grad_parts = gradients(grad, shares, parts, weights)
         return grad_shares, grad.sum(1), *grad_weights, *grad_parts
 
 
-def _pays_by_image(grad: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Is one image after the other, in the cache and in place, better than a product of the whole batch?"""
-    return kernels_may_run(grad, weight) and weight.nbytes >= _LARGE_MATRIX
-
-
-def _gradients(grad, shares, weights, parts):
+def _gradients(grad, shares, parts, weights):
     grad_shares, grad_weights, grad_parts = [], [], []
     for share, weight, part in zip(shares.unbind(1), weights, parts, strict=True):
         share = share.unsqueeze(2)  # [B, D_out, 1]
@@ -89,25 +89,6 @@ def _gradients(grad, shares, weights, parts):
         grad_shares.append((product * weight).sum(2))
         grad_weights.append((product * share).sum(0))
     return torch.stack(grad_shares, 1), grad_weights, grad_parts
-
-
-def _gradients_by_image(grad, shares, weights, parts):
-    """The same, image by image: the matrices, which can be larger than the activations, stay in the cache."""
-    sums = torch.promote_types(grad.dtype, torch.float32)
-    grad_shares = torch.empty(shares.shape, dtype=sums)
-    grad_weights = [torch.zeros(weight.shape, dtype=sums) for weight in weights]
-    grad_parts = [torch.empty_like(part) for part in parts]
-    wide_weights, wide_shares = [weight.to(sums) for weight in weights], shares.to(sums)
-    scaled, product = torch.empty_like(weights[0]), torch.empty_like(weights[0])
-    for image, tokens in enumerate(grad):
-        for k, (weight, part) in enumerate(zip(weights, parts, strict=True)):
-            torch.mul(weight, shares[image, k, :, None], out=scaled)
-            torch.mm(tokens, scaled, out=grad_parts[k][image])
-            torch.mm(tokens.mT, part[image], out=product)
-            wide = product.to(sums)
-            grad_weights[k].addcmul_(wide, wide_shares[image, k, :, None])
-            torch.sum(wide.mul_(wide_weights[k]), 1, out=grad_shares[image, k])
-    return grad_shares.to(shares.dtype), [g.to(grad.dtype) for g in grad_weights], grad_parts
 
 
 def weighted_parts(
