@@ -220,6 +220,18 @@ def test_intermediates_and_features_only(name, options):
         assert feature.shape == (2, info["num_chs"], side, side)
     last, *_ = model.forward_intermediates(images(), [-1], output_fmt="NLC", intermediates_only=True)
     torch.testing.assert_close(last, features[-1].flatten(2).transpose(1, 2))
+    for index in range(len(features)):
+        calls = []
+        hooks = [block.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for block in model.blocks]
+        (early,) = model.forward_intermediates(images(), [index], stop_early=True, intermediates_only=True)
+        assert torch.equal(early, features[index]) and len(calls) == index + 1
+        for hook in hooks:
+            hook.remove()
+        pruned = copy.deepcopy(model)
+        assert pruned.prune_intermediate_layers([index]) == [index] and len(pruned.blocks) == index + 1
+        out, (feature,) = pruned.forward_intermediates(images(), [index])
+        assert torch.equal(feature, features[index])
+        assert pruned.num_classes == 0 and torch.equal(pruned(images()), pruned.forward_head(out))
     extractor = tokenfusion.create_model(f"token_fusion_{name}", features_only=True, **(SMALL | options)).eval()
     assert [f.shape[1] for f in extractor(images())] == extractor.feature_info.channels()
 

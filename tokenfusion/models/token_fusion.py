@@ -77,7 +77,7 @@ class TokenFusion(CheckedModel):
         self.img_size = to_2tuple(img_size)
         if any(length <= 0 or length % _DEEPEST for length in self.img_size):
             raise ValueError(f"img_size: got {img_size!r}, expected multiples of {_DEEPEST}")
-        self.num_classes, self.in_chans, self.embed_dim = num_classes, in_chans, embed_dim
+        self.num_classes, self.in_chans, self.embed_dim, self.depth = num_classes, in_chans, embed_dim, depth
         self.global_pool = _pool(global_pool or "channel")
         self.grad_checkpointing = False
         self.grid = self._grid(self.img_size, 16)  # of the tokens that the head sees
@@ -162,9 +162,9 @@ class TokenFusion(CheckedModel):
         with torch.set_grad_enabled(self.train_cnn and torch.is_grad_enabled()):
             return self.cnn(x)
 
-    def _run_blocks(self, x: torch.Tensor, first: int, count: int, grid: Grid, seen: list | None) -> torch.Tensor:
-        """Blocks first, first + 1, ...; what comes out of each is added to `seen`, with its grid."""
-        for block in self.blocks[first : first + count]:
+    def _run_blocks(self, x: torch.Tensor, blocks: nn.ModuleList, grid: Grid, seen: list | None) -> torch.Tensor:
+        """These blocks; what comes out of each is added to `seen`, with its grid."""
+        for block in blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
@@ -173,7 +173,8 @@ class TokenFusion(CheckedModel):
                 seen.append((x, grid))
         return x
 
-    def _features(self, x: torch.Tensor, seen: list | None = None) -> torch.Tensor:
+    def _features(self, x: torch.Tensor, blocks: nn.ModuleList, seen: list | None = None) -> torch.Tensor:
+        """Fused tokens of a model with these blocks, which are the model's own or the first of them."""
         raise NotImplementedError
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,7 +184,7 @@ class TokenFusion(CheckedModel):
             ValueError: images of another size than the model's that its head or its CNN cannot take.
         """
         self._check_size(x)
-        return self._features(x)
+        return self._features(x, self.blocks)
 
     def _check_size(self, x: torch.Tensor) -> None:
         size = tuple(x.shape[2:])
@@ -219,18 +220,43 @@ class TokenFusion(CheckedModel):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Tokens after each transformer block, as timm's models give them; norm and stop_early change nothing."""
+        """Tokens after each transformer block, as timm's models give them.
+
+        Args:
+            x: images, [B, in_chans, H, W].
+            indices: of the blocks: the last n, or all (None).
+            norm: changes nothing: there is no norm before the head.
+            stop_early: leave out the blocks after the last one asked for, where the final tokens are not asked for.
+            output_fmt: "NCHW" or "NLC".
+            intermediates_only: without the final tokens.
+
+        Returns:
+            (final tokens [B, N, num_features], the features), or the features alone.
+
+        Raises:
+            ValueError: another output_fmt, or images that `forward_features` does not take.
+        """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
-        taken, _ = feature_take_indices(len(self.blocks), indices)
+        taken, last = feature_take_indices(len(self.blocks), indices)
         self._check_size(x)
         seen = []
-        out = self._features(x, seen)
+        out = self._features(x, self.blocks[: last + 1] if stop_early and intermediates_only else self.blocks, seen)
         features = []
         for tokens, grid in (seen[i] for i in taken):
             tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
             features.append(_as_map(tokens, grid).contiguous() if output_fmt == "NCHW" else tokens)
         return features if intermediates_only else (out, features)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the blocks after the last of these, and the head; returns the indices. There is no norm to remove."""
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_head:
+            self.reset_classifier(0)
+        return taken
 
     def no_weight_decay(self) -> set[str]:
         """Positions and the class token."""
@@ -308,20 +334,20 @@ class LateTokenFusion(TokenFusion):
         self._finish(2 * dim if join == "concat" else dim)
 
     def _reduction(self, block: int) -> int:
-        return 16 if block < len(self.blocks) // 2 else _DEEPEST
+        return 16 if block < self.depth // 2 else _DEEPEST
 
     def _position_grids(self) -> dict[str, Grid]:
         return {"pos_embed": (self.grid[0] // 2, self.grid[1] // 2), "pos_embed_cnn": self.grid}
 
-    def _features(self, x: torch.Tensor, seen: list | None = None) -> torch.Tensor:
-        half = len(self.blocks) // 2
+    def _features(self, x: torch.Tensor, blocks: nn.ModuleList, seen: list | None = None) -> torch.Tensor:
+        half = self.depth // 2
         grids = self._position_grids()
         coarse, fine = self._grid(x.shape[2:], _DEEPEST), self._grid(x.shape[2:], 16)
         pixels = self.cnn_embed(_as_tokens(self._cnn_features(x)[-1]))
         pixels = self._add_positions(pixels, self.pos_embed_cnn, fine, grids["pos_embed_cnn"])
-        pixels = self._run_blocks(pixels, 0, half, fine, seen)
+        pixels = self._run_blocks(pixels, blocks[:half], fine, seen)
         patches = self._add_positions(self.patch_embed(x), self.pos_embed, coarse, grids["pos_embed"])
-        patches = self._run_blocks(patches, half, len(self.blocks) - half, coarse, seen)
+        patches = self._run_blocks(patches, blocks[half:], coarse, seen)
         return _as_tokens(self.fusion(_as_map(patches, coarse), _as_map(pixels, fine)))
 
 
@@ -354,11 +380,11 @@ class EarlyTokenFusion(TokenFusion):
         self.pos_embed = self._new_positions(self.grid[0] * self.grid[1])
         self._finish(self.embed_dim)
 
-    def _features(self, x: torch.Tensor, seen: list | None = None) -> torch.Tensor:
+    def _features(self, x: torch.Tensor, blocks: nn.ModuleList, seen: list | None = None) -> torch.Tensor:
         grid, maps = self._grid(x.shape[2:], 16), self._cnn_features(x)
         joined = torch.cat((x, *(bridge(maps[int(i)]) for i, bridge in self.bridges.items())), dim=1)
         tokens = self._add_positions(self.patch_embed(joined), self.pos_embed, grid, self.grid)
-        return self._run_blocks(tokens, 0, len(self.blocks), grid, seen)
+        return self._run_blocks(tokens, blocks, grid, seen)
 
 
 class LayerwiseTokenFusion(TokenFusion):
@@ -387,18 +413,18 @@ class LayerwiseTokenFusion(TokenFusion):
             for weight in (*(linear.weight for linear in self.integrate), self.integrate_last.proj.weight.flatten(1)):
                 weight[:, :dim] = torch.eye(dim, **self.dd)
 
-    def _features(self, x: torch.Tensor, seen: list | None = None) -> torch.Tensor:
+    def _features(self, x: torch.Tensor, blocks: nn.ModuleList, seen: list | None = None) -> torch.Tensor:
         grid, maps = self._grid(x.shape[2:], 16), self._cnn_features(x)
-        each = len(self.blocks) // (_STAGES + 1)
+        each = self.depth // (_STAGES + 1)
         tokens, prefix = self.patch_embed(x), 0
         if self.cls_token is not None:
             tokens, prefix = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1), 1
         tokens = self._add_positions(tokens, self.pos_embed, grid, self.grid)
         for i, stage in enumerate(maps):
-            tokens = self._run_blocks(tokens, i * each, each, grid, seen)
+            tokens = self._run_blocks(tokens, blocks[i * each : (i + 1) * each], grid, seen)
             patches = self._integrate(i, stage, tokens[:, prefix:], grid)
             tokens = patches if prefix == 0 else torch.cat((tokens[:, :prefix], patches), dim=1)
-        return self._run_blocks(tokens, _STAGES * each, len(self.blocks) - _STAGES * each, grid, seen)
+        return self._run_blocks(tokens, blocks[_STAGES * each :], grid, seen)
 
     def _integrate(self, i: int, stage: torch.Tensor, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
         if i == _STAGES - 1:
