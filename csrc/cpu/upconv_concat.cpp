@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
@@ -11,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "upconv_gradients.h"
 #include "upconv_tiles.h"
 
 namespace tokenfusion {
@@ -26,8 +26,7 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
   }
   const UpconvTiles tiles(x, out.narrow(1, skip_first ? skipped : 0, channels), weight.size(2));
   const Tensor matrix = tiles.weight_matrix(weight);
-  std::vector<UpconvBlock> blocks;
-  tiles.each_block(false, [&](const UpconvBlock& block) { blocks.push_back(block); });
+  const std::vector<UpconvBlock> blocks = tiles.blocks(false);
   // Threads take blocks of their own: a product shared by threads would have them wait for each other many times.
   at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -53,25 +52,9 @@ void forward_out(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
   write(x, weight, bias, skip, skip_first, out);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_up_, const Tensor& x, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_up, const Tensor& x, const Tensor& weight,
                                             std::array<bool, 3> needed) {
-  const Tensor grad_up = with_contiguous_rows(grad_up_), none = at::empty({0}, x.options());
-  const int64_t channels = weight.size(1), scale = weight.size(2);
-  const UpconvTiles tiles(x, grad_up, scale);
-  const Tensor matrix = tiles.weight_matrix(weight), buffer = tiles.buffer(true, channels);
-  const Tensor grad_x = needed[0] ? tiles.empty_pixels() : none;
-  const Tensor grad_matrix = needed[1] ? empty_sum(matrix.sizes(), x) : none;
-  const Tensor grad_bias = needed[2] ? empty_sum({channels}, x).zero_() : none;
-  if (needed[1] && x.numel() == 0) grad_matrix.zero_();
-  tiles.each_block(true, [&](const UpconvBlock& block) {
-    tiles.gather(buffer, block);
-    const Tensor product = tiles.product(buffer, block, channels);
-    if (needed[0]) tiles.set_pixels(grad_x, block, product, matrix.t());
-    if (needed[1]) accumulate(grad_matrix, tiles.pixel_matrix(block).t(), product, block.first_row == 0);
-    if (needed[2]) grad_bias.add_(tiles.by_channel(buffer, block, channels).sum(0, false, grad_bias.scalar_type()));
-  });
-  return {needed[0] ? in_format_of(grad_x, x) : none, needed[1] ? tiles.weight_from_matrix(grad_matrix, weight) : none,
-          grad_bias.to(x.scalar_type())};
+  return upconv_gradients(with_contiguous_rows(grad_up), x, weight, needed);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "upconv_gradients.h"
 #include "upconv_tiles.h"
 
 namespace tokenfusion {
@@ -36,8 +37,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   if (x.numel() == 0) return out;
   const UpconvTiles tiles(x, out, scale);
   const Tensor matrix = tiles.weight_matrix(weight);
-  std::vector<UpconvBlock> blocks;
-  tiles.each_block(true, [&](const UpconvBlock& block) { blocks.push_back(block); });
+  const std::vector<UpconvBlock> blocks = tiles.blocks(true);
   at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {  // as in upconv_concat
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     const Tensor buffer = tiles.buffer(true, channels);
@@ -57,27 +57,22 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   return out;
 }
 
-typedef std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Gradients;
-
-Gradients backward(const Tensor& grad_out_, const Tensor& x, const Tensor& weight, const OptionalTensor& skip,
-                   const OptionalTensor& proj_up, const OptionalTensor& proj_skip, std::array<bool, 6> needed) {
-  const auto [need_x, need_weight, need_bias, need_skip, need_proj_up, need_proj_skip] = needed;
-  const Tensor grad_out = with_contiguous_rows(grad_out_), none = at::empty({0}, x.options());
+// Of x, weight, bias and proj_up, where the weight is not composed with its projection.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_through_projection(const Tensor& grad_out, const Tensor& x,
+                                                                        const Tensor& weight, const Tensor& proj_up,
+                                                                        std::array<bool, 4> needed) {
+  const auto [need_x, need_weight, need_bias, need_proj_up] = needed;
   const int64_t channels = grad_out.size(1), up_channels = weight.size(1);
   const UpconvTiles tiles(x, grad_out, weight.size(2));
-  const Tensor matrix = tiles.weight_matrix(weight), buffer = tiles.buffer(true, channels);
-  const Tensor up_buffer = proj_up ? tiles.buffer(true, up_channels) : buffer;
-
+  const Tensor matrix = tiles.weight_matrix(weight), none = at::empty({0}, x.options());
+  const Tensor buffer = tiles.buffer(true, channels), up_buffer = tiles.buffer(true, up_channels);
   const Tensor grad_x = need_x ? tiles.empty_pixels() : none;
   const Tensor grad_matrix = need_weight ? empty_sum(matrix.sizes(), x) : none;
   const Tensor grad_bias = need_bias ? empty_sum({channels}, x).zero_() : none;
-  const Tensor grad_skip = need_skip ? empty_map(skip->sizes(), x, !tiles.planes()) : none;
-  const Tensor grad_proj_up = need_proj_up ? empty_sum(proj_up->sizes(), x) : none;
-  const Tensor grad_proj_skip = need_proj_skip ? empty_sum(proj_skip->sizes(), x) : none;
+  const Tensor grad_proj_up = need_proj_up ? empty_sum(proj_up.sizes(), x) : none;
   if (x.numel() == 0)
-    for (const Tensor& sum : {grad_matrix, grad_proj_up, grad_proj_skip}) sum.zero_();
-
-  tiles.each_block(true, [&](const UpconvBlock& block) {
+    for (const Tensor& sum : {grad_matrix, grad_proj_up}) sum.zero_();
+  for (const UpconvBlock& block : tiles.blocks(true)) {
     const bool first = block.first_row == 0;
     tiles.gather(buffer, block);
     const Tensor grad = tiles.by_channel(buffer, block, channels);
@@ -87,29 +82,63 @@ Gradients backward(const Tensor& grad_out_, const Tensor& x, const Tensor& weigh
       at::mm_out(product, tiles.pixel_matrix(block), matrix);
       accumulate(grad_proj_up, grad.t(), tiles.by_channel(up_buffer, block, up_channels), first);
     }
-    if (proj_up && (need_x || need_weight)) {
+    if (need_x || need_weight) {
       Tensor grad_up = tiles.by_channel(up_buffer, block, up_channels);
-      at::mm_out(grad_up, grad, *proj_up);
+      at::mm_out(grad_up, grad, proj_up);
     }
     if (need_x) tiles.set_pixels(grad_x, block, product, matrix.t());
     if (need_weight) accumulate(grad_matrix, tiles.pixel_matrix(block).t(), product, first);
-    if (need_skip || need_proj_skip) {
-      const std::vector<Tensor> grads = tiles.fine_matrices(grad_out, block);
-      const std::vector<Tensor> skips = tiles.fine_matrices(need_proj_skip ? *skip : grad_out, block);
-      std::vector<Tensor> grad_skips = tiles.fine_matrices(need_skip ? grad_skip : grad_out, block);
-      for (size_t i = 0; i < grads.size(); ++i) {
-        if (need_proj_skip) accumulate(grad_proj_skip, grads[i].t(), skips[i], first && i == 0);
-        if (need_skip) at::mm_out(grad_skips[i], grads[i], *proj_skip);
-      }
-    }
-  });
-  const auto type = x.scalar_type();
+  }
   return {need_x ? in_format_of(grad_x, x) : none,
-          need_weight ? tiles.weight_from_matrix(grad_matrix, weight) : none,
-          grad_bias.to(type),
-          need_skip ? in_format_of(grad_skip, *skip) : none,
-          grad_proj_up.to(type),
-          grad_proj_skip.to(type)};
+          need_weight ? at::empty_like(weight).copy_(tiles.weight_of_matrix(grad_matrix)) : none,
+          grad_bias.to(x.scalar_type()), grad_proj_up.to(x.scalar_type())};
+}
+
+// Of the skip and of proj_skip.
+std::tuple<Tensor, Tensor> skip_gradients(const Tensor& grad_out, const Tensor& skip, const Tensor& proj_skip,
+                                          const UpconvTiles& tiles, std::array<bool, 2> needed) {
+  const auto [need_skip, need_proj_skip] = needed;
+  const Tensor none = at::empty({0}, skip.options());
+  const Tensor grad_skip = need_skip ? empty_map(skip.sizes(), skip, !tiles.planes()) : none;
+  const Tensor grad_proj_skip = need_proj_skip ? empty_sum(proj_skip.sizes(), skip) : none;
+  if (skip.numel() == 0) grad_proj_skip.zero_();
+  const std::vector<UpconvBlock> blocks = tiles.blocks(true);
+  if (need_skip)
+    at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {  // as in upconv_concat
+      const at::AutoDispatchBelowADInplaceOrView no_autograd;
+      for (int64_t i = begin; i < end; ++i) {
+        const std::vector<Tensor> grads = tiles.fine_matrices(grad_out, blocks[i]);
+        std::vector<Tensor> grad_skips = tiles.fine_matrices(grad_skip, blocks[i]);
+        for (size_t j = 0; j < grads.size(); ++j) at::mm_out(grad_skips[j], grads[j], proj_skip);
+      }
+    });
+  if (need_proj_skip)
+    for (const UpconvBlock& block : blocks) {
+      const std::vector<Tensor> grads = tiles.fine_matrices(grad_out, block);
+      const std::vector<Tensor> skips = tiles.fine_matrices(skip, block);
+      for (size_t j = 0; j < grads.size(); ++j)
+        accumulate(grad_proj_skip, grads[j].t(), skips[j], block.first_row == 0 && j == 0);
+    }
+  return {need_skip ? in_format_of(grad_skip, skip) : none, grad_proj_skip.to(skip.scalar_type())};
+}
+
+typedef std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Gradients;
+
+Gradients backward(const Tensor& grad_out_, const Tensor& x, const Tensor& weight, const OptionalTensor& skip,
+                   const OptionalTensor& proj_up, const OptionalTensor& proj_skip, std::array<bool, 6> needed) {
+  const auto [need_x, need_weight, need_bias, need_skip, need_proj_up, need_proj_skip] = needed;
+  const Tensor grad_out = with_contiguous_rows(grad_out_);
+  Tensor grad_x, grad_weight, grad_bias, grad_proj_up = at::empty({0}, x.options());
+  Tensor grad_skip = grad_proj_up, grad_proj_skip = grad_proj_up;
+  if (proj_up)
+    std::tie(grad_x, grad_weight, grad_bias, grad_proj_up) =
+        gradients_through_projection(grad_out, x, weight, *proj_up, {need_x, need_weight, need_bias, need_proj_up});
+  else
+    std::tie(grad_x, grad_weight, grad_bias) = upconv_gradients(grad_out, x, weight, {need_x, need_weight, need_bias});
+  if (need_skip || need_proj_skip)
+    std::tie(grad_skip, grad_proj_skip) = skip_gradients(
+        grad_out, *skip, *proj_skip, UpconvTiles(x, grad_out, weight.size(2)), {need_skip, need_proj_skip});
+  return {grad_x, grad_weight, grad_bias, grad_skip, grad_proj_up, grad_proj_skip};
 }
 
 }  // namespace

@@ -111,26 +111,31 @@ int64_t UpconvTiles::rows_per_block(bool whole_columns) const {
   return rows < height_ ? even(height_, rows) : even(batch_, rows / height_) * height_;
 }
 
-void UpconvTiles::each_block(bool whole_columns, const std::function<void(const UpconvBlock&)>& f) const {
+std::vector<UpconvBlock> UpconvTiles::blocks(bool whole_columns) const {
   const int64_t all = batch_ * height_, most = rows_per_block(whole_columns);
   const int64_t units = planes_ ? channels_ : scale_, most_units = units_per_block(whole_columns);
+  std::vector<UpconvBlock> blocks;
   for (int64_t row = 0, rows; row < all; row += rows) {
     rows = std::min(most, all - row);
     if (planes_ && most < height_) rows = std::min(rows, height_ - row % height_);
-    for (int64_t unit = 0; unit < units; unit += most_units) f({row, rows, unit, std::min(most_units, units - unit)});
+    for (int64_t unit = 0; unit < units; unit += most_units)
+      blocks.push_back({row, rows, unit, std::min(most_units, units - unit)});
   }
+  return blocks;
 }
 
 Tensor UpconvTiles::weight_matrix(const Tensor& weight) const {
   return (planes_ ? weight : weight.permute({0, 2, 3, 1})).reshape({weight.size(0), -1});
 }
 
-Tensor UpconvTiles::weight_from_matrix(const Tensor& matrix, const Tensor& weight) const {
-  const int64_t in = weight.size(0), out = weight.size(1);
-  const Tensor view =
-      planes_ ? matrix.view({in, out, scale_, scale_}) : matrix.view({in, scale_, scale_, out}).permute({0, 3, 1, 2});
-  Tensor result = at::empty_like(weight);
-  return view.scalar_type() == weight.scalar_type() && view.strides() == result.strides() ? view : result.copy_(view);
+bool UpconvTiles::is_matrix(const Tensor& weight) const {
+  const Tensor ordered = planes_ ? weight : weight.permute({0, 2, 3, 1});
+  return ordered.select(0, 0).is_contiguous();
+}
+
+Tensor UpconvTiles::weight_of_matrix(const Tensor& matrix) const {
+  const int64_t in = matrix.size(0);
+  return planes_ ? matrix.view({in, -1, scale_, scale_}) : matrix.view({in, scale_, scale_, -1}).permute({0, 3, 1, 2});
 }
 
 Tensor UpconvTiles::columns(const Tensor& matrix, const UpconvBlock& block) const {

@@ -4,7 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <functional>
 #include <optional>
 #include <vector>
 
@@ -42,19 +41,21 @@ class UpconvTiles {
   // map: [B, channels, k * h, k * w], with contiguous rows, to be written or read.
   UpconvTiles(const Tensor& x, const Tensor& map, int64_t scale);
 
-  // f(block) for all blocks; with whole_columns, for blocks of all units.
-  void each_block(bool whole_columns, const std::function<void(const UpconvBlock&)>& f) const;
+  // With whole_columns, blocks of all units.
+  std::vector<UpconvBlock> blocks(bool whole_columns) const;
 
   // [Cin, C, k, k] -> [Cin, columns of the product].
   Tensor weight_matrix(const Tensor& weight) const;
-  // The inverse, in the dtype and layout of the weight.
-  Tensor weight_from_matrix(const Tensor& matrix, const Tensor& weight) const;
+  // Whether that is a view.
+  bool is_matrix(const Tensor& weight) const;
+  // The inverse, a view.
+  Tensor weight_of_matrix(const Tensor& matrix) const;
   // The columns of a block.
   Tensor columns(const Tensor& matrix, const UpconvBlock& block) const;
   // [pixels of the block, Cin]
   Tensor pixel_matrix(const UpconvBlock& block) const;
 
-  // Memory for the largest tile of each_block, of a map with this many channels.
+  // Memory for the largest tile of the blocks, of a map with this many channels.
   Tensor buffer(bool whole_columns, int64_t channels) const;
   // A buffer as the product [pixels, columns] and as [pixels x offsets, channels].
   Tensor product(const Tensor& buffer, const UpconvBlock& block, int64_t channels) const;
