@@ -136,21 +136,22 @@ struct Strip {
   T* out[rows];
   int64_t count;
 
-  // Columns j, j + 1, ... of a panel.
-  void panel(int64_t j) const {
+  // Columns j, j + 1, ... of a panel, of run number `run`, whose rows of out begin `run_offset` further.
+  void panel(int64_t j, int64_t run, int64_t run_offset) const {
     Vec<float> total[rows][kVectors], scale[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = j + v * kLanes, lanes = call.columns - at;
       const Vec<float> bias = call.bias ? load_lanes(call.bias + at, lanes) : Vec<float>{};
       for (int i = 0; i < rows; ++i)
-        total[i][v] = call.accumulate && i < count ? bias + load_lanes(out[i] + at, lanes) : bias;
+        total[i][v] = call.accumulate && i < count ? bias + load_lanes(out[i] + run_offset + at, lanes) : bias;
     }
     for (int64_t i = 0; i < count; ++i)
-      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out[i] + j + v * kLanes, 1);
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out[i] + run_offset + j + v * kLanes, 1);
     const float* left = a;
     for (const ProductTerm* term = call.terms; term < call.terms + call.count; ++term) {
       const int64_t words = words_of<T>(term->depth);
-      const float* const right = static_cast<const float*>(term->b) + j * words;
+      const float* const right =
+          static_cast<const float*>(term->b) + (run * round_up(call.columns, kPanel) + j) * words;
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = j + v * kLanes;
         scale[v] = term->scale ? load_lanes(term->scale + at, call.columns - at) : broadcast(1.0f);
@@ -163,18 +164,18 @@ struct Strip {
     for (int64_t i = 0; i < count; ++i)
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = j + v * kLanes;
-        store_lanes(out[i] + at, total[i][v], call.columns - at);
+        store_lanes(out[i] + run_offset + at, total[i][v], call.columns - at);
       }
   }
 };
 
-// Of the kRows rows of a from `first` on, the share that has to be in the cache once column j is done.
+// Of the kRows rows of a from `first` on, the share that has to be in the cache once column j of `columns` is done.
 template <typename T>
-TF_INLINE void prefetch(const ProductCall& call, int64_t first, int64_t j) {
+TF_INLINE void prefetch(const ProductCall& call, int64_t first, int64_t j, int64_t columns) {
   const int64_t count = call.rows - first < kRows ? call.rows - first : kRows;
   for (const ProductTerm* term = call.terms; term < call.terms + call.count; ++term) {
     if (term->a.depth_stride != 1) continue;
-    const int64_t begin = j * term->depth / call.columns, end = (j + kPanel) * term->depth / call.columns;
+    const int64_t begin = j * term->depth / columns, end = (j + kPanel) * term->depth / columns;
     for (int64_t i = 0; i < count; ++i) {
       const T* const line =
           static_cast<const T*>(term->a.data) + offset_of(first + i, term->a.line_stride, term->a.line_offsets);
@@ -195,10 +196,12 @@ void run_strip(const ProductCall& call, int64_t first) {
   }
   for (int64_t i = 0; i < strip.count; ++i)
     strip.out[i] = static_cast<T*>(call.out) + offset_of(first + i, call.out_stride, call.out_offsets);
-  for (int64_t j = 0; j < call.columns; j += kPanel) {
-    prefetch<T>(call, first + rows, j);
-    strip.panel(j);
-  }
+  const int64_t runs = call.run_offsets ? call.runs : 1;
+  for (int64_t r = 0; r < runs; ++r)
+    for (int64_t j = 0; j < call.columns; j += kPanel) {
+      prefetch<T>(call, first + rows, r * call.columns + j, runs * call.columns);
+      strip.panel(j, r, call.run_offsets ? call.run_offsets[r] : 0);
+    }
 }
 
 template <typename T>
