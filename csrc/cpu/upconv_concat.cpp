@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "upconv_gradients.h"
+#include "upconv_product.h"
 #include "upconv_tiles.h"
 
 namespace tokenfusion {
@@ -24,7 +25,10 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
     const Tensor slice = out.narrow(1, skip_first ? 0 : channels, skipped);
     if (!slice.is_alias_of(*skip) || slice.data_ptr() != skip->data_ptr()) slice.copy_(*skip);
   }
-  const UpconvTiles tiles(x, out.narrow(1, skip_first ? skipped : 0, channels), weight.size(2));
+  const Tensor up = out.narrow(1, skip_first ? skipped : 0, channels);
+  if (product_pays(up, weight.size(2)))
+    return write_upconv(up, x, weight, bias, std::nullopt, std::nullopt, std::nullopt);
+  const UpconvTiles tiles(x, up, weight.size(2));
   const Tensor matrix = tiles.weight_matrix(weight);
   const std::vector<UpconvBlock> blocks = tiles.blocks(false);
   // Threads take blocks of their own: a product shared by threads would have them wait for each other many times.

@@ -33,6 +33,8 @@ struct UpconvKernels {
   struct ForDtype {
     Items scatter_planes, gather_planes;  // items: channels x rows
     Items scatter_pixels, gather_pixels;  // items: rows
+    // [rows, columns] -> [columns, rows], whose rows are pitch apart.
+    void (*transpose)(const void* in, int64_t rows, int64_t columns, void* out, int64_t pitch);
   };
   ForDtype float32, bfloat16, float64;
 };

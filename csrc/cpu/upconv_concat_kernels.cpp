@@ -160,8 +160,25 @@ void gather_pixels(const Params& p, int64_t begin, int64_t end) {
 }
 
 template <typename T>
+void transpose(const void* in_, int64_t rows, int64_t columns, void* out_, int64_t pitch) {
+  typedef typename Accumulator<T>::type A;
+  constexpr int lanes = VecOf<A>::lanes;
+  const T* const in = static_cast<const T*>(in_);
+  T* const out = static_cast<T*>(out_);
+  for (int64_t c = 0; c < columns; c += lanes)
+    for (int64_t r = 0; r < rows; r += lanes) {
+      Vec<A> v[lanes] = {};
+      for (int i = 0; i < lanes; ++i)
+        if (r + i < rows) v[i] = load_lanes(in + (r + i) * columns + c, columns - c);
+      interleave<A, lanes>(v);
+      for (int i = 0; i < lanes; ++i)
+        if (c + i < columns) store_lanes(out + (c + i) * pitch + r, v[i], rows - r);
+    }
+}
+
+template <typename T>
 constexpr UpconvKernels::ForDtype kernels_for() {
-  return {scatter_planes<T>, gather_planes<T>, scatter_pixels<T>, gather_pixels<T>};
+  return {scatter_planes<T>, gather_planes<T>, scatter_pixels<T>, gather_pixels<T>, transpose<T>};
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "upconv_gradients.h"
+#include "upconv_product.h"
 #include "upconv_tiles.h"
 
 namespace tokenfusion {
@@ -35,6 +36,10 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   const int64_t channels = proj_up ? proj_up->size(0) : up_channels;
   Tensor out = empty_map({x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x, channels_last);
   if (x.numel() == 0) return out;
+  if (product_pays(out, scale)) {
+    write_upconv(out, x, weight, bias, skip, proj_up, proj_skip);
+    return out;
+  }
   const UpconvTiles tiles(x, out, scale);
   const Tensor matrix = tiles.weight_matrix(weight);
   const std::vector<UpconvBlock> blocks = tiles.blocks(true);

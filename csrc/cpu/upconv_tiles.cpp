@@ -49,17 +49,20 @@ Tensor pixels_of(const Tensor& map) { return map.permute({0, 2, 3, 1}).flatten(0
 
 }  // namespace
 
-Tensor empty_map(at::IntArrayRef sizes, const Tensor& like, bool channels_last) {
-  Tensor map =
-      at::empty(sizes, like.options(), channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+Tensor in_huge_pages(Tensor tensor) {
 #if defined(MADV_HUGEPAGE)
-  if (map.nbytes() >= 2 * kHugePage) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(map.data_ptr()), mask = ~(kHugePage - 1);
-    const uintptr_t first = (begin + kHugePage - 1) & mask, last = (begin + map.nbytes()) & mask;
+  if (tensor.nbytes() >= 2 * kHugePage) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr()), mask = ~(kHugePage - 1);
+    const uintptr_t first = (begin + kHugePage - 1) & mask, last = (begin + tensor.nbytes()) & mask;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failure changes nothing
   }
 #endif
-  return map;
+  return tensor;
+}
+
+Tensor empty_map(at::IntArrayRef sizes, const Tensor& like, bool channels_last) {
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  return in_huge_pages(at::empty(sizes, like.options(), format));
 }
 
 Tensor in_format_of(const Tensor& gradient, const Tensor& tensor) {

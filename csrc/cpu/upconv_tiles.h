@@ -17,7 +17,10 @@ using OptionalTensor = std::optional<Tensor>;
 // A gradient in the memory format of its tensor: channels_last, or contiguous.
 Tensor in_format_of(const Tensor& gradient, const Tensor& tensor);
 
-// An uninitialised map. It is asked for in huge pages, which are many times cheaper to get than small ones.
+// An uninitialised tensor, asked for in huge pages, which are many times cheaper to get than small ones.
+Tensor in_huge_pages(Tensor tensor);
+
+// An uninitialised map, in huge pages.
 Tensor empty_map(at::IntArrayRef sizes, const Tensor& like, bool channels_last);
 
 // The map itself, or a contiguous copy where neither channels nor x are contiguous.

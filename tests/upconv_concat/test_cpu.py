@@ -63,6 +63,9 @@ def test_mixed_formats(op, formats):
         dict(batch=2, channels=(8, 300, 40), size=(5, 61)),
         dict(batch=1, channels=(4, 2, 3), size=(301, 23)),
         dict(batch=2, channels=(16, 70, 5), size=(9, 130), scale=4),
+        dict(batch=3, channels=(33, 64, 31), size=(7, 7), projected=64),  # what our own product takes
+        dict(batch=2, channels=(50, 96, 40), size=(3, 131), projected=32),
+        dict(batch=2, channels=(20, 32, 3), size=(5, 9), scale=4, projected=30, dtype=torch.bfloat16),
     ],
     ids=str,
 )
@@ -82,16 +85,18 @@ def test_bias_and_skip(op, skip_first, skip, bias, formats, dtype):
 
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("projected", [6, 64])
 @pytest.mark.parametrize("composes", [False, True])
-def test_both_orders_of_the_projection(composes, dtype, formats, monkeypatch):
+def test_both_orders_of_the_projection(composes, projected, dtype, formats, monkeypatch):
     monkeypatch.setattr(project_op, "_composing_pays", lambda *_: composes)
-    check("project", make_inputs("project", size=(5, 6), formats=formats, dtype=dtype))
+    check("project", make_inputs("project", size=(5, 6), projected=projected, formats=formats, dtype=dtype))
 
 
-def test_composing_is_chosen_by_the_multiplications():
+def test_composing_is_chosen_by_the_work():
     weight, few, many = torch.empty(64, 32, 2, 2), torch.empty(1, 64, 2, 2), torch.empty(8, 64, 32, 32)
     assert not project_op._composing_pays(few, weight, 32)
     assert project_op._composing_pays(many, weight, 32)
+    assert not project_op._composing_pays(torch.empty(16, 768, 7, 7), torch.empty(768, 768, 2, 2), 768)
 
 
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])

@@ -123,11 +123,18 @@ def _check_projection(proj_weight, proj_bias, x, weight, skip) -> None:
             raise ValueError(f"proj_bias: got shape {list(proj_bias.shape)}, expected [{proj_weight.shape[0]}]")
 
 
+_MULTIPLICATIONS_PER_MOVE = 16  # in the time in which memory takes or gives a number
+
+
 def _composing_pays(x: torch.Tensor, weight: torch.Tensor, projected: int) -> bool:
-    """Do P_up U and (P_up U) x take fewer multiplications than U x and P_up (U x)?"""
+    """Do P_up U and (P_up U) x take less work than U x and P_up (U x)?
+
+    Multiplications, for each offset (i, j), and P_up U being written, brought into the order of the product and read.
+    """
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     channels, up_channels = weight.shape[:2]
     composed = channels * up_channels * projected + pixels * channels * projected
+    composed += 3 * _MULTIPLICATIONS_PER_MOVE * channels * projected
     return composed < pixels * channels * up_channels + pixels * up_channels * projected
 
 

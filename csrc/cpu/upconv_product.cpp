@@ -1,0 +1,180 @@
+#include "upconv_product.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "isa.h"
+#include "product.h"
+
+namespace tokenfusion {
+namespace {
+
+constexpr int64_t kPixels = 112;  // of x in a block, about
+
+const ProductKernels::ForDtype& kernels_for(at::ScalarType dtype) {
+  const ProductKernels& kernels = TOKENFUSION_KERNELS(product);
+  return dtype == at::kFloat ? kernels.float32 : kernels.bfloat16;
+}
+
+// [columns, depth], one of both contiguous, as the right side of a product, in runs of columns.
+class Right {
+ public:
+  Right(const ProductKernels::ForDtype& kernels, const Tensor& matrix, int64_t run)
+      : kernels_(kernels), run_(run), runs_(matrix.size(0) / run), depth_(matrix.size(1)) {
+    const int64_t bytes = kernels.bytes(run, depth_), panels = at::divup(run, kernels.panel);
+    packed_ = in_huge_pages(at::empty({runs_ * bytes}, matrix.options().dtype(at::kByte)));
+    at::parallel_for(0, runs_ * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % panels * kernels.panel, column = i / panels * run + first;
+        const void* data =
+            static_cast<const char*>(matrix.const_data_ptr()) + column * matrix.stride(0) * matrix.element_size();
+        kernels.pack({data, matrix.stride(0), matrix.stride(1), nullptr}, std::min(run - first, kernels.panel), depth_,
+                     packed_.mutable_data_ptr<uint8_t>() + i / panels * bytes + kernels.bytes(first, depth_));
+      }
+    });
+  }
+
+  // call has the rest.
+  void multiply(const ProductLines& lines, ProductCall call) const {
+    const ProductTerm term{lines, depth_, packed_.const_data_ptr(), nullptr};
+    call.terms = &term;
+    call.count = 1;
+    call.columns = run_;
+    call.runs = runs_;
+    kernels_.run(call);
+  }
+
+ private:
+  const ProductKernels::ForDtype& kernels_;
+  int64_t run_, runs_, depth_;
+  Tensor packed_;
+};
+
+// A projection, of which one run is made.
+std::optional<Right> right_of(const ProductKernels::ForDtype& kernels, const OptionalTensor& projection) {
+  if (!projection) return std::nullopt;
+  return Right(kernels, projection->stride(1) == 1 ? *projection : projection->contiguous(), projection->size(0));
+}
+
+// The map itself, or a copy, so that its pixels follow each other in equal steps.
+Tensor with_pixel_lines(const Tensor& map) {
+  const bool even = map.stride(2) == map.size(3) * map.stride(3);
+  return even && (map.stride(1) == 1 || map.stride(3) == 1) ? map : map.contiguous();
+}
+
+char* at_row(const Tensor& map, int64_t image, int64_t row) {
+  return static_cast<char*>(map.data_ptr()) + (image * map.stride(0) + row * map.stride(2)) * map.element_size();
+}
+
+ProductLines pixel_lines(const Tensor& map, int64_t image, int64_t row) {
+  return {at_row(map, image, row), map.stride(3), map.stride(1), nullptr};
+}
+
+// A contiguous map [h, w, C] to one whose w is contiguous.
+void to_planes(const Tensor& pixels, const Tensor& planes) {
+  const UpconvKernels& kernels = TOKENFUSION_KERNELS(upconv);
+  const auto transpose = (pixels.scalar_type() == at::kFloat ? kernels.float32 : kernels.bfloat16).transpose;
+  const bool together = planes.stride(0) == planes.size(1);
+  const int64_t rows = together ? 1 : planes.size(0), width = planes.size(0) * planes.size(1) / rows;
+  for (int64_t row = 0; row < rows; ++row)
+    transpose(pixels[row].const_data_ptr(), width, planes.size(2), planes[row].data_ptr(), planes.stride(2));
+}
+
+// Channels of neighbouring pixels in a row that the product writes together.
+int64_t together(const Tensor& out, int64_t scale) {
+  return out.stride(1) != 1 || out.stride(3) == out.size(1) ? scale * out.size(1) : out.size(1);
+}
+
+}  // namespace
+
+bool product_pays(const Tensor& out, int64_t scale) {
+  const ProductKernels& kernels = TOKENFUSION_KERNELS(product);
+  const at::ScalarType dtype = out.scalar_type();
+  if (dtype != at::kFloat && !(dtype == at::kBFloat16 && kernels.multiplies_bfloat16())) return false;
+  const int64_t run = together(out, scale), panel = kernels_for(dtype).panel;
+  return at::divup(run, panel) * panel <= run + run / 8;
+}
+
+void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_,
+                  const OptionalTensor& skip_, const OptionalTensor& proj_up, const OptionalTensor& proj_skip) {
+  const auto& kernels = kernels_for(x_.scalar_type());
+  const Tensor x = with_pixel_lines(x_), skip = skip_ ? with_pixel_lines(*skip_) : Tensor();
+  const int64_t scale = weight.size(2), up_channels = weight.size(1), channels = out.size(1);
+  const int64_t height = x.size(2), width = x.size(3), fine_width = width * scale;
+  const bool planes = out.stride(1) != 1;
+  const int64_t column = planes ? channels : out.stride(3), row = planes ? fine_width * channels : out.stride(2);
+
+  // The columns of the product, (i, j, channel), in runs that stay together.
+  const int64_t all = scale * scale * up_channels;
+  const int64_t run = proj_up ? all : together(out, scale);
+  const Right right(kernels, weight.permute({0, 2, 3, 1}).reshape({weight.size(0), all}).t(), run);
+  const std::optional<Right> right_up = right_of(kernels, proj_up), right_skip = right_of(kernels, proj_skip);
+  std::vector<int64_t> run_offsets;
+  for (int64_t first = 0; first < all; first += run) {
+    const int64_t i = first / up_channels / scale, j = first / up_channels % scale;
+    run_offsets.push_back(i * row + j * column);
+  }
+  Tensor bias;
+  if (bias_) bias = bias_->to(at::kFloat).repeat(scale);
+
+  const int64_t rows = at::divup(height, at::divup(height * width, kPixels)), blocks = at::divup(height, rows);
+  const int64_t depth = std::max({x.size(1), up_channels, skip.defined() ? skip.size(1) : 0});
+  at::parallel_for(0, x.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    const int64_t pixels = rows * width;
+    const Tensor scratch = at::empty({kernels.scratch_bytes(depth, 1)}, x.options().dtype(at::kByte));
+    const Tensor tile = at::empty({planes ? pixels * scale * scale * channels : 0}, x.options());
+    const Tensor up = at::empty({proj_up ? pixels * all : 0}, x.options());
+    std::vector<int64_t> offsets(proj_up ? pixels * scale * scale : pixels);
+    const int64_t each = offsets.size() / pixels;
+    for (int64_t p = 0; p < static_cast<int64_t>(offsets.size()); ++p) {
+      const int64_t pixel = p / each, i = p % each / scale, j = p % each % scale;
+      offsets[p] = (pixel / width * scale + i) * row + (pixel % width * scale + j) * column;
+    }
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t image = block / blocks, first = block % blocks * rows, count = std::min(rows, height - first);
+      const Tensor place = out.select(0, image).narrow(1, first * scale, count * scale).permute({1, 2, 0});
+      const Tensor target =
+          planes ? tile.narrow(0, 0, place.numel()).view({count * scale, fine_width, channels}) : place;
+      ProductCall call{};
+      call.scratch = scratch.data_ptr();
+      call.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+      if (right_skip) {
+        call.rows = count * scale * fine_width;
+        call.out = target.data_ptr();
+        call.out_stride = column;
+        right_skip->multiply(pixel_lines(skip, image, first * scale), call);
+        call.bias = nullptr;
+      } else if (skip.defined()) {
+        target.copy_(skip.select(0, image).narrow(1, first * scale, count * scale).permute({1, 2, 0}));
+      }
+      ProductLines lines = pixel_lines(x, image, first);
+      call.rows = count * width;
+      if (right_up) {
+        ProductCall to_up = call;
+        to_up.bias = nullptr;
+        to_up.out = up.data_ptr();
+        to_up.out_stride = all;
+        right.multiply(lines, to_up);
+        lines = {up.const_data_ptr(), up_channels, 1, nullptr};
+        call.rows *= scale * scale;
+      }
+      call.out = target.data_ptr();
+      call.out_offsets = offsets.data();
+      call.accumulate = skip.defined();
+      if (right_up) {
+        right_up->multiply(lines, call);
+      } else {
+        call.run_offsets = run_offsets.data();
+        right.multiply(lines, call);
+      }
+      if (planes) to_planes(target, place);
+    }
+  });
+}
+
+}  // namespace tokenfusion
