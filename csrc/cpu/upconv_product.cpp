@@ -66,12 +66,20 @@ Tensor with_pixel_lines(const Tensor& map) {
   return even && (map.stride(1) == 1 || map.stride(3) == 1) ? map : map.contiguous();
 }
 
-char* at_row(const Tensor& map, int64_t image, int64_t row) {
-  return static_cast<char*>(map.data_ptr()) + (image * map.stride(0) + row * map.stride(2)) * map.element_size();
+// Whether they do so from image to image, too.
+bool images_follow(const Tensor& map) { return map.stride(0) == map.size(2) * map.stride(2); }
+
+// The pixels from this row on, which is numbered over the batch.
+ProductLines pixel_lines(const Tensor& map, int64_t row) {
+  const int64_t offset = row / map.size(2) * map.stride(0) + row % map.size(2) * map.stride(2);
+  return {static_cast<const char*>(map.const_data_ptr()) + offset * map.element_size(), map.stride(3), map.stride(1),
+          nullptr};
 }
 
-ProductLines pixel_lines(const Tensor& map, int64_t image, int64_t row) {
-  return {at_row(map, image, row), map.stride(3), map.stride(1), nullptr};
+// Rows of a map, [rows, w, C].
+Tensor rows_of(const Tensor& map, int64_t first, int64_t count) {
+  if (images_follow(map)) return map.permute({0, 2, 3, 1}).flatten(0, 1).narrow(0, first, count);
+  return map.select(0, first / map.size(2)).narrow(1, first % map.size(2), count).permute({1, 2, 0});
 }
 
 // A contiguous map [h, w, C] to one whose w is contiguous.
@@ -85,7 +93,7 @@ void to_planes(const Tensor& pixels, const Tensor& planes) {
 }
 
 // Channels of neighbouring pixels in a row that the product writes together.
-int64_t together(const Tensor& out, int64_t scale) {
+int64_t run_of(const Tensor& out, int64_t scale) {
   return out.stride(1) != 1 || out.stride(3) == out.size(1) ? scale * out.size(1) : out.size(1);
 }
 
@@ -95,7 +103,7 @@ bool product_pays(const Tensor& out, int64_t scale) {
   const ProductKernels& kernels = TOKENFUSION_KERNELS(product);
   const at::ScalarType dtype = out.scalar_type();
   if (dtype != at::kFloat && !(dtype == at::kBFloat16 && kernels.multiplies_bfloat16())) return false;
-  const int64_t run = together(out, scale), panel = kernels_for(dtype).panel;
+  const int64_t run = run_of(out, scale), panel = kernels_for(dtype).panel;
   return at::divup(run, panel) * panel <= run + run / 8;
 }
 
@@ -110,7 +118,7 @@ void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, con
 
   // The columns of the product, (i, j, channel), in runs that stay together.
   const int64_t all = scale * scale * up_channels;
-  const int64_t run = proj_up ? all : together(out, scale);
+  const int64_t run = proj_up ? all : run_of(out, scale);
   const Right right(kernels, weight.permute({0, 2, 3, 1}).reshape({weight.size(0), all}).t(), run);
   const std::optional<Right> right_up = right_of(kernels, proj_up), right_skip = right_of(kernels, proj_skip);
   std::vector<int64_t> run_offsets;
@@ -121,14 +129,19 @@ void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, con
   Tensor bias;
   if (bias_) bias = bias_->to(at::kFloat).repeat(scale);
 
-  const int64_t rows = at::divup(height, at::divup(height * width, kPixels)), blocks = at::divup(height, rows);
+  // Blocks of rows of x, numbered over the batch, within an image or, where that is possible, beyond its end.
+  const bool joined = images_follow(out) && images_follow(x) && (!skip.defined() || images_follow(skip));
+  const int64_t together = joined ? x.size(0) * height : height;
+  const int64_t rows = at::divup(together, at::divup(together * width, kPixels));
+  const int64_t blocks = at::divup(together, rows), all_blocks = joined ? blocks : x.size(0) * blocks;
   const int64_t depth = std::max({x.size(1), up_channels, skip.defined() ? skip.size(1) : 0});
-  at::parallel_for(0, x.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, all_blocks, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     const int64_t pixels = rows * width;
     const Tensor scratch = at::empty({kernels.scratch_bytes(depth, 1)}, x.options().dtype(at::kByte));
     const Tensor tile = at::empty({planes ? pixels * scale * scale * channels : 0}, x.options());
     const Tensor up = at::empty({proj_up ? pixels * all : 0}, x.options());
+    // Where, in the rows of a block, the lines of the last product go.
     std::vector<int64_t> offsets(proj_up ? pixels * scale * scale : pixels);
     const int64_t each = offsets.size() / pixels;
     for (int64_t p = 0; p < static_cast<int64_t>(offsets.size()); ++p) {
@@ -136,8 +149,9 @@ void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, con
       offsets[p] = (pixel / width * scale + i) * row + (pixel % width * scale + j) * column;
     }
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t image = block / blocks, first = block % blocks * rows, count = std::min(rows, height - first);
-      const Tensor place = out.select(0, image).narrow(1, first * scale, count * scale).permute({1, 2, 0});
+      const int64_t start = block % blocks * rows, count = std::min(rows, together - start);
+      const int64_t first = block / blocks * height + start;
+      const Tensor place = rows_of(out, first * scale, count * scale);
       const Tensor target =
           planes ? tile.narrow(0, 0, place.numel()).view({count * scale, fine_width, channels}) : place;
       ProductCall call{};
@@ -147,12 +161,12 @@ void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, con
         call.rows = count * scale * fine_width;
         call.out = target.data_ptr();
         call.out_stride = column;
-        right_skip->multiply(pixel_lines(skip, image, first * scale), call);
+        right_skip->multiply(pixel_lines(skip, first * scale), call);
         call.bias = nullptr;
       } else if (skip.defined()) {
-        target.copy_(skip.select(0, image).narrow(1, first * scale, count * scale).permute({1, 2, 0}));
+        target.copy_(rows_of(skip, first * scale, count * scale));
       }
-      ProductLines lines = pixel_lines(x, image, first);
+      ProductLines lines = pixel_lines(x, first);
       call.rows = count * width;
       if (right_up) {
         ProductCall to_up = call;

@@ -49,8 +49,9 @@ def test_every_scale(op, scale, formats, dtype):
 
 @pytest.mark.parametrize("formats", MIXED, ids="-".join)
 @pytest.mark.parametrize("op", OPS)
-def test_mixed_formats(op, formats):
-    check(op, make_inputs(op, batch=3, channels=(6, 5, 7), size=(3, 5), formats=formats))
+@pytest.mark.parametrize("channels, projected", [((6, 5, 7), 6), ((6, 32, 7), 64)])
+def test_mixed_formats(channels, projected, op, formats):
+    check(op, make_inputs(op, batch=3, channels=channels, projected=projected, size=(3, 5), formats=formats))
 
 
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
