@@ -3,9 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -17,6 +15,7 @@
 #include <tuple>
 
 #include "isa.h"
+#include "linear.h"
 
 namespace tokenfusion {
 namespace {
@@ -71,13 +70,6 @@ void each_share(int64_t blocks, F f) {
   });
 }
 
-void linear(Tensor& out, const Tensor& x, const Tensor& matrix, const OptionalTensor& bias) {
-  if (bias)
-    at::addmm_out(out, *bias, x, matrix);
-  else
-    at::mm_out(out, x, matrix);
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_in,
                                    const OptionalTensor& bias_out, std::string_view activation, bool hold) {
   const auto kernel = kernels_for(x_.scalar_type()).forward[index_of(activation)];
@@ -88,18 +80,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const
   Tensor hidden = hold ? at::empty(hidden_sizes, x_.options()) : at::empty({0}, x_.options());
   if (y.numel() == 0) return {y, hidden};
   const Tensor x = flat(x_), flat_y = flat(y), flat_hidden = hold ? flat(hidden) : hidden;
-  const Tensor transposed = weight.t();
   const int64_t tokens = x.size(0), block = block_of(tokens);
+  const Linear in(weight, tokens), out(weight.t(), tokens);
   each_share(at::divup(tokens, block), [&](int64_t begin, int64_t end) {
-    const Tensor scratch = at::empty({std::min(block, tokens), features}, x.options());
     for (int64_t first = begin * block; first < std::min(end * block, tokens); first += block) {
       const int64_t rows = std::min(block, tokens - first);
-      Tensor activated = scratch.narrow(0, 0, rows);
-      Tensor u = hold ? flat_hidden.narrow(0, first, rows) : activated;
-      Tensor out = flat_y.narrow(0, first, rows);
-      linear(u, x.narrow(0, first, rows), transposed, bias_in);
-      kernel({u.const_data_ptr(), activated.data_ptr(), rows, features});
-      linear(out, activated, weight, bias_out);
+      const Tensor u = in(x.narrow(0, first, rows), bias_in);
+      if (hold) flat_hidden.narrow(0, first, rows).copy_(u);
+      kernel({u.const_data_ptr(), u.data_ptr(), rows, features});
+      flat_y.narrow(0, first, rows).copy_(out(u, bias_out));
     }
   });
   return {y, hidden};
@@ -114,11 +103,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   const bool held = hidden.numel() > 0;
 
   Tensor grad_x = needed[0] ? at::empty(x_.sizes(), x_.options()) : at::empty({0}, x_.options());
-  Tensor grad_weight = at::zeros({needed[1] ? features : 0, channels}, accumulation);
+  Tensor grad_weight = at::zeros({channels, needed[1] ? features : 0}, accumulation);  // transposed
   const Tensor x = flat(x_), grad_y = flat(grad_y_), flat_grad_x = needed[0] ? flat(grad_x) : grad_x;
   const Tensor flat_hidden = held ? flat(hidden) : hidden;
-  const Tensor transposed = weight.t();
   const int64_t tokens = x.size(0), block = block_of(tokens);
+  const Linear in(weight, tokens), out(weight.t(), tokens);
   const int64_t fitting = kChunkBytes / (2 * features * x_.element_size());
   const int64_t blocks_a_chunk = std::min(fitting, kMaxChunk) / block;
   const int64_t chunk = std::min(tokens, std::max<int64_t>(blocks_a_chunk, at::get_num_threads()) * block);
@@ -126,41 +115,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   Tensor grad_bias_in = at::zeros({at::divup(tokens, block) * sums, features}, accumulation);
 
   // Of a chunk of tokens: the gradient of the hidden layer, then the activated hidden layer; x, then y's gradient.
-  const Tensor left = at::empty({2 * chunk, features}, x.options());
-  const Tensor right = needed[1] ? at::empty({2 * chunk, channels}, x.options()) : Tensor();
-  Tensor product = at::empty({grad_weight.size(0), channels}, x.options());
+  const Tensor inner = at::empty({2 * chunk, features}, x.options());
+  const Tensor outer = at::empty({needed[1] ? 2 * chunk : 0, channels}, x.options());
   for (int64_t start = 0; start < tokens && (needed[0] || needed[1] || needed[2]); start += chunk) {
     const int64_t count = std::min(chunk, tokens - start);
     each_share(at::divup(count, block), [&](int64_t begin, int64_t end) {
       for (int64_t first = begin * block; first < std::min(end * block, count); first += block) {
         const int64_t rows = std::min(block, count - first), token = start + first;
         const Tensor x_block = x.narrow(0, token, rows), grad_block = grad_y.narrow(0, token, rows);
-        Tensor grad_hidden = left.narrow(0, first, rows), activated = left.narrow(0, count + first, rows);
-        Tensor u = held ? flat_hidden.narrow(0, token, rows) : activated;
-        if (!held) linear(u, x_block, transposed, bias_in);
-        at::mm_out(grad_hidden, grad_block, transposed);
+        const Tensor grad_hidden = inner.narrow(0, first, rows), activated = inner.narrow(0, count + first, rows);
+        const Tensor u = held ? flat_hidden.narrow(0, token, rows) : in(x_block, bias_in);
+        const Tensor grad_activated = in(grad_block);
         TiedFfnRows r{u.const_data_ptr(), activated.data_ptr(), rows, features};
-        r.grad_activated = grad_hidden.const_data_ptr();
+        r.grad_activated = grad_activated.const_data_ptr();
         r.grad_hidden = grad_hidden.data_ptr();
         r.grad_bias = grad_bias_in.select(0, token / block * sums).data_ptr();
         kernel(r);
-        if (needed[0]) {
-          Tensor out = flat_grad_x.narrow(0, token, rows);
-          at::mm_out(out, grad_hidden, weight);
-        }
+        if (needed[0]) flat_grad_x.narrow(0, token, rows).copy_(out(grad_hidden));
         if (needed[1]) {
-          right.narrow(0, first, rows).copy_(x_block);
-          right.narrow(0, count + first, rows).copy_(grad_block);
+          outer.narrow(0, first, rows).copy_(x_block);
+          outer.narrow(0, count + first, rows).copy_(grad_block);
         }
       }
     });
     if (needed[1]) {
-      at::mm_out(product, left.narrow(0, 0, 2 * count).t(), right.narrow(0, 0, 2 * count));
-      grad_weight.add_(product);
+      const Linear by_inner(inner.narrow(0, 0, 2 * count).t(), channels);
+      grad_weight.add_(by_inner(outer.narrow(0, 0, 2 * count).t()));
     }
   }
   const auto finished = [&](const Tensor& sum) { return sum.to(x.scalar_type()); };
-  return {grad_x, needed[1] ? finished(grad_weight) : at::empty({0}, x.options()),
+  return {grad_x, needed[1] ? finished(grad_weight).t().contiguous() : at::empty({0}, x.options()),
           needed[2] ? finished(grad_bias_in.sum(0)) : at::empty({0}, x.options()),
           needed[3] ? finished(at::sum(grad_y, 0, false, accumulation_dtype(x))) : at::empty({0}, x.options())};
 }
