@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -16,6 +15,7 @@
 
 #include "limits.h"
 #include "single_query_attention_launch.h"
+#include "tensors.h"
 
 namespace tokenfusion {
 namespace {
@@ -27,32 +27,6 @@ constexpr int64_t kBlocksPerMultiprocessor = 2;
 constexpr int64_t kMinRowsPerBlock = 64;    // a block does not pay for less
 constexpr int64_t kMaxRowsPerBlock = 8192;  // a longer sum would lose precision
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
-
-int64_t attribute(cudaDeviceAttr name, int device) {
-  int value;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
-  return value;
-}
-
-SingleQueryAttentionDtype dtype_of(const Tensor& tokens) {
-  switch (tokens.scalar_type()) {
-    case at::kFloat:
-      return SingleQueryAttentionDtype::kFloat32;
-    case at::kHalf:
-      return SingleQueryAttentionDtype::kFloat16;
-    case at::kBFloat16:
-      return SingleQueryAttentionDtype::kBFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "tokens: got dtype ", tokens.scalar_type(), ", expected float32, float16 or bfloat16");
-  }
-}
-
-bool has_aligned_rows(const Tensor& tensor) {
-  bool aligned = tensor.stride(-1) == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i < tensor.dim() - 1; ++i)
-    aligned = aligned && (tensor.size(i) == 1 || tensor.stride(i) * tensor.element_size() % 16 == 0);
-  return aligned;
-}
 
 Tensor with_contiguous_rows(const Tensor& small) { return small.stride(-1) == 1 ? small : small.contiguous(); }
 
@@ -106,7 +80,7 @@ SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens
 std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, const OptionalTensor& extra_token_,
                                    bool normalize, double eps) {
   const c10::cuda::CUDAGuard guard(tokens.device());
-  const SingleQueryAttentionDtype dtype = dtype_of(tokens);
+  const Dtype dtype = dtype_of("tokens", tokens);
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = with_aligned_rows(extra_token_);
   const auto float32 = query.options().dtype(at::kFloat);
@@ -133,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
                                             const Tensor& log_sum_exp_, bool normalize, double eps,
                                             std::array<bool, 3> needed) {
   const c10::cuda::CUDAGuard guard(tokens.device());
-  const SingleQueryAttentionDtype dtype = dtype_of(tokens);
+  const Dtype dtype = dtype_of("tokens", tokens);
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = with_aligned_rows(extra_token_);
   const Tensor grad_context = grad_context_.contiguous(), context = context_.contiguous();

@@ -33,8 +33,6 @@ struct SingleQueryAttentionParams {
   void* grad_extra_token;     // contiguous, or null
 };
 
-enum class SingleQueryAttentionDtype { kFloat32, kFloat16, kBFloat16 };
-
 // How a block is made up: `groups` groups of `warps` warps. A group takes every groups-th tile of its block's rows; a
 // warp of it has kSlab of the channels; `stages` tiles are in flight or in use.
 struct SingleQueryAttentionPlan {

@@ -20,7 +20,7 @@ __global__ void combine_backward_kernel(const __grid_constant__ Params p) {
 
 int64_t single_query_attention_shared_bytes(int channels, int queries, int itemsize) {
   using namespace single_query_attention;
-  const auto dtype = itemsize == 4 ? SingleQueryAttentionDtype::kFloat32 : SingleQueryAttentionDtype::kFloat16;
+  const auto dtype = itemsize == 4 ? Dtype::kFloat32 : Dtype::kFloat16;
   return with_variant(dtype, queries, [&](auto variant) {
     typedef decltype(variant) V;
     Params p{};
@@ -29,8 +29,7 @@ int64_t single_query_attention_shared_bytes(int channels, int queries, int items
   });
 }
 
-cudaError_t run_single_query_attention_backward(const SingleQueryAttentionParams& p, SingleQueryAttentionDtype dtype,
-                                                cudaStream_t stream) {
+cudaError_t run_single_query_attention_backward(const SingleQueryAttentionParams& p, Dtype dtype, cudaStream_t stream) {
   using namespace single_query_attention;
   return with_variant(dtype, p.queries, [&](auto variant) {
     typedef decltype(variant) V;

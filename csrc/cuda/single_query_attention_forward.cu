@@ -18,8 +18,7 @@ __global__ void combine_forward_kernel(const __grid_constant__ Params p) {
 
 }  // namespace single_query_attention
 
-cudaError_t run_single_query_attention_forward(const SingleQueryAttentionParams& p, SingleQueryAttentionDtype dtype,
-                                               cudaStream_t stream) {
+cudaError_t run_single_query_attention_forward(const SingleQueryAttentionParams& p, Dtype dtype, cudaStream_t stream) {
   using namespace single_query_attention;
   return with_variant(dtype, p.queries, [&](auto variant) {
     typedef decltype(variant) V;

@@ -6,6 +6,7 @@
 // mean enter in float32 afterwards.
 #pragma once
 
+#include "dtype.h"
 #include "matrix.cuh"
 #include "single_query_attention.h"
 
@@ -667,11 +668,11 @@ auto with_variant(int queries, F f) {
   }
 }
 template <typename F>
-auto with_variant(SingleQueryAttentionDtype dtype, int queries, F f) {
+auto with_variant(Dtype dtype, int queries, F f) {
   switch (dtype) {
-    case SingleQueryAttentionDtype::kFloat32:
+    case Dtype::kFloat32:
       return with_variant<float>(queries, f);
-    case SingleQueryAttentionDtype::kFloat16:
+    case Dtype::kFloat16:
       return with_variant<Half>(queries, f);
     default:
       return with_variant<BFloat16>(queries, f);

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "dtype.h"
 #include "single_query_attention.h"
 
 namespace tokenfusion {
@@ -10,9 +11,7 @@ namespace tokenfusion {
 // The shared memory that a block needs at least, forward or backward, in a dtype of this many bytes.
 int64_t single_query_attention_shared_bytes(int channels, int queries, int itemsize);
 
-cudaError_t run_single_query_attention_forward(const SingleQueryAttentionParams& p, SingleQueryAttentionDtype dtype,
-                                               cudaStream_t stream);
-cudaError_t run_single_query_attention_backward(const SingleQueryAttentionParams& p, SingleQueryAttentionDtype dtype,
-                                                cudaStream_t stream);
+cudaError_t run_single_query_attention_forward(const SingleQueryAttentionParams& p, Dtype dtype, cudaStream_t stream);
+cudaError_t run_single_query_attention_backward(const SingleQueryAttentionParams& p, Dtype dtype, cudaStream_t stream);
 
 }  // namespace tokenfusion

@@ -1,7 +1,5 @@
 // The kernels of csrc/cuda/single_query_attention_kernels.cuh in emulated blocks, for tests to call from Python.
-#include <stdio.h>
-#include <stdlib.h>
-
+#include "blocks.h"
 #include "single_query_attention_kernels.cuh"
 
 using namespace tokenfusion;
@@ -10,12 +8,6 @@ using namespace tokenfusion::single_query_attention;
 namespace {
 
 constexpr int kCombineThreads = 32;
-
-template <typename Block>
-void run_blocks(int blocks, int threads, const emulation::Options& options, Block block) {
-  for (int i = 0; i < blocks; ++i)
-    emulation::run_block(options.backwards ? blocks - 1 - i : i, threads, options, block);
-}
 
 template <typename V, bool kBackward>
 void run(const Params& p, int groups, int stages, const emulation::Options& options) {
@@ -29,18 +21,12 @@ void run(const Params& p, int groups, int stages, const emulation::Options& opti
     Shared<T, V::query_tiles, kBackward> shared;
     plan.shared_bytes = shared.layout(nullptr, plan.warps, plan.groups, plan.stages, 0);
   }
-  const size_t guard = 256;
-  std::vector<Vector16> memory((plan.shared_bytes + guard) / 16);
-  char* const bytes = reinterpret_cast<char*>(memory.data());
-  run_blocks(p.batch * p.splits, plan.threads(), options, [&] {
-    if (thread_index() == (options.backwards ? plan.threads() - 1 : 0)) memset(bytes, 0xFF, memory.size() * 16);
-    Direction direction(p, plan, bytes);
+  emulation::run_blocks(p.batch * p.splits, plan.threads(), plan.shared_bytes, options, [&](char* memory) {
+    Direction direction(p, plan, memory);
     direction.run(direction);
   });
-  for (size_t i = plan.shared_bytes; i < memory.size() * 16; ++i)
-    if (bytes[i] != char(0xFF)) emulation::fail("a write beyond the shared memory");
   if (p.splits > 1 && (!kBackward || p.grad_query != nullptr))
-    run_blocks(p.batch * p.queries, kCombineThreads, options, [&] {
+    emulation::run_blocks(p.batch * p.queries, kCombineThreads, options, [&] {
       if constexpr (is_backward)
         combine_backward<T>(p);
       else
@@ -53,7 +39,7 @@ void run(const Params& p, int groups, int stages, const emulation::Options& opti
 extern "C" void run_single_query_attention(const Params* p, int dtype, int backward, int groups, int stages,
                                            int backwards, int one_warp_ahead, int late_copies) {
   const emulation::Options options{backwards != 0, one_warp_ahead != 0, late_copies != 0};
-  with_variant(SingleQueryAttentionDtype(dtype), p->queries, [&](auto variant) {
+  with_variant(Dtype(dtype), p->queries, [&](auto variant) {
     if (backward)
       run<decltype(variant), true>(*p, groups, stages, options);
     else
@@ -62,7 +48,7 @@ extern "C" void run_single_query_attention(const Params* p, int dtype, int backw
 }
 
 extern "C" int64_t plan_single_query_attention(const Params* p, int dtype, int backward, int64_t most_bytes) {
-  return with_variant(SingleQueryAttentionDtype(dtype), p->queries, [&](auto variant) {
+  return with_variant(Dtype(dtype), p->queries, [&](auto variant) {
     typedef decltype(variant) V;
     const Plan plan = backward ? make_plan<typename V::Element, V::query_tiles, true>(*p, most_bytes)
                                : make_plan<typename V::Element, V::query_tiles, false>(*p, most_bytes);

@@ -2,20 +2,11 @@
 
 import ctypes
 import functools
-import os
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from tests.conftest import ROOT
-
-COMPILER = (os.environ.get("CXX") or "c++").split()[0]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # numbered as in SingleQueryAttentionDtype
-_GUARD = 64  # elements
+from tests.emulation import DTYPES, Guarded, compile_library
 
 
 class _Params(ctypes.Structure):
@@ -57,15 +48,8 @@ class _Params(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp())
-    sources = ROOT / "tests/cuda_emulation"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{ROOT}/csrc/cuda", f"-I{sources}"]
-    command = [COMPILER, *flags, str(sources / "single_query_attention.cpp"), "-o", str(folder / "emulated.so")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(str(folder / "emulated.so"))
+    library = compile_library("single_query_attention")
     library.plan_single_query_attention.restype = ctypes.c_int64
-    shutil.rmtree(folder)
     return library
 
 
@@ -123,28 +107,11 @@ class Emulated:
         )
 
 
-class _Guarded:
-    """Uninitialised tensors between guard bands."""
-
-    def __init__(self):
-        self.memory = []
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        size = torch.Size(shape).numel()
-        memory = torch.full((_GUARD + size + _GUARD,), torch.nan, dtype=dtype)
-        self.memory.append((memory, size))
-        return memory[_GUARD : _GUARD + size].view(shape)
-
-    def check(self) -> None:
-        for memory, size in self.memory:
-            assert memory[:_GUARD].isnan().all() and memory[_GUARD + size :].isnan().all(), "a guard band was written"
-
-
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, emulated, query, tokens, extra_token, normalize, eps):
         batch, queries, channels = query.shape
-        guarded = _Guarded()
+        guarded = Guarded()
         context = guarded.empty(batch, queries, channels, dtype=tokens.dtype)
         lse = guarded.empty(batch, queries, dtype=torch.float32)
         partial = [
@@ -172,7 +139,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx, grad_context):
         query, tokens, extra_token, context, lse = ctx.saved_tensors
         emulated, normalize, eps = ctx.options
-        guarded = _Guarded()
+        guarded = Guarded()
         _, *needed, _, _ = ctx.needs_input_grad
         grads = [
             guarded.empty(*t.shape, dtype=t.dtype) if wanted else None

@@ -1,52 +1,16 @@
 """The CUDA kernels of single_query_attention compiled for GPUs that are not here: no spill, one wide read of the tokens."""
 
-import importlib.util
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.test_install import plan
+from tests import sass
+from tests.sass import CAPABILITIES, ELEMENTS
 
-NVCC = plan.find_nvcc()
-FOLDERS = [Path(NVCC.home) / "bin"] if NVCC else []
-if triton := importlib.util.find_spec("triton"):
-    FOLDERS.append(Path(triton.origin).parent / "backends/nvidia/bin")
-CUOBJDUMP = next((tool for folder in FOLDERS if (tool := shutil.which("cuobjdump", path=str(folder)))), None)
-
-pytestmark = [
-    pytest.mark.skipif(NVCC is None, reason="nvcc was not found"),
-    pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump was not found"),
-    pytest.mark.timeout(600),
-]
+pytestmark = sass.MARKS
 
 DIRECTIONS = ("forward", "backward")
-CAPABILITIES = (80, 90)
-ELEMENTS = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}  # mangled: dtype
 QUERY_TILES = (1, 2, 4)
-
-
-def _usage(log: str) -> dict[str, dict]:
-    """Kernel -> what ptxas -v says of it."""
-    usage = {}
-    for part in log.split("Compiling entry function '")[1:]:
-        numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        registers = re.search(r"Used (\d+) registers", part)
-        usage[part.partition("'")[0]] = dict(spilled=sum(map(int, numbers.groups())), registers=int(registers[1]))
-    return usage
-
-
-def _functions(sass: str) -> dict[str, list[tuple[int, str]]]:
-    """Function -> its instructions, each with its address."""
-    parts = re.split(r"Function : (\S+)", sass)[1:]
-    instruction = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
-    return {
-        name: [(int(address, 16), text) for address, text in instruction.findall(code)]
-        for name, code in zip(parts[::2], parts[1::2], strict=True)
-    }
 
 
 def _main_loop(instructions: list[tuple[int, str]]) -> list[str]:
@@ -61,25 +25,11 @@ def _main_loop(instructions: list[tuple[int, str]]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[tuple[str, int], tuple[dict, dict]]:
-    """(direction, compute capability) -> usage and instructions of its kernels; all compiled side by side."""
-    folder = tmp_path_factory.mktemp("cubins")
-    running = {}
-    for direction in DIRECTIONS:
-        for capability in CAPABILITIES:
-            source = ROOT / f"csrc/cuda/single_query_attention_{direction}.cu"
-            cubin = folder / f"{direction}{capability}.cubin"
-            flags = [*plan.NVCC_FLAGS, f"-arch=sm_{capability}", "-cubin", "-Xptxas", "-v"]
-            command = [f"{NVCC.home}/bin/nvcc", "-std=c++17", *flags, str(source), "-o", str(cubin)]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            running[direction, capability] = process, cubin
-    results = {}
-    for key, (process, cubin) in running.items():
-        log, _ = process.communicate()
-        assert process.returncode == 0, log
-        sass = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-        results[key] = _usage(log), _functions(sass)
-    return results
+def compiled(tmp_path_factory) -> dict[tuple[str, int], dict[str, sass.Function]]:
+    """(direction, compute capability) -> its kernels."""
+    names = {f"single_query_attention_{direction}": direction for direction in DIRECTIONS}
+    results = sass.compile_all(names, tmp_path_factory.mktemp("cubins"))
+    return {(names[name], capability): functions for (name, capability), functions in results.items()}
 
 
 def _name(names, direction: str, element: str, query_tiles: int) -> str:
@@ -93,12 +43,12 @@ def _name(names, direction: str, element: str, query_tiles: int) -> str:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_no_spills_and_wide_loads_in_the_main_loop(compiled, direction, capability, element, query_tiles):
-    usage, functions = compiled[direction, capability]
-    name = _name(usage, direction, element, query_tiles)
-    print(direction, capability, ELEMENTS[element], query_tiles, usage[name])
-    assert usage[name]["spilled"] == 0, usage[name]
-    assert usage[name]["registers"] <= 255, usage[name]
-    loop = _main_loop(functions[name])
+    functions = compiled[direction, capability]
+    kernel = functions[_name(functions, direction, element, query_tiles)]
+    print(direction, capability, ELEMENTS[element], query_tiles, kernel.registers)
+    assert kernel.spilled == 0, kernel.spilled
+    assert kernel.registers <= 255, kernel.registers
+    loop = _main_loop(kernel.instructions)
     reads = [text for text in loop if re.search(r"\b(LDG|LDGSTS)\b", text)]
     assert reads
     assert all(re.search(r"\bLDGSTS\.E\.BYPASS\b.*?\.128\b", text) for text in reads), reads
@@ -109,11 +59,7 @@ def test_no_spills_and_wide_loads_in_the_main_loop(compiled, direction, capabili
 
 
 def test_nothing_is_atomic_or_spilled(compiled):
-    for key, (usage, functions) in compiled.items():
-        assert len(usage) == len(ELEMENTS) * (len(QUERY_TILES) + 1), key  # and one that combines the splits
-        for name, numbers in usage.items():
-            assert numbers["spilled"] == 0, (key, name, numbers)
-            atomic = [
-                text for _, text in functions[name] if re.search(r"\b(ATOM|ATOMG|ATOMS|RED|REDG|LDL|STL)\b", text)
-            ]
-            assert not atomic, (key, name)
+    for key, functions in compiled.items():
+        assert len(functions) == len(ELEMENTS) * (len(QUERY_TILES) + 1), key  # and one that combines the splits
+        for name, function in functions.items():
+            sass.assert_nothing_is_atomic_or_spilled(function, (key, name))

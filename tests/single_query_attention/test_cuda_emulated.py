@@ -1,23 +1,18 @@
 """The CUDA kernels of single_query_attention in the emulated GPU, against the reference: their mathematics, indices and
 barriers, without a GPU."""
 
-import itertools
 import shutil
 
 import pytest
 import torch
 
+from tests.emulation import COMPILER, DTYPES, SCHEDULES
 from tests.parity import assert_parity
 from tests.single_query_attention.cases import check_parity, make_inputs, with_gradients
-from tests.single_query_attention.emulated import COMPILER, DTYPES, Emulated, planned_bytes
+from tests.single_query_attention.emulated import Emulated, planned_bytes
 from tokenfusion.kernels.single_query_attention import reference
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler ({COMPILER})")
-
-SCHEDULES = [
-    dict(backwards=backwards, one_warp_ahead=ahead, late_copies=late)
-    for backwards, ahead, late in itertools.product((False, True), repeat=3)
-]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
