@@ -15,6 +15,15 @@ TF_DEVICE uint32_t load_pair(const T* p) {
   return *reinterpret_cast<const uint32_t*>(p);
 }
 
+template <typename T>
+struct alignas(2 * sizeof(T)) Two {
+  T x[2];
+};
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T x[4];
+};
+
 // Half and BFloat16: products are exact and are summed in float32.
 template <typename T>
 struct Matrix {
@@ -54,6 +63,29 @@ struct Matrix {
       squares[0] = odd ? upper[1] : upper[0], squares[1] = odd ? lower[3] : lower[2];
     }
   };
+
+  // 16 bytes of each of four lanes, which give the columns of a and the rows of b for kVectorSteps products, in an
+  // order that is the same for both
+  typedef Vector16 Vector;
+  static constexpr int kVectorSteps = 2;
+
+  static TF_DEVICE A vector_a(const Vector& upper, const Vector& lower, int step) {
+    return {{upper.x[2 * step], lower.x[2 * step], upper.x[2 * step + 1], lower.x[2 * step + 1]}};
+  }
+  static TF_DEVICE B vector_b(const Vector& column, int step) { return {{column.x[2 * step], column.x[2 * step + 1]}}; }
+  // a of numbers (i, k) -> float, that in row lane / 4 + 8 i and column k
+  template <typename Number>
+  static TF_DEVICE A make_a(Number number) {
+    const int column = lane_index() % 4 * 2;
+    A a;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int k = column + i / 2 * 8;
+      const Two<T> pair = {from_float<T>(number(i % 2, k)), from_float<T>(number(i % 2, k + 1))};
+      a.x[i] = load_pair(pair.x);
+    }
+    return a;
+  }
 
   static TF_DEVICE A load_a(const T* rows, int pitch) {
     const int i = lane_index();
@@ -160,6 +192,26 @@ struct Matrix<float> {
     }
   };
 
+  typedef Four<float> Vector;
+  static constexpr int kVectorSteps = 1;
+
+  static TF_DEVICE A vector_a(const Vector& upper, const Vector& lower, int) {
+    A a;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a.x[i] = (i % 2 == 0 ? upper : lower).x[i / 2];
+    return a;
+  }
+  static TF_DEVICE B vector_b(const Vector& column, int) {
+    return {column.x[0], column.x[1], column.x[2], column.x[3]};
+  }
+  template <typename Number>
+  static TF_DEVICE A make_a(Number number) {
+    A a;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a.x[i] = number(i % 2, lane_index() % 4 + i / 2 * 4);
+    return a;
+  }
+
   static TF_DEVICE A load_a(const float* rows, int pitch) {
     const int row = lane_index() / 4, column = lane_index() % 4;
     A a;
@@ -195,10 +247,11 @@ struct Matrix<float> {
   }
 };
 
+// Two numbers next to each other, aligned as one.
 template <typename T>
-struct alignas(4 * sizeof(T)) Four {
-  T x[4];
-};
+TF_DEVICE void store_two(T* to, float x, float y) {
+  *reinterpret_cast<Two<T>*>(to) = {from_float<T>(x), from_float<T>(y)};
+}
 
 // Four numbers next to each other, aligned as one.
 template <typename T>

@@ -1,5 +1,7 @@
 """dynamic_mixing: argument checks, registration, autograd and the public function."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +15,7 @@ from tokenfusion.kernels.library import define, second_order
 MAX_TOKENS = 64
 MAX_REDUCED = 16
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _LAYOUTS = {
     "compress_weight": "[S * d, D]",
@@ -128,11 +130,44 @@ def _cpu_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -
 
 def _triton_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
     reason = triton_support.why_not_tensor(x)
-    return reason or _why_not_kernel(x, compressed, segments, dim, _TRITON_DTYPES)
+    return reason or _why_not_kernel(x, compressed, segments, dim, _GPU_DTYPES)
+
+
+@functools.cache
+def _query_cuda_max_reduced(tokens: int, itemsize: int, device: int) -> int:
+    from tokenfusion import _C
+
+    return _C.dynamic_mixing_cuda_max_reduced(tokens, itemsize, device)
+
+
+@torch.compiler.assume_constant_result
+def _cuda_max_reduced(tokens: int, itemsize: int, device: int) -> int:
+    """As large a d as the GPU's shared memory suffices for."""
+    return _query_cuda_max_reduced(tokens, itemsize, device)
+
+
+def _why_not_cuda_kernel(x, compressed, segments, dim) -> str | None:
+    reduced = compressed.shape[3] // segments
+    tokens = next(limit for limit in range(8, MAX_TOKENS + 1, 8) if x.shape[dim] <= limit)
+    most = _cuda_max_reduced(tokens, x.element_size(), x.device.index)
+    if reduced > most:
+        return f"d = {reduced} is more than the {most} that this GPU can take with N = {x.shape[dim]}"
+    return None
+
+
+def _cuda_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
+    reason = extension.why_not_cuda()
+    if reason is not None:
+        return reason
+    if x.device.type != "cuda":
+        return f"tensors are on {x.device.type}, expected cuda"
+    reason = _why_not_kernel(x, compressed, segments, dim, _GPU_DTYPES)
+    return reason or _why_not_cuda_kernel(x, compressed, segments, dim)
 
 
 OPERATOR = register(
     "dynamic_mixing",
+    Implementation("cuda", _define("cuda"), _cuda_can_run, automatic=False),
     Implementation("triton", _define("triton"), _triton_can_run, automatic=False),
     Implementation("cpu", _define("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda *call: None),

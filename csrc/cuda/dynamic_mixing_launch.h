@@ -1,0 +1,23 @@
+// Launches of dynamic_mixing's kernels on the current device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "dtype.h"
+#include "dynamic_mixing.h"
+
+namespace tokenfusion {
+
+// The shared memory that a block needs at least, forward or backward, in a dtype of this many bytes.
+int64_t dynamic_mixing_shared_bytes(int tokens, int reduced, int itemsize);
+
+cudaError_t run_dynamic_mixing_forward(const DynamicMixingParams& p, Dtype dtype, cudaStream_t stream);
+
+// One of the kernels of the backward pass.
+cudaError_t run_dynamic_mixing_backward(const DynamicMixingParams& p, DynamicMixingKernel kernel, Dtype dtype,
+                                        cudaStream_t stream);
+
+// Blocks of a kernel, in a dtype of this many bytes.
+int64_t dynamic_mixing_blocks(const DynamicMixingParams& p, DynamicMixingKernel kernel, int itemsize);
+
+}  // namespace tokenfusion

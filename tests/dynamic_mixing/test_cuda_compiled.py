@@ -1,0 +1,42 @@
+"""The CUDA kernels of dynamic_mixing compiled for GPUs that are not here: no spill, wide loads, products on tensor cores."""
+
+import re
+
+import pytest
+
+from tests import sass
+from tests.sass import CAPABILITIES, ELEMENTS
+
+pytestmark = sass.MARKS
+
+KERNELS = {"forward": 1, "grad_x": 2, "grad_compressed": 2, "grad_weight": 2}  # name: instantiations per dtype
+TWO_BLOCKS = 64  # registers with which a multiprocessor takes two blocks
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[int, dict[str, sass.Function]]:
+    """Compute capability -> kernels."""
+    names = ("dynamic_mixing_forward", "dynamic_mixing_backward")
+    results = sass.compile_all(names, tmp_path_factory.mktemp("cubins"))
+    return {c: {k: f for name in names for k, f in results[name, c].items()} for c in CAPABILITIES}
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=ELEMENTS.get)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_spills_and_wide_loads(compiled, kernel, capability, element):
+    wanted = re.compile(rf"{len(kernel) + 7}{kernel}_kernelI{element}(Li\dE)?E")
+    functions = {name: f for name, f in compiled[capability].items() if wanted.search(name)}
+    assert len(functions) == KERNELS[kernel]
+    for name, function in functions.items():
+        print(kernel, capability, ELEMENTS[element], function.registers)
+        sass.assert_nothing_is_atomic_or_spilled(function, name)
+        assert function.registers <= (TWO_BLOCKS if kernel == "forward" and element != "f" else 128)
+        assert function.texts(r"\bHMMA\b")
+        assert len(function.texts(r"\bLDG\.E\.128\b")) >= 2, "the generator's weight"
+        assert function.texts(r"\bLDGSTS\.E\.BYPASS\.128\b"), "the tokens or the gradients"
+
+
+def test_all_kernels_are_seen(compiled):
+    for functions in compiled.values():
+        assert len(functions) == sum(KERNELS.values()) * len(ELEMENTS)
