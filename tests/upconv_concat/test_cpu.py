@@ -97,7 +97,9 @@ def test_composing_is_chosen_by_the_work():
     weight, few, many = torch.empty(64, 32, 2, 2), torch.empty(1, 64, 2, 2), torch.empty(8, 64, 32, 32)
     assert not project_op._composing_pays(few, weight, 32)
     assert project_op._composing_pays(many, weight, 32)
-    assert not project_op._composing_pays(torch.empty(16, 768, 7, 7), torch.empty(768, 768, 2, 2), 768)
+    equal = torch.empty(16, 768, 7, 7), torch.empty(768, 768, 2, 2), 768
+    assert not project_op._composing_pays(*equal)
+    assert project_op._composing_pays(*equal, trains=True)
 
 
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])

@@ -126,16 +126,18 @@ def _check_projection(proj_weight, proj_bias, x, weight, skip) -> None:
 _MULTIPLICATIONS_PER_MOVE = 16  # in the time in which memory takes or gives a number
 
 
-def _composing_pays(x: torch.Tensor, weight: torch.Tensor, projected: int) -> bool:
+def _composing_pays(x: torch.Tensor, weight: torch.Tensor, projected: int, trains: bool = False) -> bool:
     """Do P_up U and (P_up U) x take less work than U x and P_up (U x)?
 
     Multiplications, for each offset (i, j), and P_up U being written, brought into the order of the product and read.
+    Backward, both take twice as much, and U x, which is not kept, is computed again.
     """
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     channels, up_channels = weight.shape[:2]
+    passes, again = (3, pixels * channels * up_channels) if trains else (1, 0)
     composed = channels * up_channels * projected + pixels * channels * projected
     composed += 3 * _MULTIPLICATIONS_PER_MOVE * channels * projected
-    return composed < pixels * channels * up_channels + pixels * up_channels * projected
+    return passes * composed < passes * pixels * up_channels * (channels + projected) + again
 
 
 def compose(weight: torch.Tensor, proj_up: torch.Tensor) -> torch.Tensor:
@@ -187,7 +189,8 @@ def upconv_concat_project(
         bias = bias if proj_bias is None else bias + proj_bias
     else:
         bias = proj_bias
-    if _composing_pays(x, weight, proj_weight.shape[0]):
+    trains = torch.is_grad_enabled() and proj_weight.requires_grad
+    if _composing_pays(x, weight, proj_weight.shape[0], trains):
         weight, proj_up = compose(weight, proj_up), None
     return OPERATOR.select(x, weight).run(x, weight, bias, skip, proj_up, proj_skip)
 
