@@ -18,12 +18,14 @@ class Variant:
 
     call takes one set of inputs and returns a tuple of tensors. backend is the backend of this package that has to
     run, None for code of others. comparable turns eager's results into those of this variant, where they differ.
+    A variant that is another network stands beside eager for its time and memory alone: its results are not compared.
     """
 
     name: str
     call: Callable[..., tuple[torch.Tensor, ...]]
     backend: str | None = None
     comparable: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = lambda results: results
+    another_network: bool = False
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def cells(row: dict) -> tuple[str, ...]:
         peak,
         _number(row["bytes_per_second"] / 1e9),
         f"{row['share_of_ceiling']:.0%}",
-        f"{row['error']:.0e} of {row['allowed_error']:.0e}",
+        "-" if row["error"] is None else f"{row['error']:.0e} of {row['allowed_error']:.0e}",
     )
 
 
