@@ -228,16 +228,17 @@ struct Block {
 
   // sums += a b^T for 16 rows of a and the block's 16 rows of b: `upper` and `lower` are rows lane / 4 and lane / 4 + 8
   // of a in memory, null for zeros, b [kRows, pitch] is in shared memory. The depth is a multiple of 16 bytes; b has
-  // zeros up to four times that.
+  // zeros up to four times that. What comes next is read while this is multiplied.
   TF_DEVICE void multiply(const T* upper, const T* lower, int depth, const T* b, int pitch, float (&sums)[2][4]) {
     typedef typename M::Vector Vector;
+    const auto load = [&](const T* row, int k) {
+      return row != nullptr && k < depth ? *reinterpret_cast<const Vector*>(row + k) : Vector{};
+    };
+    int k = lane % 4 * kVector;
+    Vector above = load(upper, k), below = load(lower, k);
 #pragma unroll 1
     for (int step = 0; step < depth; step += 4 * kVector) {
-      const int k = step + lane % 4 * kVector;
-      const bool inside = k < depth;
-      Vector above = {}, below = {};
-      if (inside && upper != nullptr) above = *reinterpret_cast<const Vector*>(upper + k);
-      if (inside && lower != nullptr) below = *reinterpret_cast<const Vector*>(lower + k);
+      const Vector next_above = load(upper, k + 4 * kVector), next_below = load(lower, k + 4 * kVector);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         const Vector column = *reinterpret_cast<const Vector*>(b + (8 * t + lane / 4) * pitch + k);
@@ -247,6 +248,7 @@ struct Block {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[t][i] += product[i];
       }
+      above = next_above, below = next_below, k += 4 * kVector;
     }
   }
 
