@@ -31,6 +31,12 @@ def test_many_tokens(tokens, dtype):
     check_parity(Emulated(), inputs, segments=6, dim=1)
 
 
+@pytest.mark.parametrize("tokens, channels, segments, reduced", [(32, 192, 8, 2), (16, 384, 16, 2), (32, 256, 8, 8)])
+def test_stages_of_dynamixer(tokens, channels, segments, reduced):
+    inputs = make_inputs(1, tokens, 2, channels, segments=segments, dim=1, reduced=reduced, dtype=torch.bfloat16)
+    check_parity(Emulated(splits=2), inputs, segments=segments, dim=1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels, segments", [(1, 1), (7, 1), (7, 7), (24, 1), (40, 1), (72, 1), (30, 2), (192, 8)])
 def test_any_segments(channels, segments, dtype):
