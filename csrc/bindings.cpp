@@ -23,7 +23,7 @@ PYBIND11_MODULE(_C, module) {
       },
       "Instruction set of the CPU kernels that run here: default, avx2 or avx512.");
   module.def(
-      "multiplies_bfloat16", [] { return TOKENFUSION_KERNELS(product).multiplies_bfloat16(); },
+      "takes_bfloat16", [] { return TOKENFUSION_KERNELS(product).takes_bfloat16(); },
       "Whether the CPU kernels' own matrix product takes bfloat16 here.");
 #ifdef TOKENFUSION_WITH_CUDA
   module.def("single_query_attention_cuda_max_channels", &tokenfusion::single_query_attention_cuda_max_channels,

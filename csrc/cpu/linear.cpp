@@ -40,14 +40,16 @@ const OneDnn* onednn() {
   return found ? &*found : nullptr;
 }
 
-bool onednn_serves(at::ScalarType dtype) {
+bool onednn_serves(at::ScalarType dtype, int64_t rows) {
   if (!at::globalContext().userEnabledMkldnn() || onednn() == nullptr) return false;
-  return dtype == at::kFloat || (dtype == at::kBFloat16 && onednn()->bfloat16);
+  // In bfloat16 PyTorch's own product is oneDNN's, too: the reordering is all that there is to gain.
+  return dtype == at::kFloat || (dtype == at::kBFloat16 && onednn()->bfloat16 && rows >= kMinRowsToReorder);
 }
 
 }  // namespace
 
-Linear::Linear(const Tensor& weight, int64_t rows) : weight_(weight), onednn_(onednn_serves(weight.scalar_type())) {
+Linear::Linear(const Tensor& weight, int64_t rows)
+    : weight_(weight), onednn_(onednn_serves(weight.scalar_type(), rows)) {
   if (onednn_ && weight.is_contiguous() && rows >= kMinRowsToReorder)
     weight_ = onednn()->reorder.call(weight, std::nullopt);
 }

@@ -5,7 +5,7 @@
 //
 // b is packed once, by `pack`, and shared by all calls and threads. `run` packs a, a few rows at a time, and is the
 // work of one thread. Sums are float; those of bfloat16 need instructions that multiply pairs: see
-// `multiplies_bfloat16`.
+// `takes_bfloat16`.
 #pragma once
 
 #include <stdint.h>
@@ -52,7 +52,7 @@ struct ProductKernels {
     void (*run)(const ProductCall&);
   };
   ForDtype float32, bfloat16;
-  bool (*multiplies_bfloat16)();  // whether those of bfloat16 can run on this processor
+  bool (*takes_bfloat16)();  // whether there are instructions for pairs, and no tiles (AMX), which PyTorch uses
 };
 
 namespace isa_default {

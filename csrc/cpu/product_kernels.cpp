@@ -1,6 +1,10 @@
 #include "product.h"
 #include "vec.h"
 
+#if TF_VECTOR_BYTES == 64
+#include <cpuid.h>
+#endif
+
 namespace tokenfusion {
 namespace TOKENFUSION_ISA_NAMESPACE {
 namespace {
@@ -219,9 +223,12 @@ constexpr ProductKernels::ForDtype for_dtype() {
   return {kRows, kPanel, packed_bytes<T>, pack<T>, scratch_bytes<T>, run<T>};
 }
 
-bool multiplies_bfloat16() {
+bool takes_bfloat16() {
 #if TF_VECTOR_BYTES == 64
-  return __builtin_cpu_supports("avx512bf16");
+  constexpr unsigned kTiles = 1 << 24;
+  unsigned a, b, c, features = 0;
+  __get_cpuid_count(7, 0, &a, &b, &c, &features);
+  return __builtin_cpu_supports("avx512bf16") && !(features & kTiles);
 #else
   return false;
 #endif
@@ -229,7 +236,7 @@ bool multiplies_bfloat16() {
 
 }  // namespace
 
-const ProductKernels product = {for_dtype<float>(), for_dtype<bf16>(), multiplies_bfloat16};
+const ProductKernels product = {for_dtype<float>(), for_dtype<bf16>(), takes_bfloat16};
 
 }  // namespace TOKENFUSION_ISA_NAMESPACE
 }  // namespace tokenfusion

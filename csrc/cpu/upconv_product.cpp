@@ -102,7 +102,7 @@ int64_t run_of(const Tensor& out, int64_t scale) {
 bool product_pays(const Tensor& out, int64_t scale) {
   const ProductKernels& kernels = TOKENFUSION_KERNELS(product);
   const at::ScalarType dtype = out.scalar_type();
-  if (dtype != at::kFloat && !(dtype == at::kBFloat16 && kernels.multiplies_bfloat16())) return false;
+  if (dtype != at::kFloat && !(dtype == at::kBFloat16 && kernels.takes_bfloat16())) return false;
   const int64_t run = run_of(out, scale), panel = kernels_for(dtype).panel;
   return at::divup(run, panel) * panel <= run + run / 8;
 }

@@ -26,7 +26,7 @@ constexpr int64_t kStrips = 8;  // groups of rows whose sums stay in the cache u
 
 const ProductKernels::ForDtype& kernels_for(at::ScalarType dtype) {
   const ProductKernels& kernels = TOKENFUSION_KERNELS(product);
-  TORCH_CHECK_TYPE(dtype == at::kFloat || (dtype == at::kBFloat16 && kernels.multiplies_bfloat16()), "got dtype ",
+  TORCH_CHECK_TYPE(dtype == at::kFloat || (dtype == at::kBFloat16 && kernels.takes_bfloat16()), "got dtype ",
                    dtype, ", expected float32, or bfloat16 where the processor multiplies it");
   return dtype == at::kFloat ? kernels.float32 : kernels.bfloat16;
 }

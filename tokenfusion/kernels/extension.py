@@ -59,8 +59,7 @@ def own_product_dtypes() -> tuple[torch.dtype, ...]:
 
     if _C.capability() == "default":
         return ()
-    pairs = _C.multiplies_bfloat16() and not torch.cpu._is_amx_tile_supported()
-    return (torch.float32, torch.bfloat16) if pairs else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if _C.takes_bfloat16() else (torch.float32,)
 
 
 def why_not_cuda() -> str | None:
