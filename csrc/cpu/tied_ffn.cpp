@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -70,6 +71,10 @@ void each_share(int64_t blocks, F f) {
   });
 }
 
+void put(const Tensor& target, const Tensor& result) {
+  if (!result.is_same(target)) target.copy_(result);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_in,
                                    const OptionalTensor& bias_out, std::string_view activation, bool hold) {
   const auto kernel = kernels_for(x_.scalar_type()).forward[index_of(activation)];
@@ -81,14 +86,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const
   if (y.numel() == 0) return {y, hidden};
   const Tensor x = flat(x_), flat_y = flat(y), flat_hidden = hold ? flat(hidden) : hidden;
   const int64_t tokens = x.size(0), block = block_of(tokens);
-  const Linear in(weight, tokens), out(weight.t(), tokens);
+  const Tensor transposed = weight.t();
   each_share(at::divup(tokens, block), [&](int64_t begin, int64_t end) {
+    const Tensor scratch = at::empty({std::min(block, tokens), features}, x.options());
     for (int64_t first = begin * block; first < std::min(end * block, tokens); first += block) {
       const int64_t rows = std::min(block, tokens - first);
-      const Tensor u = in(x.narrow(0, first, rows), bias_in);
-      if (hold) flat_hidden.narrow(0, first, rows).copy_(u);
-      kernel({u.const_data_ptr(), u.data_ptr(), rows, features});
-      flat_y.narrow(0, first, rows).copy_(out(u, bias_out));
+      const Tensor activated = scratch.narrow(0, 0, rows), held = hold ? flat_hidden.narrow(0, first, rows) : activated;
+      const Tensor u = linear(held, x.narrow(0, first, rows), weight, bias_in);
+      if (hold) put(held, u);
+      kernel({u.const_data_ptr(), activated.data_ptr(), rows, features});
+      const Tensor out = flat_y.narrow(0, first, rows);
+      put(out, linear(out, activated, transposed, bias_out));
     }
   });
   return {y, hidden};
@@ -107,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   const Tensor x = flat(x_), grad_y = flat(grad_y_), flat_grad_x = needed[0] ? flat(grad_x) : grad_x;
   const Tensor flat_hidden = held ? flat(hidden) : hidden;
   const int64_t tokens = x.size(0), block = block_of(tokens);
-  const Linear in(weight, tokens), out(weight.t(), tokens);
+  const Tensor transposed = weight.t();
   const int64_t fitting = kChunkBytes / (2 * features * x_.element_size());
   const int64_t blocks_a_chunk = std::min(fitting, kMaxChunk) / block;
   const int64_t chunk = std::min(tokens, std::max<int64_t>(blocks_a_chunk, at::get_num_threads()) * block);
@@ -117,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   // Of a chunk of tokens: the gradient of the hidden layer, then the activated hidden layer; x, then y's gradient.
   const Tensor inner = at::empty({2 * chunk, features}, x.options());
   const Tensor outer = at::empty({needed[1] ? 2 * chunk : 0, channels}, x.options());
+  const Tensor product = at::empty_like(grad_weight, x.options());
   for (int64_t start = 0; start < tokens && (needed[0] || needed[1] || needed[2]); start += chunk) {
     const int64_t count = std::min(chunk, tokens - start);
     each_share(at::divup(count, block), [&](int64_t begin, int64_t end) {
@@ -124,24 +133,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
         const int64_t rows = std::min(block, count - first), token = start + first;
         const Tensor x_block = x.narrow(0, token, rows), grad_block = grad_y.narrow(0, token, rows);
         const Tensor grad_hidden = inner.narrow(0, first, rows), activated = inner.narrow(0, count + first, rows);
-        const Tensor u = held ? flat_hidden.narrow(0, token, rows) : in(x_block, bias_in);
-        const Tensor grad_activated = in(grad_block);
+        const Tensor u = held ? flat_hidden.narrow(0, token, rows) : linear(activated, x_block, weight, bias_in);
+        const Tensor grad_activated = linear(grad_hidden, grad_block, weight);
         TiedFfnRows r{u.const_data_ptr(), activated.data_ptr(), rows, features};
         r.grad_activated = grad_activated.const_data_ptr();
         r.grad_hidden = grad_hidden.data_ptr();
         r.grad_bias = grad_bias_in.select(0, token / block * sums).data_ptr();
         kernel(r);
-        if (needed[0]) flat_grad_x.narrow(0, token, rows).copy_(out(grad_hidden));
+        if (needed[0]) {
+          const Tensor out = flat_grad_x.narrow(0, token, rows);
+          put(out, linear(out, grad_hidden, transposed));
+        }
         if (needed[1]) {
           outer.narrow(0, first, rows).copy_(x_block);
           outer.narrow(0, count + first, rows).copy_(grad_block);
         }
       }
     });
-    if (needed[1]) {
-      const Linear by_inner(inner.narrow(0, 0, 2 * count).t(), channels);
-      grad_weight.add_(by_inner(outer.narrow(0, 0, 2 * count).t()));
-    }
+    if (needed[1])
+      grad_weight.add_(linear(product, outer.narrow(0, 0, 2 * count).t(), inner.narrow(0, 0, 2 * count).t()));
   }
   const auto finished = [&](const Tensor& sum) { return sum.to(x.scalar_type()); };
   return {grad_x, needed[1] ? finished(grad_weight).t().contiguous() : at::empty({0}, x.options()),
