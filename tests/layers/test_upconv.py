@@ -1,5 +1,7 @@
 """The up-sampling layers against torch's layers that they replace, whose checkpoints they load."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 
 from tests.parity import assert_runs
 from tokenfusion import layers
+from tokenfusion.measure import peak_extra_bytes
 
 X, SKIP = torch.randn(2, 6, 3, 5), torch.randn(2, 4, 6, 10)
 
@@ -57,3 +60,27 @@ def test_copies(scale):
     assert torch.equal(layers.UpCopyConcat(scale, skip_first=True)(X, skip), torch.cat((skip, up), 1))
     assert torch.equal(layers.UpCopyConcat(scale)(X), up)
     assert torch.equal(layers.UpCopyAdd(scale)(X, skip), up + skip)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_copies_make_no_map_of_their_own(memory_format):
+    x = torch.randn(2, 32, 16, 16).contiguous(memory_format=memory_format).requires_grad_()
+    skip = torch.randn(2, 8, 64, 64).contiguous(memory_format=memory_format).requires_grad_()
+    layer, up = layers.UpCopyConcat(4), F.interpolate(x, scale_factor=4, mode="nearest")
+    expected = torch.cat((up, skip), 1)
+    result = layer(x, skip)
+    assert torch.equal(result, expected) and result.is_contiguous(memory_format=memory_format)
+    grad = torch.randn_like(result)
+    gradients = torch.autograd.grad(result, (x, skip), grad, retain_graph=True)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected, (x, skip), grad), strict=True):
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        assert peak_extra_bytes(lambda: layer(x, skip)) < result.nbytes + up.nbytes / 4
+    backward = partial(torch.autograd.grad, result, (x, skip), grad, retain_graph=True)
+    assert peak_extra_bytes(backward) < x.nbytes + skip.nbytes + up.nbytes / 4
+
+
+@pytest.mark.parametrize("layer", [layers.UpCopyConcat(2), layers.UpCopyAdd(2)])
+def test_a_skip_of_another_size(layer):
+    with pytest.raises(ValueError, match="skip: got shape"):
+        layer(X, torch.randn(2, 6, 5, 10))

@@ -4,7 +4,6 @@ Parameters have the layouts of nn.ConvTranspose2d and nn.Conv2d, so that checkpo
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tokenfusion.kernels import upconv_add, upconv_concat, upconv_concat_project
@@ -100,7 +99,10 @@ class UpConvConcatProject(nn.Module):
 
 
 class UpCopyConcat(nn.Module):
-    """Each pixel copied to k x k pixels (nearest up-sampling), then concatenation with a skip connection."""
+    """Each pixel copied to k x k pixels (nearest up-sampling), then concatenation with a skip connection.
+
+    Pixels are copied into the result: there is no up-sampled map, and the gradient of x is summed from the result's.
+    """
 
     def __init__(self, scale: int = 2, *, skip_first: bool = False):
         super().__init__()
@@ -108,11 +110,19 @@ class UpCopyConcat(nn.Module):
         self.skip_first = skip_first
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, C, h, w], [B, Cs, k h, k w] or None -> [B, C + Cs, k h, k w]."""
-        up = F.interpolate(x, scale_factor=self.scale, mode="nearest")
-        if skip is None:
-            return up
-        return torch.cat((skip, up) if self.skip_first else (up, skip), dim=1)
+        """[B, C, h, w], [B, Cs, k h, k w] or None -> [B, C + Cs, k h, k w], channels_last where x is.
+
+        Raises:
+            ValueError: a skip of another size.
+        """
+        up = x[:, :, :, None, :, None].expand(-1, -1, -1, self.scale, -1, self.scale)
+        parts = [up]
+        if skip is not None:
+            _check_size(x, skip, self.scale)
+            parts.insert(0 if self.skip_first else 1, _split_pixels(skip, self.scale))
+        innermost = -1 if _is_channels_last(x) else 1
+        joined = torch.cat([part.movedim(1, innermost) for part in parts], dim=innermost)
+        return joined.movedim(innermost, 1).flatten(4, 5).flatten(2, 3)
 
 
 class UpCopyAdd(nn.Module):
@@ -124,5 +134,22 @@ class UpCopyAdd(nn.Module):
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """[B, C, h, w], [B, C, k h, k w] -> [B, C, k h, k w]."""
-        split = skip.unflatten(3, (-1, self.scale)).unflatten(2, (-1, self.scale))
-        return (split + x[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
+        _check_size(x, skip, self.scale)
+        return (_split_pixels(skip, self.scale) + x[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
+
+
+def _split_pixels(fine: torch.Tensor, scale: int) -> torch.Tensor:
+    """[B, C, k h, k w] -> [B, C, h, k, w, k]."""
+    return fine.unflatten(3, (-1, scale)).unflatten(2, (-1, scale))
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _check_size(x: torch.Tensor, skip: torch.Tensor, scale: int) -> None:
+    expected = [x.shape[0], scale * x.shape[2], scale * x.shape[3]]
+    if [skip.shape[0], *skip.shape[2:]] != expected:
+        raise ValueError(
+            f"skip: got shape {list(skip.shape)}, expected [{expected[0]}, Cs, {expected[1]}, {expected[2]}]"
+        )
