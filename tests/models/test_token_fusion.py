@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion
 from tests.parity import assert_runs
+from tokenfusion.kernels.upconv_concat_project import op as project_op
 
 NAMES = ("late", "early", "layerwise")
 SMALL = {
@@ -53,8 +54,7 @@ def images(batch: int = 2, size: int = 64) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-# Parameters, and multiply-adds in G of the form that is run: the up-convolutions of "early" with their 1x1 convolutions
-# as one. In the late model k = 2 where nothing is said.
+# Parameters, and multiply-adds in G with up-convolutions and 1x1 convolutions one after the other. In the late model k = 2 where nothing is said.
 TABLE = [
     ("late", {"global_pool": "token"}, 134_233_544, 21.24),
     ("late", {}, 135_573_544, 21.24),
@@ -63,11 +63,11 @@ TABLE = [
     ("late", {"up_kernel": 4, "join": "add"}, 141_883_432, 21.59),
     ("late", {"up": "copy"}, 133_213_480, 21.12),
     ("late", {"up": "copy", "join": "add"}, 132_445_480, 21.12),
-    ("early", {"global_pool": "token"}, 141_027_623, 26.46),
-    ("early", {}, 141_599_623, 26.47),
-    ("early", {"global_pool": "mixing"}, 141_795_623, 26.47),
+    ("early", {"global_pool": "token"}, 141_027_623, 26.64),
+    ("early", {}, 141_599_623, 26.64),
+    ("early", {"global_pool": "mixing"}, 141_795_623, 26.64),
     ("early", {"up": "copy"}, 132_025_591, 25.86),
-    ("early", {"bridges": "single"}, 138_043_195, 25.72),
+    ("early", {"bridges": "single"}, 138_043_195, 25.80),
     ("early", {"up": "copy", "bridges": "single"}, 129_660_715, 25.39),
     ("layerwise", {"global_pool": "token"}, 139_753_160, 26.55),
     ("layerwise", {}, 140_325_160, 26.55),
@@ -77,7 +77,8 @@ TABLE = [
 
 
 @pytest.mark.parametrize("name, options, parameters, macs", TABLE, ids=str)
-def test_counts(name, options, parameters, macs):
+def test_counts(name, options, parameters, macs, monkeypatch):
+    monkeypatch.setattr(project_op, "_composing_pays", lambda *call: False)
     with torch.device("meta"):
         model = tokenfusion.create_model(f"token_fusion_{name}", pretrained_cnn=False, **options).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
