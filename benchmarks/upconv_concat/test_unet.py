@@ -47,11 +47,11 @@ CASES = {
 }
 
 
-def test_unet(case: Case, run, request):
-    run(_problem(case, with_compile=request.config.option.profile in ("full", "gpu")))
+def test_unet(case: Case, run):
+    run(_problem(case))
 
 
-def _problem(case: Case, with_compile: bool) -> Problem:
+def _problem(case: Case) -> Problem:
     from monai.networks import nets  # takes seconds
 
     torch.manual_seed(0)
@@ -75,10 +75,11 @@ def _problem(case: Case, with_compile: bool) -> Problem:
 
     x, weight = inputs()[0], torch.empty(1, 1, 2, 2, device=problem.device(), dtype=dtype)
     variants = [Variant(problem.EAGER, call(model, model))]
-    if with_compile:
-        variants.append(Variant(problem.COMPILED, call(problem.compiled(model), model)))
+    variants.append(Variant(problem.COMPILED, call(problem.compiled(model), model)))
     for backend in problem.kernels_for("upconv_concat", x, weight):
         variants.append(Variant(problem.package(backend), call(fused, fused), backend))
+        function = call(problem.compiled(fused), fused)
+        variants.append(Variant(problem.package(backend) + problem.AND_COMPILE, function, backend))
     with FlopCounterMode(display=False) as counter:
         call(model, model)(*(tensor[:1] for tensor in inputs()))
     return Problem(
