@@ -1,6 +1,6 @@
 """Training steps of ViT-PE, with the tied feed-forward networks of this package and with the same formula in PyTorch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import timm
 import torch
@@ -9,26 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenfusion
 import tokenfusion.models  # noqa: F401  (registers the model)
 from benchmarks import problem
+from benchmarks.models.cases import Case
 from benchmarks.problem import TRAINING, Problem, Variant
 
 _NAME = "vit_pe_small_patch16_224"
 
 
-@dataclass(frozen=True)
-class Case:
-    model: str
-    B: int
-    dtype: str = "float32"
-    direction: str = TRAINING
-
-    def __str__(self) -> str:
-        return f"{self.model}-B{self.B}-{self.dtype}-{self.direction}".replace(" + ", "+")
-
-
 CASES = {
     "smoke": [],
-    "quick": [Case(_NAME, 4)],
-    "full": [Case(_NAME, batch, dtype) for dtype in ("float32", "bfloat16") for batch in (8, 32)],
+    "quick": [Case(_NAME, 4, direction=TRAINING)],
+    "full": [Case(_NAME, batch, dtype, TRAINING) for dtype in ("float32", "bfloat16") for batch in (8, 32)],
 }
 
 

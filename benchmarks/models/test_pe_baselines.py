@@ -1,6 +1,6 @@
 """Training steps of networks beside those of their parameter-efficient forms, which are other networks."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import timm
 import torch
@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion.models  # noqa: F401  (registers the models)
 from benchmarks import problem
+from benchmarks.models.cases import Case
 from benchmarks.problem import TRAINING, Problem, Variant
 from tokenfusion.layers import TiedFFN
 
@@ -17,45 +18,42 @@ _FORMS = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    model: str
-    B: int
-    dtype: str = "float32"
-    direction: str = TRAINING
-
-    def __str__(self) -> str:
-        return f"{self.model}-B{self.B}-{self.dtype}-{self.direction}".replace(" + ", "+")
-
-
 CASES = {
     "smoke": [],
-    "quick": [Case(model, 4) for model in _FORMS],
-    "full": [Case(model, batch, dtype) for model in _FORMS for dtype in ("float32", "bfloat16") for batch in (8, 32)],
+    "quick": [Case(model, 4, direction=TRAINING) for model in _FORMS],
+    "full": [Case(m, b, dtype, TRAINING) for m in _FORMS for dtype in ("float32", "bfloat16") for b in (8, 32)],
 }
 
 
-def test_pe_baselines(case: Case, run):
-    run(_problem(case))
+def test_pe_baselines(case: Case, run, request):
+    run(_problem(case, with_compile=request.config.option.profile in ("full", "gpu")))
 
 
-def _problem(case: Case) -> Problem:
-    def training_step(name: str, dtype: torch.dtype):
+def _problem(case: Case, with_compile: bool) -> Problem:
+    def created(name: str, dtype: torch.dtype):
         torch.manual_seed(0)
-        model = timm.create_model(name).to(problem.device(), dtype)
-        return model, problem.forward_backward(model, model.parameters())
+        return timm.create_model(name).to(problem.device(), dtype)
+
+    def training_step(function, model):
+        return problem.forward_backward(function, model.parameters())
 
     def inputs():
         images = torch.randn(case.B, 3, 224, 224, device=problem.device(), dtype=dtype, requires_grad=True)
         return images, torch.randn(case.B, 1000, device=problem.device(), dtype=dtype)
 
     dtype = problem.dtype_of(case.dtype)
-    model, step = training_step(case.model, dtype)
+    model, exact = created(case.model, dtype), created(case.model, torch.float64)
+    step = training_step(model, model)
     variants = [Variant(problem.EAGER, step)]
-    for form in _FORMS[case.model]:
-        form_model, form_step = training_step(form, dtype)
-        for backend in _backends(form_model):
-            variants.append(Variant(form, form_step, backend, another_network=True))
+    if with_compile:
+        variants.append(Variant(problem.COMPILED, training_step(problem.compiled(model), model)))
+    for name in _FORMS[case.model]:
+        form = created(name, dtype)
+        for backend in _backends(form):
+            variants.append(Variant(name, training_step(form, form), backend, another_network=True))
+            if with_compile:
+                function = training_step(problem.compiled(form), form)
+                variants.append(Variant(name + problem.AND_COMPILE, function, backend, another_network=True))
     with FlopCounterMode(display=False) as counter:
         step(*(t[:2] for t in inputs()))
     return Problem(
@@ -63,7 +61,7 @@ def _problem(case: Case) -> Problem:
         asdict(case),
         variants,
         inputs,
-        training_step(case.model, torch.float64)[1],
+        training_step(exact, exact),
         moved=3 * sum(t.nbytes for t in (*model.parameters(), *inputs())),
         written=True,
         flops=case.B * counter.get_total_flops() // 2,

@@ -1,26 +1,15 @@
 """The Token Fusion models, and the same models in plain PyTorch operators."""
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion
 from benchmarks import problem
+from benchmarks.models.cases import Case
 from benchmarks.problem import Problem, Variant
-
-
-@dataclass(frozen=True)
-class Case:
-    model: str
-    B: int
-    dtype: str = "float32"
-    direction: str = "forward"
-
-    def __str__(self) -> str:
-        return f"{self.model}-B{self.B}-{self.dtype}-{self.direction}"
-
 
 _MODELS = ("token_fusion_late", "token_fusion_early", "token_fusion_layerwise")
 CASES = {
@@ -31,11 +20,11 @@ CASES = {
 }
 
 
-def test_token_fusion(case: Case, run):
-    run(_problem(case))
+def test_token_fusion(case: Case, run, request):
+    run(_problem(case, with_compile=request.config.option.profile in ("full", "gpu")))
 
 
-def _problem(case: Case) -> Problem:
+def _problem(case: Case, with_compile: bool) -> Problem:
     torch.manual_seed(0)
     dtype = problem.dtype_of(case.dtype)
     model = tokenfusion.create_model(case.model, pretrained_cnn=False).eval().to(problem.device(), dtype)
@@ -47,6 +36,9 @@ def _problem(case: Case) -> Problem:
 
     x, weight = inputs()[0], torch.empty(3, 1, 2, 2, device=problem.device(), dtype=dtype)
     variants = [Variant(problem.EAGER, plain)]
+    if with_compile:
+        compiled = _on_reference(problem.forward(problem.compiled(model)))
+        variants.append(Variant(problem.COMPILED, compiled))
     variants += [
         Variant(problem.package(backend), forward, backend)
         for backend in problem.kernels_for("upconv_concat", x, weight)

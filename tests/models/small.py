@@ -23,7 +23,7 @@ _DYNAMIXER = {
     "num_heads": (4, 8, 8, 8),
     "num_classes": 10,
 }
-_TOKEN_FUSION = {
+TOKEN_FUSION = {
     "img_size": 64,
     "embed_dim": 24,
     "num_heads": 2,
@@ -32,8 +32,8 @@ _TOKEN_FUSION = {
     "num_classes": 10,
     "cnn": "test_resnet",
     "pretrained_cnn": False,
-    "train_cnn": True,
 }
+_TRAINED = TOKEN_FUSION | {"train_cnn": True}
 
 SMALL: dict[str, tuple[str, dict]] = {
     "crossvit": (_NAME, _CROSSVIT),
@@ -50,7 +50,7 @@ SMALL: dict[str, tuple[str, dict]] = {
     "dynamixer": ("dynamixer_s", _DYNAMIXER),
     "dynamixer_random": ("dynamixer_s", _DYNAMIXER | {"generator": "random"}),
     "dynamixer_plain_sum": ("dynamixer_m", _DYNAMIXER | {"reweighting": False, "shared": True}),
-    **{f"token_fusion_{name}": (f"token_fusion_{name}", _TOKEN_FUSION) for name in ("late", "early", "layerwise")},
+    **{f"token_fusion_{name}": (f"token_fusion_{name}", _TRAINED) for name in ("late", "early", "layerwise")},
 }
 OTHER_POOL = {f"token_fusion_{name}": "mixing" for name in ("late", "early", "layerwise")}  # "avg" for the rest
 FUSED_AFTER_BLOCKS = ("token_fusion_late",)

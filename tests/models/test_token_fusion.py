@@ -13,20 +13,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion
+from tests.models.small import TOKEN_FUSION as SMALL
 from tests.parity import assert_runs
 from tokenfusion.kernels.upconv_concat_project import op as project_op
 
 NAMES = ("late", "early", "layerwise")
-SMALL = {
-    "img_size": 64,
-    "embed_dim": 24,
-    "num_heads": 2,
-    "depth": 6,
-    "mlp_ratio": 2.0,
-    "num_classes": 10,
-    "cnn": "test_resnet",
-    "pretrained_cnn": False,
-}
 VARIANTS = [
     ("late", {}),
     ("late", {"join": "add"}),
