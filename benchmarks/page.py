@@ -35,8 +35,10 @@ _GLOSSARY = {
     "% ceiling": "share of what the machine does at best, measured in the same run: the longer of a plain sum over, or "
     "copy of, as many bytes, and the arithmetic that must be done at the rate of a large matrix product. "
     "Above 100% the plain operation itself falls short of the machine",
-    "parity": "largest error against float64 relative to the largest element, and the error allowed: twice that of eager "
-    "in the same dtype, and a little for rounding (eight times as much for code that is not of this package). "
+    "parity": "error against float64, as the largest difference relative to the largest element or as the root mean "
+    "square relative to that of the elements, whichever is nearer to the error allowed, which stands beside it: twice "
+    "that of eager in the same dtype, and a little for rounding (eight times as much for code that is not of this "
+    "package). "
     "What fails is not timed",
     "training step": "zero_grad, forward pass, cross-entropy, backward pass, AdamW; in bfloat16 under autocast",
 }

@@ -64,8 +64,9 @@ def check(*arguments):
     dtype = arguments[0][0].dtype
     with torch.no_grad(), assert_runs(*[KERNEL] if runs(dtype) else []):
         with_projection, alone = projected(*arguments), weighted_parts(*arguments[:4])
-    assert_parity(with_projection, plain(*arguments), exactly(*arguments), "projected")
-    assert_parity(alone, plain(*arguments[:4]), exactly(*arguments[:4]), "alone")
+    summands = sum(weight.shape[1] for weight in arguments[1])
+    assert_parity(with_projection, plain(*arguments), exactly(*arguments), "projected", summands=summands)
+    assert_parity(alone, plain(*arguments[:4]), exactly(*arguments[:4]), "alone", summands=summands)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
