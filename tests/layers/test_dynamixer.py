@@ -10,11 +10,13 @@ from tests.crossvit import randomize
 from tests.golden import check_golden
 from tests.parity import assert_parity, assert_runs
 from tokenfusion import layers
+from tokenfusion.kernels import extension
 from tokenfusion.kernels.dynamic_mixing import reference
 from tokenfusion.layers import dynamixer, weighted_parts
 
 GOLDEN = "dynamixer_official.safetensors"
-FORWARD, BACKWARD, SUM = "dynamic_mixing_cpu", "dynamic_mixing_backward_cpu", "weighted_parts"
+FORWARD, BACKWARD = "dynamic_mixing_cpu", "dynamic_mixing_backward_cpu"
+SUM = ["weighted_parts"] if torch.float32 in extension.own_product_dtypes() else []  # not on every processor
 ABLATIONS = [
     dict(),
     dict(row_mixing=False),
@@ -140,9 +142,9 @@ def test_synthesizers_generate_as_described():
 
 def test_kernels_run():
     block, x = block_of(), torch.randn(2, 7, 7, 24)
-    with assert_runs(FORWARD, BACKWARD, SUM):
+    with assert_runs(FORWARD, BACKWARD, *SUM):
         block(x).sum().backward()
-    with torch.no_grad(), assert_runs(FORWARD, SUM):
+    with torch.no_grad(), assert_runs(FORWARD, *SUM):
         block(x)
     assert all(parameter.grad is not None for parameter in block.parameters())
     with tokenfusion.backend("reference"), assert_runs():

@@ -8,10 +8,12 @@ import tokenfusion
 from tests.crossvit import randomize
 from tests.golden import check_golden
 from tests.parity import assert_parity, assert_runs
+from tokenfusion.kernels import extension
 from tokenfusion.models.dynamixer import DynaMixer
 from tokenfusion.models.dynamixer_plain import plain
 
 SMALL = dict(layers=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), num_heads=(4, 8, 8, 8), img_size=56, num_classes=11)
+SUM = ["weighted_parts"] if torch.float32 in extension.own_product_dtypes() else []  # not on every processor
 
 
 def small(**options) -> DynaMixer:
@@ -36,7 +38,7 @@ def test_official_values_in_inference():
     check_golden("dynamixer_official.safetensors", "model.", model)  # loads the parameters
     exact = plain(model).double()
     x = images(model, batch=3)
-    with torch.inference_mode(), assert_runs("dynamic_mixing_cpu", "weighted_parts"):
+    with torch.inference_mode(), assert_runs("dynamic_mixing_cpu", *SUM):
         got = model(x)
     with torch.no_grad():
         assert_parity(got.clone(), plain(model)(x), exact(x.double()))
