@@ -57,9 +57,10 @@ Tensor flat(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
 
 // Tokens a block, so that every thread gets as many blocks; all tokens where the matrix products have to be shared.
 int64_t block_of(int64_t tokens) {
+  tokens = std::max<int64_t>(tokens, 1);
   const int64_t threads = at::get_num_threads(), per_thread = at::divup(tokens, threads);
-  if (threads > 1 && per_thread < kMinBlock) return std::max<int64_t>(tokens, 1);
-  return std::max<int64_t>(at::divup(per_thread, at::divup(per_thread, kBlock)), 1);
+  if (threads > 1 && per_thread < kMinBlock) return tokens;
+  return at::divup(per_thread, at::divup(per_thread, kBlock));
 }
 
 // f(first block, last + 1) on every thread; a single block runs outside of them, so that its products can use them.

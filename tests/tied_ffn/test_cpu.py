@@ -161,9 +161,15 @@ def test_frozen_inputs(frozen):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_empty_batch():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_empty_batch(threads):
     inputs = make_inputs(0, 20, channels=16, features=24, dtype=torch.float32)
-    y, *grads = with_gradients(tied_ffn, inputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, *grads = with_gradients(tied_ffn, inputs)
+    finally:
+        torch.set_num_threads(before)
     assert y.shape == (0, 20, 16)
     assert [g.shape for g in grads] == [t.shape for t in inputs[:4]]
     assert all((g == 0).all() for g in grads)
