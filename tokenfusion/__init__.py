@@ -4,7 +4,6 @@ import importlib
 
 from tokenfusion import kernels
 from tokenfusion.kernels.dispatch import backend, backends, set_backend
-from tokenfusion.surgery import FuseReport, TieReport, fuse, unfuse
 
 __version__ = "0.1.0"
 
@@ -23,10 +22,19 @@ __all__ = [
 ]
 
 
+_LATER = {
+    "FuseReport": "tokenfusion.surgery",
+    "TieReport": "tokenfusion.surgery",
+    "fuse": "tokenfusion.surgery",
+    "unfuse": "tokenfusion.surgery",
+    "tie_weights": "tokenfusion.surgery.tie",
+    "create_model": "tokenfusion.models",
+    "list_models": "tokenfusion.models",
+}
+
+
 def __getattr__(name: str):
     """Names that come with their first use: they import timm."""
-    if name == "tie_weights":
-        return importlib.import_module("tokenfusion.surgery.tie").tie_weights
-    if name in ("create_model", "list_models"):
-        return getattr(importlib.import_module("tokenfusion.models"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

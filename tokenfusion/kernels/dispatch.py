@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace as symbolic
 
 from tokenfusion.kernels import extension, triton_support
 
@@ -54,7 +56,7 @@ class Operator:
             CannotRun: the backend asked for by name cannot run them; the message says why.
         """
         choice = _backend
-        if torch.compiler._is_exporting_flag:  # is_exporting() says True in compiled code, too, in torch 2.11
+        if transform() is not None:
             choice = "reference"
         reasons = []
         for implementation in self.implementations:
@@ -68,6 +70,19 @@ class Operator:
         if not reasons:
             reasons.append(f"{choice}: {self.name} has no {choice} implementation")
         raise CannotRun(f"tokenfusion.{self.name}: backend {choice!r} cannot run here: {'; '.join(reasons)}")
+
+
+def transform() -> str | None:
+    """What looks at this call rather than just running it: exporting, tracing, a function transform; or None."""
+    if torch.compiler._is_exporting_flag:  # is_exporting() says True in compiled code, too, in torch 2.11
+        return "exporting"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None or symbolic._is_fx_tracing_flag:
+        return "tracing"
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "a function transform"
+    return None
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -6,16 +6,35 @@ rounding.
 
 import torch
 from timm.layers import attention_pool
+from torch import nn
 
-from tokenfusion.layers.single_query_attention import absorbed_attention, split_linear
+from tokenfusion.layers.drop_in import DropIn, why_not_linear, why_not_part
+from tokenfusion.layers.single_query_attention import absorbed_attention, scale_of, split_linear
 
 
-class AttentionPoolLatent(attention_pool.AttentionPoolLatent):
+class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
     """Learned queries attend to all tokens; a feed-forward network and pooling of their outputs follow.
 
     Takes and holds what timm's AttentionPoolLatent does. Keys and values are never written, and the queries are
-    projected once for the whole batch. With a mask timm's forward runs.
+    projected once for the whole batch. With a mask, or a part that was changed, timm's forward runs.
     """
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        parts, channels = module._modules, module.num_heads * module.head_dim
+        k_norm = parts.get("k_norm")
+        if type(k_norm) is not nn.Identity:
+            return f"k_norm is {type(k_norm).__name__}: each key is normalised after its projection"
+        reason = (
+            why_not_linear(parts.get("kv"), "kv", 2 * channels, channels)
+            or why_not_part(parts.get("q"), "q", nn.Linear, nn.Identity)
+            or why_not_part(parts.get("q_norm"), "q_norm", nn.Identity)
+            or why_not_part(k_norm, "k_norm", nn.Identity)
+        )
+        queries = module.num_heads * module.latent_len
+        if reason is None and queries >= channels / 2:  # measured in bfloat16, where matrix products are fastest
+            reason = f"latent: {queries} queries (heads x latents) of {channels} channels; projecting the tokens costs less"
+        return reason
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -26,7 +45,9 @@ class AttentionPoolLatent(attention_pool.AttentionPoolLatent):
         Returns:
             [B, out_features], or [B, latent_len, out_features] where pool is neither "token" nor "avg".
         """
-        if attn_mask is not None:
+        if torch.jit.is_scripting():
+            return self.plain_forward(x, attn_mask)
+        if attn_mask is not None or not self.fuses():
             return super().forward(x, attn_mask)
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)
@@ -39,7 +60,7 @@ class AttentionPoolLatent(attention_pool.AttentionPoolLatent):
             key,
             value,
             num_heads=self.num_heads,
-            scale=self.scale,
+            scale=scale_of(self, self.head_dim),
         )
         x = self.proj_drop(self.proj(x))
         if self.mlp is not None:

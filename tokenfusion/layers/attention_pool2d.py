@@ -6,23 +6,40 @@ rounding.
 
 import torch
 from timm.layers import attention_pool2d, resample_abs_pos_embed
+from timm.models import register_notrace_module
 from torch import nn
 
-from tokenfusion.layers.single_query_attention import absorbed_attention, split_class_token, split_linear
+from tokenfusion.layers.drop_in import DropIn, why_not_linear, why_not_part
+from tokenfusion.layers.single_query_attention import absorbed_attention, scale_of, split_class_token, split_linear
 
 
-def drops_positions(pool: attention_pool2d.AttentionPool2d) -> bool:
-    """Does pool.drop drop outputs now? Its random numbers are those of all positions, most of which are not computed."""
-    return isinstance(pool.drop, nn.Dropout) and pool.drop.training and pool.drop.p > 0
-
-
-class AttentionPool2d(attention_pool2d.AttentionPool2d):
+@register_notrace_module
+class AttentionPool2d(DropIn, attention_pool2d.AttentionPool2d):
     """The mean of a feature map, or a class token, attends to itself and to every position.
 
     Takes and holds what timm's AttentionPool2d does. Queries and outputs of the positions, which pooling drops, are
-    never computed, keys and values never written. Where all of them are asked for (pool_type ""), and with dropout in
-    training, timm's forward runs.
+    never computed, keys and values never written. Where all of them are asked for (pool_type ""), with dropout in
+    training, and with a part that was changed, timm's forward runs.
     """
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        """Every part but the class token is given fewer tokens than before."""
+        if module.pool_type != "token":
+            return f"pool_type is {module.pool_type!r}: every position is a query"
+        parts, drop = module._modules, module._modules.get("drop")
+        if type(drop) is nn.Dropout and drop.training and drop.p > 0:
+            return f"drop: dropout {drop.p:g} in training draws its random numbers for every position"
+        rows, columns = module.num_heads * module.head_dim, module.in_features
+        projections = ("q", "k", "v") if parts.get("qkv") is None else ("qkv",)
+        for name in projections:
+            reason = why_not_linear(parts.get(name), name, 3 * rows // len(projections), columns)
+            if reason is not None:
+                return reason
+        return (
+            why_not_part(drop, "drop", nn.Dropout, nn.Identity)
+            or why_not_part(parts.get("proj"), "proj", nn.Linear, nn.Identity)
+        )
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """
@@ -33,7 +50,9 @@ class AttentionPool2d(attention_pool2d.AttentionPool2d):
         Returns:
             [B, out_features], or [B, embed_dim] with pre_logits.
         """
-        if self.pool_type != "token" or drops_positions(self):
+        if torch.jit.is_scripting():
+            return self.plain_forward(x, pre_logits)
+        if not self.fuses():
             return super().forward(x, pre_logits)
         positions = resample_abs_pos_embed(
             self.pos_embed.unsqueeze(0), x.shape[-2:], old_size=self.feat_size, num_prefix_tokens=1
@@ -50,7 +69,7 @@ class AttentionPool2d(attention_pool2d.AttentionPool2d):
             key,
             value,
             num_heads=self.num_heads,
-            scale=self.scale,
+            scale=scale_of(self, self.head_dim),
         )
         return (out if pre_logits else self.proj(out)).squeeze(1)
 

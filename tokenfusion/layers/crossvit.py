@@ -10,17 +10,44 @@ import torch
 from timm.models import crossvit
 from torch import nn
 
+from tokenfusion.layers.drop_in import (
+    DropIn,
+    remember_forwards,
+    why_not_dropout,
+    why_not_linear,
+    why_not_norm,
+    why_not_part,
+    within,
+)
 from tokenfusion.layers.in_place import run_blocks
-from tokenfusion.layers.single_query_attention import absorbed_attention, drops_attention, split_class_token
+from tokenfusion.layers.single_query_attention import absorbed_attention, split_class_token
+
+remember_forwards(crossvit.CrossAttention)
 
 
-class CrossAttentionBlock(crossvit.CrossAttentionBlock):
+class CrossAttentionBlock(DropIn, crossvit.CrossAttentionBlock):
     """y = x_0 + drop_path(CA(norm(x))), Eq. 6 and 7 of CrossViT: the first token attends to all tokens.
 
     Takes and holds what timm's CrossAttentionBlock does. Keys and values are never written; nor, where a kernel runs and
     not the reference, are the normalised tokens and the concatenation of class token and patches. Attention dropout in
-    training makes the attention weights of a token not sum to one; timm's forward runs then.
+    training makes the attention weights of a token not sum to one; timm's forward runs then, as it does where a part
+    was changed.
     """
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        modules = module._modules
+        attn, norm = modules.get("attn"), modules.get("norm1")
+        reason = why_not_part(attn, "attn", crossvit.CrossAttention) or why_not_norm(norm, "norm1")
+        if reason is not None:
+            return reason
+        parts, channels = attn._modules, norm.normalized_shape[0]
+        return within(
+            "attn",
+            why_not_linear(parts.get("wk"), "wk", channels, channels)
+            or why_not_linear(parts.get("wv"), "wv", channels, channels)
+            or why_not_dropout(parts.get("attn_drop"), "attn_drop", attn.training),
+        )
 
     def forward(self, x: torch.Tensor, patches: torch.Tensor | None = None) -> torch.Tensor:
         """The first token after attending to all of them.
@@ -32,7 +59,9 @@ class CrossAttentionBlock(crossvit.CrossAttentionBlock):
         Returns:
             [B, 1, C].
         """
-        if drops_attention(self.attn):
+        if torch.jit.is_scripting():
+            return self.plain_forward(x if patches is None else torch.cat((x, patches), dim=1))
+        if not self.fuses():
             return super().forward(x if patches is None else torch.cat((x, patches), dim=1))
         if patches is None and x.shape[1] > 1:
             x, patches = split_class_token(x)
@@ -72,7 +101,7 @@ def exchange_class_tokens(
     for i, (proj, blocks, revert_proj) in enumerate(zip(projs, fusion, revert_projs)):
         first, *rest = blocks if isinstance(blocks, nn.Sequential) else (blocks,)
         token, others = proj(class_tokens[i]), patches[(i + 1) % len(patches)]
-        if isinstance(first, CrossAttentionBlock):
+        if why_not_part(first, "", CrossAttentionBlock) is None:
             token = first(token, others)
         else:
             token = first(torch.cat((token, others), dim=1))
@@ -82,12 +111,33 @@ def exchange_class_tokens(
     return outs
 
 
-class MultiScaleBlock(crossvit.MultiScaleBlock):
+class MultiScaleBlock(DropIn, crossvit.MultiScaleBlock):
     """Transformer blocks of two branches, then the exchange of their class tokens, Eq. 5 to 7 of CrossViT.
 
     Takes and holds what timm's MultiScaleBlock does, with `CrossAttentionBlock`s of this module in `fusion`. In
     inference the transformer blocks work in place on the tensors that they make.
     """
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        """The parts are iterated over; of the first blocks of `fusion` the inputs differ, too."""
+        fusion = module._modules.get("fusion")
+        for name in ("blocks", "projs", "fusion", "revert_projs"):
+            reason = why_not_part(module._modules.get(name), name, nn.ModuleList)
+            if reason is not None:
+                return reason
+        for i, blocks in enumerate(fusion):
+            name, first = f"fusion.{i}", blocks
+            if isinstance(blocks, nn.Sequential):
+                reason = why_not_part(blocks, name, nn.Sequential)
+                if reason is not None or not len(blocks):
+                    return reason or f"{name} is empty"
+                name, first = f"{name}.0", blocks[0]
+            reason = why_not_part(first, name, crossvit.CrossAttentionBlock, CrossAttentionBlock)
+            reason = reason or within(name, CrossAttentionBlock.why_not(first))
+            if reason is not None:
+                return reason
+        return None
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
         """
@@ -97,6 +147,10 @@ class MultiScaleBlock(crossvit.MultiScaleBlock):
         Returns:
             the same shapes.
         """
+        if torch.jit.is_scripting():
+            return self.plain_forward(x)
+        if not self.fuses():
+            return super().forward(x)
         branches = [run_blocks(blocks, tokens) for blocks, tokens in zip(self.blocks, x)]
         class_tokens, patches = zip(*map(split_class_token, branches))
         class_tokens = exchange_class_tokens(class_tokens, patches, self.projs, self.fusion, self.revert_projs)

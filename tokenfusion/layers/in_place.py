@@ -4,35 +4,43 @@ On a CPU a fresh tensor of some megabytes costs more in page faults than the sum
 """
 
 import torch
-from timm.layers import Mlp
-from timm.models.vision_transformer import Attention, Block
+from timm.layers import DropPath, LayerNorm, Mlp
+from timm.models.vision_transformer import Attention, Block, LayerScale
 from torch import nn
 from torch.nn import functional as F
 
+from tokenfusion.kernels import dispatch
+from tokenfusion.layers.drop_in import remember_forwards, why_not_part
 from tokenfusion.layers.linear import linear
+
+_PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.GELU, nn.ReLU)
+_PARTS += (Attention, Block, DropPath, LayerNorm, LayerScale, Mlp)
+remember_forwards(*_PARTS)
 
 
 def run_blocks(blocks: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """blocks(x), up to rounding; where no gradient is recorded, with residual sums in place and fused products."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or has_hooks(blocks):
+    if not may_run_in_place(blocks, nn.Sequential):
         return blocks(x)
     for block in blocks:
         x = _run_block(block, x) if _is_plain(block) else block(x)
     return x
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches what goes into a module or comes out of it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def may_run_in_place(container: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the parts of a module of this class may be run one by one, with no gradient recorded."""
+    runs = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and dispatch.transform() is None
+    return runs and why_not_part(container, "", kind) is None
+
+
+def are_plain(*modules: nn.Module) -> bool:
+    """Modules of PyTorch and timm with such parts, untouched: their results are new tensors that nobody else sees."""
+    return all(why_not_part(part, "", *_PARTS) is None for module in modules for part in module.modules())
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """A Block of timm with parts of timm, whose results are new tensors that nobody else sees."""
     return (
-        type(block) is Block
-        and type(block.attn) is Attention
-        and type(block.mlp) is Mlp
-        and not any(map(has_hooks, block.modules()))
+        type(block) is Block and type(block.attn) is Attention and type(block.mlp) is Mlp and are_plain(block)
     )
 
 
@@ -52,19 +60,17 @@ def _run_attention(attn: Attention, x: torch.Tensor) -> torch.Tensor:
 
 
 def run_mlp(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
-    """mlp(x), where no gradient is recorded: bias and GELU in one pass with the product."""
-    if type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and not has_hooks(mlp.act):
+    """mlp(x) for one whose parts are untouched, where no gradient is recorded: bias and GELU in one pass with the
+    product."""
+    if type(mlp.act) is nn.GELU and mlp.act.approximate == "none":
         hidden = _run_linear(mlp.fc1, x, "gelu")
     else:
         hidden = mlp.act(_run_linear(mlp.fc1, x))
     return mlp.drop2(_run_linear(mlp.fc2, mlp.norm(mlp.drop1(hidden))))
 
 
-def _run_linear(layer: nn.Module, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
-    if type(layer) is nn.Linear and not has_hooks(layer):
-        return linear(x, layer.weight, layer.bias, activation)
-    x = layer(x)
-    return x if activation is None else F.gelu(x)
+def _run_linear(layer: nn.Linear, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+    return linear(x, layer.weight, layer.bias, activation)
 
 
 def _is_identity(*modules: nn.Module) -> bool:

@@ -38,10 +38,9 @@ def split_class_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.split((1, x.shape[1] - 1), dim=1)
 
 
-def drops_attention(attn: nn.Module) -> bool:
-    """Does attn.attn_drop drop attention weights now? Their sum is then not one, which absorption relies on."""
-    drop = attn.attn_drop
-    return isinstance(drop, nn.Dropout) and drop.p > 0 and (attn.training or drop.training)
+def scale_of(attn: nn.Module, head_dim: int) -> float:
+    """What a module of timm multiplies its scores by: PyTorch's own attention does not ask for attn.scale."""
+    return head_dim**-0.5 if attn.fused_attn else attn.scale
 
 
 def absorbed_attention(

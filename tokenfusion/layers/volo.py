@@ -6,13 +6,17 @@ rounding.
 
 import torch
 from timm.models import volo
+from torch import nn
 
-from tokenfusion.layers.single_query_attention import (
-    absorbed_attention,
-    drops_attention,
-    split_class_token,
-    split_linear,
+from tokenfusion.layers.drop_in import (
+    DropIn,
+    why_not_dropout,
+    why_not_linear,
+    why_not_norm,
+    why_not_part,
+    within,
 )
+from tokenfusion.layers.single_query_attention import absorbed_attention, split_class_token, split_linear
 
 
 def class_attention(attn: volo.ClassAttention, query_token: torch.Tensor, tokens, extra_token, norm) -> torch.Tensor:
@@ -31,12 +35,21 @@ def class_attention(attn: volo.ClassAttention, query_token: torch.Tensor, tokens
     return attn.proj_drop(attn.proj(out))
 
 
-class ClassAttention(volo.ClassAttention):
+class ClassAttention(DropIn, volo.ClassAttention):
     """The first token attends to all.
 
     Takes and holds what timm's ClassAttention does. Keys and values are never written. With attention dropout in
-    training timm's forward runs.
+    training, or a part that was changed, timm's forward runs.
     """
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        parts, kv = module._modules, module._modules.get("kv")
+        channels = kv.in_features if type(kv) is nn.Linear else 0
+        return (
+            why_not_linear(kv, "kv", 2 * module.num_heads * module.head_dim, channels)
+            or why_not_dropout(parts.get("attn_drop"), "attn_drop", module.training)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -46,18 +59,30 @@ class ClassAttention(volo.ClassAttention):
         Returns:
             [B, 1, C].
         """
-        if drops_attention(self) or x.shape[1] == 1:
+        if torch.jit.is_scripting():
+            return self.plain_forward(x)
+        if not self.fuses() or x.shape[1] == 1:
             return super().forward(x)
         class_token, patches = split_class_token(x)
         return class_attention(self, class_token, patches, class_token.squeeze(1), norm=None)
 
 
-class ClassBlock(volo.ClassBlock):
+class ClassBlock(DropIn, volo.ClassBlock):
     """Class attention and a feed-forward network on the class token alone; the other tokens pass by.
 
     Takes and holds what timm's ClassBlock does. Keys and values are never written; nor, where a kernel runs and not
-    the reference, are the normalised tokens. With attention dropout in training timm's forward runs.
+    the reference, are the normalised tokens. With attention dropout in training, or a part that was changed, timm's
+    forward runs.
     """
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        attn = module._modules.get("attn")
+        return (
+            why_not_part(attn, "attn", volo.ClassAttention, ClassAttention)
+            or why_not_norm(module._modules.get("norm1"), "norm1")
+            or within("attn", ClassAttention.why_not(attn))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -67,7 +92,9 @@ class ClassBlock(volo.ClassBlock):
         Returns:
             the same shape, with a new first token.
         """
-        if drops_attention(self.attn) or x.shape[1] == 1:
+        if torch.jit.is_scripting():
+            return self.plain_forward(x)
+        if not self.fuses() or x.shape[1] == 1:
             return super().forward(x)
         class_token, patches = split_class_token(x)
         attended = class_attention(self.attn, self.norm1(class_token), patches, class_token.squeeze(1), self.norm1)

@@ -10,7 +10,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from tokenfusion.layers import DynaMixerBlock
-from tokenfusion.layers.in_place import add, has_hooks, run_mlp
+from tokenfusion.layers.in_place import add, are_plain, may_run_in_place, run_mlp
 from tokenfusion.models.checkpoints import CheckedModel
 from tokenfusion.models.dynamixer_plain import plain
 from tokenfusion.models.dynamixer_resampling import resampled
@@ -57,16 +57,11 @@ class MixerLayer(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self._shows_its_sums():
+        if not (may_run_in_place(self.attn, DynaMixerBlock) and are_plain(self.attn.proj, self.mlp, self.drop_path)):
             x = x + self.drop_path(self.attn(self.norm1(x)))
             return x + self.drop_path(self.mlp(self.norm2(x)))
         x = add(self.drop_path(self.attn(self.norm1(x))), x)
         return add(self.drop_path(run_mlp(self.mlp, self.norm2(x))), x)
-
-    def _shows_its_sums(self) -> bool:
-        """Whether a hook may hold a tensor that a sum in place would change."""
-        attn, mlp = self.attn, self.mlp
-        return any(map(has_hooks, (attn, attn.proj, mlp, mlp.fc2, mlp.drop2, self.drop_path)))
 
 
 class DynaMixer(CheckedModel):

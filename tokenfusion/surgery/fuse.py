@@ -4,8 +4,10 @@ from collections.abc import Collection
 
 from torch import nn
 
+from tokenfusion.layers import drop_in
 from tokenfusion.surgery.report import FuseReport, ModuleReport
-from tokenfusion.surgery.rules import rule_for, rules
+from tokenfusion.surgery.rules import rules
+from tokenfusion.surgery.rules.rule import first_plan
 
 
 def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool = False) -> FuseReport:
@@ -54,21 +56,23 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         raise TypeError(f"ops: got the string {ops!r}, expected a collection of names such as [{ops!r}]")
     if ops is not None and not known.issuperset(ops):
         raise ValueError(f"ops: got {sorted(set(ops) - known)}, expected names among {sorted(known)}")
-    replacements, reports, absorbed = [], [], set()
+    used = tuple(rule for rule in rules() if ops is None or rule.op in ops)
+    plans, reports, absorbed = {}, [], set()
     for name, module in model.named_modules():  # parents come before their children
-        rule = rule_for(module)
-        if rule is None or module in absorbed or (ops is not None and rule.op not in ops):
+        found = None if module in absorbed else first_plan(used, module)
+        if found is None:
             continue
-        reason = "its forward was set on the instance" if "forward" in vars(module) else rule.why_not(module)
-        reports.append(ModuleReport(name, type(module).__name__, rule.op, reason))
-        if reason is None:
-            replacements.append((rule, module))
-            absorbed.update(module.get_submodule(child) for child in rule.absorbs)
+        rule, plan = found
+        reports.append(ModuleReport(name, plan.kind, rule.op, plan.reason))
+        if plan.reason is None:
+            plans[name] = module, plan
+            absorbed.update(plan.absorbs)
     report = FuseReport(tuple(reports))
     if strict and report.left:
         raise ValueError(f"model: not every module can be replaced, and strict was asked for\n{report}")
-    for rule, module in replacements:
-        rule.replace(module)
+    for name, (module, plan) in plans.items():
+        plan.apply()
+        drop_in.name(module, name)
     return report
 
 
@@ -80,9 +84,8 @@ def unfuse(model: nn.Module) -> None:
     """
     _check_module(model)
     for module in model.modules():
-        rule = rule_for(module)
-        if rule is not None:
-            rule.restore(module)
+        if isinstance(module, drop_in.DropIn):
+            module.__class__ = module.original
 
 
 def _check_module(model: nn.Module) -> None:

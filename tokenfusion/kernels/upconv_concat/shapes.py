@@ -3,7 +3,7 @@
 import torch
 
 
-def _is_channels_last(tensor: torch.Tensor) -> bool | None:
+def is_channels_last(tensor: torch.Tensor) -> bool | None:
     """None where both memory formats describe the tensor."""
     if tensor.is_contiguous():
         return None if tensor.is_contiguous(memory_format=torch.channels_last) else False
@@ -12,7 +12,7 @@ def _is_channels_last(tensor: torch.Tensor) -> bool | None:
 
 def gives_channels_last(*tensors: torch.Tensor | None) -> bool:
     """Is the result of these channels_last: where all of them are, but those that are both that and contiguous."""
-    known = {_is_channels_last(tensor) for tensor in tensors if tensor is not None} - {None}
+    known = {is_channels_last(tensor) for tensor in tensors if tensor is not None} - {None}
     return known == {True}
 
 
@@ -36,7 +36,7 @@ def empty_gradient(tensor: torch.Tensor, wanted: bool) -> torch.Tensor:
     """An uninitialised gradient of a map in its memory format; of size 0 where none is wanted."""
     if not wanted:
         return tensor.new_empty(0)
-    return torch.empty_like(tensor, memory_format=memory_format(_is_channels_last(tensor) is True))
+    return torch.empty_like(tensor, memory_format=memory_format(is_channels_last(tensor) is True))
 
 
 def empty_sum(like: torch.Tensor, shape, wanted: bool) -> torch.Tensor:

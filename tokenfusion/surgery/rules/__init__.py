@@ -2,19 +2,13 @@
 
 import functools
 
-from torch import nn
-
-from tokenfusion.surgery.rules.rule import AnyRule
+from tokenfusion.surgery.rules.rule import Rule
 
 
 @functools.cache
-def rules() -> tuple[AnyRule, ...]:
+def rules() -> tuple[Rule, ...]:
     # timm takes seconds to import
     from tokenfusion.surgery.rules import attention_pool, class_attention, crossvit, dynamixer, upconv
 
     families = (crossvit, class_attention, attention_pool, dynamixer, upconv)
     return tuple(rule for family in families for rule in family.RULES)
-
-
-def rule_for(module: nn.Module) -> AnyRule | None:
-    return next((rule for rule in rules() if rule.matches(module)), None)

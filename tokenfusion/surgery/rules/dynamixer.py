@@ -15,57 +15,78 @@ from torch import nn
 
 from tokenfusion import layers
 from tokenfusion.kernels import dispatch
-from tokenfusion.surgery.rules import checks
+from tokenfusion.layers.drop_in import DropIn, remember_forwards, why_not_linear, why_not_part, within
+from tokenfusion.surgery.rules.rule import Plan, with_forward_on_instance
 
 _TOLERANCE = 1e-6  # relative, in float64
 _OP_LINEARS = ("compress", "generate", "out")
 _BLOCK_LINEARS = ("mlp_c", "proj")
 
 
-class _FoundOp(layers.DynaMixerOp):
-    """The forward pass of DynaMixerOp for a module that has its parameters, and not its attributes."""
+class _Found(DropIn):
+    """A module of somebody else's class: one with the parameters of a layer of this package, and not its attributes."""
 
-    generator = "dynamic"
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return self.plain_forward(x)
+        if not self.fuses():
+            return self.original.forward(self, x)
+        return self.layer.forward(self, x)
+
+    def __reduce_ex__(self, protocol):
+        """By the class that it had, as this one can be imported nowhere."""
+        return _new_fused, (self.found, self.original), *super().__reduce_ex__(protocol)[2:]
+
+
+class _FoundOp(_Found, layers.DynaMixerOp):
+    layer, generator = layers.DynaMixerOp, "dynamic"
     dim = property(lambda op: op.out.in_features)
     seq_len = property(lambda op: isqrt(op.generate.out_features))
     reduced_dim = property(lambda op: op.generate.in_features // op.seq_len)
     num_head = property(lambda op: op.compress.out_features // op.reduced_dim)
     sizes = property(lambda op: (op.seq_len, op.dim))  # of what it takes, after the batch
 
-    def __reduce_ex__(self, protocol):
-        return _storable(self, _FoundOp, super().__reduce_ex__(protocol))
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        return _why_not_linears(module, _OP_LINEARS) or _why_not_dropout(module)
 
 
-class _FoundBlock(layers.DynaMixerBlock):
-    """The same of DynaMixerBlock."""
-
-    shared = False
+class _FoundBlock(_Found, layers.DynaMixerBlock):
+    layer, shared = layers.DynaMixerBlock, False
     dim = property(lambda block: block.proj.in_features)
     resolution = property(lambda block: (block.mix_h.seq_len, block.mix_w.seq_len))
     sizes = property(lambda block: (*block.resolution, block.dim))
 
-    def __reduce_ex__(self, protocol):
-        return _storable(self, _FoundBlock, super().__reduce_ex__(protocol))
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        for name in ("mix_h", "mix_w"):
+            op = module._modules.get(name)
+            reason = why_not_part(op, name, type(op)) or within(name, _FoundOp.why_not(op))
+            if reason is not None:
+                return reason
+        return _why_not_linears(module, _BLOCK_LINEARS) or _why_not_dropout(module)
 
 
 @functools.cache
-def _fused_class(found: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+def _fused_class(found: type[_Found], original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of both, of the original's name; one for each class, so that type(module) compares as usual."""
-    return type(original.__name__, (found, original), {"__module__": original.__module__, "__doc__": original.__doc__})
+    body = {"__module__": original.__module__, "__doc__": original.__doc__, "found": found}
+    return type(original.__name__, (found, original), body)
 
 
-def _original_class(module: nn.Module) -> type[nn.Module]:
-    return type(module).__bases__[1]
-
-
-def _storable(module: nn.Module, found: type[nn.Module], reduced: tuple) -> tuple:
-    """What copy and pickle make a module from: by the class that it had, as the fused one can be imported nowhere."""
-    return _new_fused, (found, _original_class(module)), *reduced[2:]
-
-
-def _new_fused(found: type[nn.Module], original: type[nn.Module]) -> nn.Module:
+def _new_fused(found: type[_Found], original: type[nn.Module]) -> nn.Module:
     fused = _fused_class(found, original)
     return fused.__new__(fused)
+
+
+def _why_not_linears(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    for name in names:
+        part = module._modules.get(name)
+        sizes = (part.out_features, part.in_features) if type(part) is nn.Linear else (0, 0)
+        reason = why_not_linear(part, name, *sizes)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _is_op(module: nn.Module) -> bool:
@@ -96,43 +117,41 @@ def _is_block(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class StructuralRule:
-    """What `Rule` is, for modules of any class with a certain structure.
+    """As `DropInRule`, for modules of any class with a certain structure.
 
-    found is the package's layer for them, linears are the parts that it does not call as modules, parameters all names
-    that there may be.
+    found is the package's layer for them, parameters are all names that there may be.
     """
 
-    found: type[nn.Module]
+    found: type[_Found]
     looks_like: Callable[[nn.Module], bool]
-    linears: tuple[str, ...]
     parameters: frozenset[str]
     absorbs: tuple[str, ...] = ()
     op: str = "dynamic_mixing"
 
-    def matches(self, module: nn.Module) -> bool:
-        own = isinstance(module, (layers.DynaMixerOp, layers.DynaMixerBlock))
-        return isinstance(module, self.found) or (not own and self.looks_like(module))
-
-    def why_not(self, module: nn.Module) -> str | None:
+    def plan(self, module: nn.Module) -> Plan | None:
+        kind = type(module).__name__
         if isinstance(module, self.found):
+            return Plan(kind, self.found.why_not_fused(module), lambda: None, self._absorbed(module))
+        own = isinstance(module, (layers.DynaMixerOp, layers.DynaMixerBlock, torch.jit.ScriptModule))
+        if own or not self.looks_like(module):
             return None
-        return (
-            checks.why_not_type(module, nn.Linear, *self.linears)
+        remember_forwards(*(type(part) for part in self._absorbed(module)))
+        reason = (
+            with_forward_on_instance(module)
+            or self.found.why_not(module)
             or self._why_not_state(module)
-            or checks.why_not_bypass(module, *self.linears, *self.absorbs)
-            or _why_not_dropout(module)
             or self._why_not_results(module)
         )
+        return Plan(kind, reason, lambda: self._replace(module), self._absorbed(module))
 
-    def replace(self, module: nn.Module) -> None:
-        for name in self.absorbs:
-            OP.replace(module.get_submodule(name))
+    def _absorbed(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        return tuple(module.get_submodule(name) for name in self.absorbs)
+
+    def _replace(self, module: nn.Module) -> None:
+        for part in self._absorbed(module):
+            OP._replace(part)
         if not isinstance(module, self.found):
             module.__class__ = _fused_class(self.found, type(module))
-
-    def restore(self, module: nn.Module) -> None:
-        if isinstance(module, self.found):
-            module.__class__ = _original_class(module)
 
     def _why_not_state(self, module: nn.Module) -> str | None:
         names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
@@ -151,10 +170,10 @@ class StructuralRule:
             plain = copy.deepcopy(module).to_empty(device="cpu").double().eval()
             plain.load_state_dict({k: drawn(*v.shape) / v[0].numel() ** 0.5 for k, v in plain.state_dict().items()})
             fused = copy.deepcopy(plain)
-            self.replace(fused)
+            self._replace(fused)
             x = drawn(2, *fused.sizes)
             with torch.no_grad(), dispatch.backend("reference"):
-                expected, got = type(plain).forward(plain, x), type(fused).forward(fused, x)
+                expected, got = type(plain).forward(plain, x), self.found.layer.forward(fused, x)
             same = torch.allclose(got, expected, rtol=0, atol=_TOLERANCE * expected.abs().max().item())
         except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
             return f"its forward cannot be tried out: {type(error).__name__}: {error}".splitlines()[0]
@@ -173,11 +192,10 @@ def _names(*linears: str) -> frozenset[str]:
 
 
 _OPS = tuple(f"{op}.{name}" for op in ("mix_h", "mix_w") for name in _OP_LINEARS)
-OP = StructuralRule(_FoundOp, _is_op, _OP_LINEARS, _names(*_OP_LINEARS))
+OP = StructuralRule(_FoundOp, _is_op, _names(*_OP_LINEARS))
 BLOCK = StructuralRule(
     _FoundBlock,
     _is_block,
-    (*_OPS, *_BLOCK_LINEARS),
     _names(*_OPS, "reweight.fc1", "reweight.fc2", "proj") | {"mlp_c.weight"},
     absorbs=("mix_h", "mix_w"),
 )

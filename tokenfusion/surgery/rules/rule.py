@@ -1,45 +1,61 @@
-"""What a rule of `fuse` is."""
+"""What a rule is: it says in one answer whether a module is its own, and what is to become of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
-
-class AnyRule(Protocol):
-    """What `fuse` asks of a rule: which modules are its, why to leave one alone, how to replace and restore it."""
-
-    op: str
-    absorbs: tuple[str, ...]
-
-    def matches(self, module: nn.Module) -> bool: ...
-    def why_not(self, module: nn.Module) -> str | None: ...
-    def replace(self, module: nn.Module) -> None: ...
-    def restore(self, module: nn.Module) -> None: ...
+from tokenfusion.layers.drop_in import DropIn
 
 
 @dataclass(frozen=True)
-class Rule:
-    """original -> fused, a subclass of it that changes the forward pass alone, so that parameters stay in place.
+class Plan:
+    """What a rule means to do with a module of a kind that it knows.
 
-    why_not tells why a module of the original class is to be left alone; None when it can be replaced. fused is None
-    for a class that never can be. absorbs names the children whose work the fused forward does itself, so that they
-    need no replacement of their own.
+    apply does it; None where the module is left alone, for the reason given. absorbs are the children whose work is
+    then done by the module itself, so that they need no replacement of their own.
+    """
+
+    kind: str
+    reason: str | None
+    apply: Callable[[], Any] | None = None
+    absorbs: tuple[nn.Module, ...] = ()
+
+
+class Rule(Protocol):
+    op: str
+
+    def plan(self, module: nn.Module) -> Plan | None:
+        """None where the module is of no kind that the rule knows."""
+
+
+def first_plan(rules: tuple[Rule, ...], module: nn.Module) -> tuple[Rule, Plan] | None:
+    """The rule whose module it is, and what it plans."""
+    plans = ((rule, rule.plan(module)) for rule in rules)
+    return next(((rule, plan) for rule, plan in plans if plan is not None), None)
+
+
+def with_forward_on_instance(module: nn.Module) -> str | None:
+    return "its forward was set on the instance" if "forward" in vars(module) else None
+
+
+@dataclass(frozen=True)
+class DropInRule:
+    """Modules of exactly the class that `fused` stands in for: a subclass may have changed what its forward means.
+
+    absorbs names children, as in `Plan`.
     """
 
     op: str
-    original: type[nn.Module]
-    fused: type[nn.Module] | None
-    why_not: Callable[[nn.Module], str | None]
+    fused: type[DropIn]
     absorbs: tuple[str, ...] = ()
 
-    def matches(self, module: nn.Module) -> bool:
-        """By exact class: a subclass may have changed what its forward means."""
-        return type(module) in (self.original, self.fused)
-
-    def replace(self, module: nn.Module) -> None:
-        module.__class__ = self.fused
-
-    def restore(self, module: nn.Module) -> None:
-        module.__class__ = self.original
+    def plan(self, module: nn.Module) -> Plan | None:
+        if type(module) not in (self.fused.original, self.fused):
+            return None
+        reason = with_forward_on_instance(module) or self.fused.why_not_fused(module)
+        if reason is not None:
+            return Plan(type(module).__name__, reason)
+        absorbs = tuple(module.get_submodule(name) for name in self.absorbs)
+        return Plan(type(module).__name__, None, lambda: setattr(module, "__class__", self.fused), absorbs)

@@ -1,0 +1,53 @@
+"""nn.ConvTranspose2d in a decoder, whose result becomes one operator with the concatenation that follows."""
+
+import torch
+from torch import nn
+
+from tokenfusion.kernels.upconv_concat.op import OPERATOR, SCALES
+from tokenfusion.layers.deferred import defer, only_runs
+from tokenfusion.layers.drop_in import DropIn, why_not_part
+
+
+class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
+    """A transposed convolution whose kernel is its stride, computed when its result is asked for.
+
+    Takes and holds what nn.ConvTranspose2d does. Where a kernel runs, the result is a tensor that does not exist yet:
+    torch.cat of it with a skip connection runs upconv_concat, and anything else computes it (see `deferred.py`). Where
+    none runs, with hooks, under torch.compile, tracing, function transforms and modes, the convolution runs at once.
+    """
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        k = module.kernel_size[0]
+        if module.kernel_size != (k, k) or module.stride != (k, k):
+            return f"it has kernel {module.kernel_size} and stride {module.stride}, expected k x k with stride k"
+        if k not in SCALES:
+            return f"it has kernel {module.kernel_size}, expected one of {', '.join(map(str, SCALES))}"
+        expected = (("padding", (0, 0)), ("output_padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1))
+        for name, value in expected:
+            if getattr(module, name) != value:
+                return f"it has {name} {getattr(module, name)}, expected {value}"
+        reason = why_not_part(module, "it", nn.ConvTranspose2d, ConvTranspose2d)
+        weight = module._parameters.get("weight")
+        if reason is None and (weight is None or weight.size() != (module.in_channels, module.out_channels, k, k)):
+            got = "no parameter" if weight is None else list(weight.shape)
+            reason = f"it has weight {got}, expected [{module.in_channels}, {module.out_channels}, {k}, {k}]"
+        return reason
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        """[B, Cin, h, w] -> [B, Cout, k h, k w]."""
+        if torch.jit.is_scripting():
+            return self.plain_forward(input, output_size)
+        if output_size is not None or not only_runs() or not self.fuses() or not self._is_served(input):
+            return super().forward(input, output_size)
+        return defer(input, self.weight, self.bias)
+
+    def _is_served(self, x: torch.Tensor) -> bool:
+        weight = self.weight
+        if type(x) is not torch.Tensor or x.dim() != 4 or x.numel() == 0 or x.shape[1] != self.in_channels:
+            return False
+        if x.device != weight.device or x.is_inference() or weight.is_inference():  # they do not tell of changes
+            return False
+        if x.dtype != weight.dtype and not (torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64):
+            return False
+        return OPERATOR.select(x, weight).backend != "reference"

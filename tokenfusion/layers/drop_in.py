@@ -1,0 +1,172 @@
+"""Modules in the place of others: fused while that is valid, and the original otherwise.
+
+A fused forward reads past some of the parts of a module: it takes their parameters and does not call them. Whatever
+people do to such a part, a hook, an adapter, another class, another size, has to count, so that `why_not` is asked at
+every call; `fuse` asks the same function first.
+"""
+
+import logging
+import types
+import weakref
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+from torch.utils.module_tracker import ModuleTracker
+
+from tokenfusion.kernels import dispatch
+
+_PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: quantized, distributed and other weights multiply in their own way
+
+_log = logging.getLogger("tokenfusion")
+_names: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+_reported: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_forwards: dict[type[nn.Module], types.FunctionType] = {}
+
+
+class DropIn:
+    """Base of a fused class, before the class that it stands in for: class Fused(DropIn, Original).
+
+    Its forward asks `fuses` first. In TorchScript it calls `plain_forward`, the original's.
+    """
+
+    original: ClassVar[type[nn.Module]]
+    plain_forward: ClassVar[types.FunctionType]
+
+    def __init_subclass__(cls) -> None:
+        """Not passed on: a class that keeps a register of its subclasses is not to learn of the fused one."""
+        if not issubclass(cls.__bases__[-1], DropIn):
+            cls.original = cls.__bases__[-1]
+            cls.plain_forward = _renamed(cls.original.forward, "plain_forward")
+            remember_forwards(cls, cls.original)
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        """What about the parts of a module, of either class, makes the fused forward invalid; None where it is valid."""
+        raise NotImplementedError
+
+    @classmethod
+    def why_not_fused(cls, module: nn.Module) -> str | None:
+        """Why the fused forward is not valid for a module of either class, as things are now; None where it is."""
+        if cls.original.forward is not _forwards[cls.original]:
+            return f"the forward of {cls.original.__name__} was replaced"
+        return _why_not_watched() or cls.why_not(module)
+
+    def fuses(self) -> bool:
+        """Whether this call may run fused. Where a change to the module is the reason that it may not, it is logged."""
+        if dispatch.transform() is not None:
+            return False
+        reason = self.why_not_fused(self)
+        if reason is not None and not torch.compiler.is_compiling():
+            _report(self, reason)
+        return reason is None
+
+
+def name(module: nn.Module, path: str) -> None:
+    """What to call the module in the log."""
+    _names[module] = path
+
+
+def _report(module: nn.Module, reason: str) -> None:
+    if module not in _reported:
+        _reported.add(module)
+        where = _names.get(module) or "a module"
+        _log.warning("%s (%s) runs its original forward: %s", where, type(module).__name__, reason)
+
+
+def _renamed(function: types.FunctionType, new: str) -> types.FunctionType:
+    """A copy by another name: TorchScript calls a method what its function is called."""
+    copy = types.FunctionType(function.__code__, function.__globals__, new, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, function.__annotations__
+    copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
+    return copy
+
+
+def remember_forwards(*kinds: type[nn.Module]) -> None:
+    """Takes the forward of these classes as it is now for the one that is read past."""
+    for kind in kinds:
+        _forwards[kind] = kind.forward
+
+
+def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> str | None:
+    """Why a part may not be read past: None where it is of one of these classes, and calling it would do nothing else.
+
+    A subclass, such as a quantised layer, has another forward. The reason starts with the part's name.
+    """
+    kind = type(part)
+    if kind not in kinds:
+        expected = kinds[0]
+        got = kind.__name__ if kind.__name__ != expected.__name__ else f"{kind.__module__}.{kind.__name__}"
+        return f"{name} is {got}, expected {expected.__module__.partition('.')[0]}'s {expected.__name__}"
+    state = part.__dict__
+    if not callable(part.forward) or "forward" in state:  # torch.compile watches the attribute, and not the dictionary
+        return f"{name} has its forward set on the instance"
+    if kind.forward is not _forwards[kind]:
+        return f"{name}: the forward of {kind.__name__} was replaced"
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return f"{name} has hooks, which would not run as before"
+    for parameter in state["_parameters"].values():
+        if parameter is not None and type(parameter) not in _PLAIN:
+            return f"{name} has a parameter of class {type(parameter).__name__}"
+    return None
+
+
+def why_not_linear(part: nn.Module | None, name: str, rows: int, columns: int) -> str | None:
+    """`why_not_part` of an nn.Linear whose weight is [rows, columns]."""
+    reason = why_not_part(part, name, nn.Linear)
+    if reason is not None:
+        return reason
+    weight = part._parameters.get("weight")  # getattr on a module takes ten times as long
+    if weight is None or weight.size() != (rows, columns):
+        got = "no parameter" if weight is None else list(weight.shape)
+        return f"{name}: its weight is {got}, expected [{rows}, {columns}]"
+    return None
+
+
+def why_not_norm(part: nn.Module | None, name: str) -> str | None:
+    """`why_not_part` of an nn.LayerNorm over the channels."""
+    if type(part) is not nn.LayerNorm or len(part.normalized_shape) != 1:
+        return f"{name} is {type(part).__name__}, expected torch's LayerNorm over the channels"
+    return why_not_part(part, name, nn.LayerNorm)
+
+
+def why_not_dropout(part: nn.Module | None, name: str, training: bool) -> str | None:
+    """`why_not_part` of a dropout, which must not drop anything now."""
+    reason = why_not_part(part, name, nn.Dropout, nn.Identity)
+    if reason is None and type(part) is nn.Dropout and part.p > 0 and (training or part.training):
+        return f"{name}: dropout {part.p:g} in training needs the attention weights"
+    return reason
+
+
+def _why_not_watched() -> str | None:
+    """Hooks on every module are not called for the parts that are read past; those that only keep track do not count."""
+    if not (
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    ):
+        return None
+    for hooks in (
+        global_hooks._global_forward_hooks,
+        global_hooks._global_forward_pre_hooks,
+        global_hooks._global_backward_hooks,
+        global_hooks._global_backward_pre_hooks,
+    ):
+        if any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks.values()):
+            return "hooks on all modules would not run as before"
+    return None
+
+
+def within(name: str, reason: str | None) -> str | None:
+    """A reason that concerns a child, as one of its parent."""
+    return reason and f"{name}.{reason}"
+
+
+remember_forwards(nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.GELU, nn.Sequential, nn.ModuleList)
