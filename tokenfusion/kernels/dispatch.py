@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace as symbolic
+from torch.fx import _symbolic_trace as symbolic_trace
 
 from tokenfusion.kernels import extension, triton_support
 
@@ -44,7 +44,10 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator's implementations, fastest first; the reference is last and takes every valid call."""
+    """An operator's implementations, fastest first; the reference is last and takes every valid call.
+
+    Under a transform it alone runs: PyTorch's own operators can be exported, traced, batched and differentiated anyhow.
+    """
 
     name: str
     implementations: tuple[Implementation, ...]
@@ -55,9 +58,7 @@ class Operator:
         Raises:
             CannotRun: the backend asked for by name cannot run them; the message says why.
         """
-        choice = _backend
-        if transform() is not None:
-            choice = "reference"
+        choice = _backend if transform() is None else "reference"
         reasons = []
         for implementation in self.implementations:
             if implementation.backend == choice or (choice == "auto" and implementation.automatic):
@@ -73,16 +74,22 @@ class Operator:
 
 
 def transform() -> str | None:
-    """What looks at this call rather than just running it: exporting, tracing, a function transform; or None."""
+    """What looks at this call rather than just running it: exporting, tracing or a function transform; None for a plain
+    call, compiled or not."""
     if torch.compiler._is_exporting_flag:  # is_exporting() says True in compiled code, too, in torch 2.11
-        return "exporting"
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._get_tracing_state() is not None or symbolic._is_fx_tracing_flag:
-        return "tracing"
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "a function transform"
-    return None
+        return "torch.export"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return _unguarded_transform()
+
+
+@torch.compiler.assume_constant_result  # dynamo guards on torch.func by itself, and lets no tracer into compiled code
+def _unguarded_transform() -> str | None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    return "torch.fx" if symbolic_trace._is_fx_tracing_flag else None
 
 
 OPERATORS: dict[str, Operator] = {}
