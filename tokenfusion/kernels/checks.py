@@ -5,6 +5,11 @@ import torch
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def symbolic(*tensors: torch.Tensor | None) -> bool:
+    """Whether torch.fx traces some of them as symbols, whose sizes and dtypes are not known to any check."""
+    return any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors)
+
+
 def check_floating(name: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
@@ -28,9 +33,11 @@ def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
 
 def autocast_like(leader: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under autocast, the others in the dtype of the leader, the big tensor that is read as it is."""
-    if all(other is None or getattr(other, "dtype", None) == getattr(leader, "dtype", None) for other in others):
+    if not isinstance(leader, torch.Tensor):
         return others
-    if not isinstance(leader, torch.Tensor) or not torch.is_autocast_enabled(leader.device.type):
+    if all(other is None or getattr(other, "dtype", None) == leader.dtype for other in others):
+        return others
+    if not torch.is_autocast_enabled(leader.device.type):
         return others
     return tuple(
         other.to(leader.dtype) if isinstance(other, torch.Tensor) and other.is_floating_point() else other

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import nn
 
-from tokenfusion.kernels import dynamic_mixing
-from tokenfusion.kernels.checks import autocast
+from tokenfusion.kernels import dispatch, dynamic_mixing
+from tokenfusion.kernels.checks import autocast, symbolic
 from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
 from tokenfusion.layers.linear import linear
@@ -71,7 +71,7 @@ class DynaMixerOp(nn.Module):
         Raises:
             ValueError: another number of tokens or channels than the layer was made for.
         """
-        if x.shape[dim] != self.seq_len or x.shape[3] != self.dim:
+        if not symbolic(x) and (x.shape[dim] != self.seq_len or x.shape[3] != self.dim):
             raise ValueError(
                 f"x: got shape {list(x.shape)}, expected N = {self.seq_len} tokens along dimension {dim} and "
                 f"D = {self.dim} channels"
@@ -159,12 +159,12 @@ class DynaMixerBlock(nn.Module):
         Raises:
             ValueError: another number of tokens or channels than the block was made for.
         """
-        if x.dim() != 4 or x.shape[1:] != (*self.resolution, self.dim):
+        if not symbolic(x) and (x.dim() != 4 or x.shape[1:] != (*self.resolution, self.dim)):
             raise ValueError(
                 f"x: got shape {list(x.shape)}, expected [B, {self.resolution[0]}, {self.resolution[1]}, {self.dim}]"
             )
         x, *tensors = autocast(x, *self._tensors())
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or dispatch.transform() is not None:
             return self._run(x, *tensors)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         images = max(1, _PIECE_BYTES // max(1, x[:1].nbytes)) if self.reweight else max(1, len(x))

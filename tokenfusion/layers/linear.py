@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from tokenfusion.kernels import dispatch
@@ -48,19 +47,15 @@ def kernels_may_run(*tensors: torch.Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()  # the compiler makes its own choice, with knowledge of what surrounds it
+        and dispatch.transform() is None
         and all(
-            type(tensor) in _PLAIN and tensor.device.type == "cpu" and not _is_batched(tensor) for tensor in tensors
+            type(tensor) in _PLAIN
+            and tensor.device.type == "cpu"
+            and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # autograd's is_grads_batched
+            for tensor in tensors
         )
-        and not torch.jit.is_tracing()
-        and forward_ad._current_level < 0  # they have no forward-mode derivative
         and dispatch.get_backend() in ("auto", "cpu")
     )
-
-
-def _is_batched(tensor: torch.Tensor) -> bool:
-    """Whether vmap, or autograd with is_grads_batched, hides dimensions of it."""
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -70,6 +65,7 @@ def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and weight.dtype == x.dtype
         and x.numel() >= _MIN_ROWS * x.shape[-1] > 0
         and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()  # FlopCounterMode, for one, knows PyTorch's own product alone
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and (x.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenfusion.kernels import single_query_attention
-from tokenfusion.kernels.checks import check_rank
+from tokenfusion.kernels import dispatch, single_query_attention
+from tokenfusion.kernels.checks import check_rank, symbolic
 from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES
 
 
@@ -80,7 +80,7 @@ def absorbed_attention(
 
     batch, length = tokens.shape[0], query.shape[1]
     query = query * scale
-    if key.bias is not None and torch.is_grad_enabled():
+    if key.bias is not None and torch.is_grad_enabled() and dispatch.transform() is None:
         query = query + 0 * key.bias  # its gradient is zero, and not absent, as optimizers and DDP expect
     q = query.unflatten(-1, (num_heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)  # [heads, B L, d]
     absorbed = torch.bmm(q, heads_of(key.weight)).unflatten(1, (query.shape[0], length))  # [heads, B, L, C]
@@ -102,8 +102,10 @@ def _attend(
     query: torch.Tensor, tokens: torch.Tensor, extra_token: torch.Tensor | None, norm: nn.LayerNorm | None
 ) -> torch.Tensor:
     """The operator, in as many calls as its kernels need for the queries."""
-    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     options = dict(normalize=False) if norm is None else dict(normalize=True, eps=norm.eps)
+    if dispatch.transform() is not None:
+        return single_query_attention(query, tokens, extra_token, **options)
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     parts = [single_query_attention(part, tokens, extra_token, **options) for part in query.split(MAX_QUERIES, dim=1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -179,7 +181,8 @@ class SingleQueryAttention(nn.Module):
         if query is None:
             query = self.latent
         else:
-            check_rank("query", query, "[B, L, dim]")
+            if not symbolic(query):
+                check_rank("query", query, "[B, L, dim]")
             query = query if self.norm is None else self.norm(query)
         out = absorbed_attention(
             self.q(query),

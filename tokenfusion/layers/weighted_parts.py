@@ -8,23 +8,41 @@ dW_k = sum_b diag(a_k[b]) M_k[b] as well as da_k[b], the row sums of W_k * M_k[b
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 
-from tokenfusion.kernels import extension
-from tokenfusion.kernels.library import LIBRARY
+from tokenfusion.kernels import dispatch, extension
+from tokenfusion.kernels.library import define_without_gradient
 from tokenfusion.layers.linear import kernels_may_run, linear
 
 _LARGE_MATRIX = 1 << 17  # bytes; below, and in bfloat16, PyTorch's products of a whole batch are as fast in backward
 
-LIBRARY.define(
-    "weighted_parts(Tensor(a!) out, Tensor[] parts, Tensor[] weights, Tensor shares, Tensor bias,"
-    " Tensor? proj_weight, Tensor? proj_bias) -> ()"
+
+def _flops(out, parts, weights, shares, bias, proj_weight, proj_bias) -> int:
+    return _flops_of_sum(parts, weights) + (0 if proj_weight is None else 2 * prod(out) * proj_weight[1])
+
+
+def _flops_backward(grad, shares, parts, weights) -> int:
+    return 2 * _flops_of_sum(parts, weights)
+
+
+def _flops_of_sum(parts, weights) -> int:
+    return sum(2 * prod(part) * weight[0] for part, weight in zip(parts, weights, strict=True))
+
+
+_run_kernel = define_without_gradient(
+    "weighted_parts",
+    "(Tensor(a!) out, Tensor[] parts, Tensor[] weights, Tensor shares, Tensor bias,"
+    " Tensor? proj_weight, Tensor? proj_bias) -> ()",
+    flops=_flops,
 )
-LIBRARY.define(
-    "weighted_parts_backward(Tensor grad, Tensor shares, Tensor[] parts, Tensor[] weights)"
-    " -> (Tensor grad_shares, Tensor[] grad_weights, Tensor[] grad_parts)"
+_run_kernel_backward = define_without_gradient(
+    "weighted_parts_backward",
+    "(Tensor grad, Tensor shares, Tensor[] parts, Tensor[] weights)"
+    " -> (Tensor grad_shares, Tensor[] grad_weights, Tensor[] grad_parts)",
+    flops=_flops_backward,
 )
 
 
@@ -67,7 +85,7 @@ class _WeightedParts(torch.autograd.Function):
         if not _kernel_serves(parts[0], weights):
             return _products(parts, _scaled(weights, shares), bias)
         out = parts[0].new_empty(*parts[0].shape[:2], shares.shape[2])
-        torch.ops.tokenfusion.weighted_parts(out, parts, weights, shares, bias, None, None)
+        _run_kernel(out, parts, weights, shares, bias, None, None)
         return out
 
     @staticmethod
@@ -75,7 +93,7 @@ class _WeightedParts(torch.autograd.Function):
         shares, *tensors = ctx.saved_tensors
         weights, parts = tensors[: shares.shape[1]], tensors[shares.shape[1] :]
         by_kernel = grad.dtype == torch.float32 and weights[0].nbytes >= _LARGE_MATRIX and _kernel_serves(grad, weights)
-        gradients = torch.ops.tokenfusion.weighted_parts_backward if by_kernel else _gradients
+        gradients = _run_kernel_backward if by_kernel else _gradients
         grad_shares, grad_weights, grad_parts = gradients(grad, shares, parts, weights)
         return grad_shares, grad.sum(1), *grad_weights, *grad_parts
 
@@ -107,7 +125,10 @@ def weighted_parts(
     Returns:
         [B, T, D_out].
     """
-    return _WeightedParts.apply(shares, _weighted_bias(biases, shares), *weights, *parts)
+    bias = _weighted_bias(biases, shares)
+    if dispatch.transform() is not None:
+        return _products(parts, _scaled(weights, shares), bias)
+    return _WeightedParts.apply(shares, bias, *weights, *parts)
 
 
 def project_weighted_parts(
@@ -123,7 +144,7 @@ def project_weighted_parts(
     """A linear layer [D_out, D_out] after the sum above, into `out`, where no gradient is recorded."""
     bias, tokens, inputs = _weighted_bias(biases, shares), parts[0].shape[1], len(parts) * parts[0].shape[2]
     if tokens < 2 * inputs and _kernel_serves(parts[0], weights):
-        torch.ops.tokenfusion.weighted_parts(out, parts, weights, shares, bias, proj_weight, proj_bias)
+        _run_kernel(out, parts, weights, shares, bias, proj_weight, proj_bias)
         return
     matrices, add = _scaled(weights, shares), torch.Tensor.baddbmm_
     if inputs < tokens:  # then projecting the weights is less work than projecting the tokens

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from tokenfusion.kernels import extension, triton_support
-from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
+from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
 from tokenfusion.kernels.dispatch import Implementation, register
-from tokenfusion.kernels.dynamic_mixing import reference
+from tokenfusion.kernels.dynamic_mixing import flops, reference
 from tokenfusion.kernels.dynamic_mixing.shapes import empty_gradients, empty_mean
 from tokenfusion.kernels.library import define, second_order
 
@@ -92,6 +92,7 @@ def _define(backend: str):
         fake=_fake_backward,
         setup_context=_setup_double_backward,
         backward=_double_backward,
+        flops=flops.backward,
     )
     return define(
         f"dynamic_mixing_{backend}",
@@ -99,6 +100,7 @@ def _define(backend: str):
         fake=_fake,
         setup_context=_setup_context,
         backward=_backward_through(backend),
+        flops=flops.forward,
     )
 
 
@@ -181,6 +183,8 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: list[int], because: 
 
 
 def _check(x, weights: dict[str, torch.Tensor], segments: int, dim: int) -> None:
+    if symbolic(x, *weights.values()):
+        return
     check_floating("x", x)
     check_rank("x", x, "[B, H, W, D]")
     if dim not in (1, 2):

@@ -5,10 +5,10 @@ import functools
 import torch
 
 from tokenfusion.kernels import extension, triton_support
-from tokenfusion.kernels.checks import autocast_like, check_floating, check_rank, check_same
+from tokenfusion.kernels.checks import autocast_like, check_floating, check_rank, check_same, symbolic
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.library import define, second_order
-from tokenfusion.kernels.single_query_attention import reference
+from tokenfusion.kernels.single_query_attention import flops, reference
 from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, statistics_dtype
 
 MAX_QUERIES = 64
@@ -82,6 +82,7 @@ def _define(backend: str):
         fake=_fake_backward,
         setup_context=_setup_double_backward,
         backward=_double_backward,
+        flops=flops.backward,
     )
     forward = define(
         f"single_query_attention_{backend}",
@@ -89,6 +90,7 @@ def _define(backend: str):
         fake=_fake,
         setup_context=_setup_context,
         backward=_backward_through(backend),
+        flops=flops.forward,
     )
 
     def run(query, tokens, extra_token, normalize, eps):
@@ -184,6 +186,8 @@ triton_support.implement("single_query_attention")
 
 
 def _check(query, tokens, extra_token) -> None:
+    if symbolic(query, tokens, extra_token):
+        return
     check_floating("query", query)
     check_floating("tokens", tokens)
     check_rank("query", query, "[B, Q, C]")

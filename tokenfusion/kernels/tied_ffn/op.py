@@ -3,10 +3,10 @@
 import torch
 
 from tokenfusion.kernels import extension, triton_support
-from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
+from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.library import define, second_order
-from tokenfusion.kernels.tied_ffn import reference
+from tokenfusion.kernels.tied_ffn import flops, reference
 from tokenfusion.kernels.tied_ffn.shapes import empty_gradients, empty_outputs
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -75,6 +75,7 @@ def _define(backend: str):
         fake=_fake_backward,
         setup_context=_setup_double_backward,
         backward=_double_backward,
+        flops=flops.backward,
     )
     forward = define(
         f"tied_ffn_{backend}",
@@ -82,6 +83,7 @@ def _define(backend: str):
         fake=_fake,
         setup_context=_setup_context,
         backward=_backward_through(backend),
+        flops=flops.forward,
     )
 
     def run(x, weight, bias_in, bias_out, activation, recompute):
@@ -123,6 +125,8 @@ triton_support.implement("tied_ffn")
 
 
 def _check(x, weight, bias_in, bias_out, activation) -> None:
+    if symbolic(x, weight, bias_in, bias_out):
+        return
     check_floating("x", x)
     check_floating("weight", weight)
     check_rank("weight", weight, "[F, C]")

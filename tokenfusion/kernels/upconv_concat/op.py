@@ -3,10 +3,10 @@
 import torch
 
 from tokenfusion.kernels import extension, triton_support
-from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
+from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
 from tokenfusion.kernels.dispatch import Implementation, register
-from tokenfusion.kernels.library import LIBRARY, define, second_order
-from tokenfusion.kernels.upconv_concat import reference
+from tokenfusion.kernels.library import define, define_without_gradient, second_order
+from tokenfusion.kernels.upconv_concat import flops, reference
 from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
 
 SCALES = (2, 4, 8, 16, 32)
@@ -75,6 +75,7 @@ def _define(backend: str):
         fake=_fake_backward,
         setup_context=_setup_double_backward,
         backward=_double_backward,
+        flops=flops.backward,
     )
     forward = define(
         f"upconv_concat_{backend}",
@@ -82,14 +83,14 @@ def _define(backend: str):
         fake=_fake,
         setup_context=_setup_context,
         backward=_backward_through(backend),
+        flops=flops.forward,
     )
-    LIBRARY.define(f"upconv_concat_out_{backend}{_OUT_SCHEMA}", tags=(torch.Tag.needs_exact_strides,))
-    torch.library.register_fake(f"tokenfusion::upconv_concat_out_{backend}", lambda *args: None, lib=LIBRARY)
+    write = define_without_gradient(f"upconv_concat_out_{backend}", _OUT_SCHEMA, flops=flops.forward)
 
     def run(x, weight, bias, skip, skip_first, out):
         if out is None:
             return forward(x, weight, bias, skip, skip_first, gives_channels_last(x, skip))
-        getattr(torch.ops.tokenfusion, f"upconv_concat_out_{backend}").default(x, weight, bias, skip, skip_first, out)
+        write(x, weight, bias, skip, skip_first, out)
         return out
 
     return run
@@ -132,6 +133,8 @@ triton_support.implement("upconv_concat", "out")
 
 def check_upconv(x, weight, bias, skip) -> None:
     """What both operators ask of their common arguments."""
+    if symbolic(x, weight, bias, skip):
+        return
     check_floating("x", x)
     check_floating("weight", weight)
     check_rank("x", x, "[B, Cin, h, w]")

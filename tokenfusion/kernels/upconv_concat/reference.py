@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from tokenfusion.kernels.checks import symbolic
+
 
 def upconv_concat(
     x: torch.Tensor,
@@ -23,7 +25,8 @@ def upconv_concat(
     not exist. In the backward pass the gradient of the product is read from its slice of the output's gradient by the
     inverse rearrangement, and the gradient of the skip is the other slice.
     """
-    up = F.conv_transpose2d(x, weight, bias, stride=int(weight.shape[2]))
+    scale = weight.shape[2]
+    up = F.conv_transpose2d(x, weight, bias, stride=scale if symbolic(scale) else int(scale))
     if skip is None:
         return up
     return torch.cat((skip, up) if skip_first else (up, skip), dim=1)

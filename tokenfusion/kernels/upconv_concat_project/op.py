@@ -3,12 +3,12 @@
 import torch
 
 from tokenfusion.kernels import triton_support
-from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same
-from tokenfusion.kernels.dispatch import Implementation, register
+from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
+from tokenfusion.kernels.dispatch import Implementation, register, transform
 from tokenfusion.kernels.library import define, second_order
 from tokenfusion.kernels.upconv_concat.op import check_upconv, cpu_can_run, triton_can_run
 from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
-from tokenfusion.kernels.upconv_concat_project import reference
+from tokenfusion.kernels.upconv_concat_project import flops, reference
 
 _TENSORS = "Tensor x, Tensor weight, {}Tensor? skip, Tensor? proj_up, Tensor? proj_skip"
 _SCHEMA = f"({_TENSORS.format('Tensor? bias, ')}, bool channels_last) -> Tensor"
@@ -82,6 +82,7 @@ def _define(backend: str):
         fake=_fake_backward,
         setup_context=_setup_double_backward,
         backward=_double_backward,
+        flops=flops.backward,
     )
     forward = define(
         f"upconv_concat_project_{backend}",
@@ -89,6 +90,7 @@ def _define(backend: str):
         fake=_fake,
         setup_context=_setup_context,
         backward=_backward_through(backend),
+        flops=flops.forward,
     )
 
     def run(x, weight, bias, skip, proj_up, proj_skip):
@@ -107,6 +109,8 @@ triton_support.implement("upconv_concat_project")
 
 
 def _check_projection(proj_weight, proj_bias, x, weight, skip) -> None:
+    if symbolic(x, weight, skip, proj_weight, proj_bias):
+        return
     check_floating("proj_weight", proj_weight)
     check_rank("proj_weight", proj_weight, "[Cp, Cout + Cs]")
     check_same("proj_weight", proj_weight, "x", x)
@@ -176,6 +180,8 @@ def upconv_concat_project(
     x, weight, bias, skip, proj_weight, proj_bias = autocast(x, weight, bias, skip, proj_weight, proj_bias)
     check_upconv(x, weight, bias, skip)
     _check_projection(proj_weight, proj_bias, x, weight, skip)
+    if transform() is not None:
+        return reference.upconv_concat_project(x, weight, bias, skip, proj_weight, proj_bias, skip_first=skip_first)
     up_channels = weight.shape[1]
     proj_skip = None
     if skip is None:
@@ -213,7 +219,7 @@ def upconv_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     """
     x, weight, bias, skip = autocast(x, weight, bias, skip)
     check_upconv(x, weight, bias, skip)
-    if skip is None or skip.shape[1] != weight.shape[1]:
+    if skip is None or (not symbolic(skip, weight) and skip.shape[1] != weight.shape[1]):
         got = None if skip is None else list(skip.shape)
-        raise ValueError(f"skip: got {got}, expected a tensor of the {weight.shape[1]} channels of weight")
+        raise ValueError(f"skip: got {got}, expected a tensor of the channels of weight {list(weight.shape)}")
     return OPERATOR.select(x, weight).run(x, weight, bias, skip, None, None)
