@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import tokenfusion
 from tests.crossvit import randomize
@@ -202,3 +203,57 @@ def test_bad_arguments():
         tokenfusion.tie_weights(torch.ones(1))
     with pytest.raises(ValueError, match="init: got 'best', expected one of 'mean', 'first', 'fresh'"):
         tokenfusion.tie_weights(nn.Sequential(), init="best")
+
+
+def small_vit(depth: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=depth, embed_dim=32, num_heads=2, num_classes=3)
+
+
+def test_a_shared_module_is_tied_once_and_shared_still():
+    model = small_vit(depth=3)
+    model.blocks[1].mlp = model.blocks[2].mlp = model.blocks[0].mlp
+    model.blocks[2].attn = model.blocks[0].attn
+    report = tokenfusion.tie_weights(model)
+    names = {matrix.name.rpartition(".")[0] for matrix in report.matrices}
+    assert names == {"blocks.0.mlp", "blocks.0.attn", "blocks.1.attn"}
+    assert type(model.blocks[0].mlp) is TiedFFN
+    assert model.blocks[0].mlp is model.blocks[1].mlp is model.blocks[2].mlp
+    assert model.blocks[0].attn is model.blocks[2].attn is not model.blocks[1].attn
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", [small_vit, lambda: timm.create_model("resnet50", num_classes=3)], ids=["vit", "resnet"])
+def test_what_was_frozen_is_frozen(make):
+    model = make().to(torch.bfloat16).eval().requires_grad_(False)
+    assert tokenfusion.tie_weights(model).matrices
+    assert not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(module.training for module in model.modules())
+
+
+def left_alone(change) -> dict[str, str]:
+    """Name -> reason, for a vision transformer of one block that was changed."""
+    model = small_vit()
+    change(model.blocks[0])
+    before = [type(module) for module in model.blocks[0].mlp.modules()]
+    report = tokenfusion.tie_weights(model, pattern="*.mlp")
+    assert not report.matrices and [type(module) for module in model.blocks[0].mlp.modules()] == before
+    return {module.name: module.reason for module in report.left}
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        (lambda block: block.mlp.register_forward_hook(lambda *_: None), "it has hooks"),
+        (lambda block: block.mlp.fc2.register_full_backward_hook(lambda *_: None), "fc2 has hooks"),
+        (lambda block: setattr(block.mlp.fc1, "forward", lambda x: x), "fc1 has its forward set on the instance"),
+        (lambda block: setattr(block.mlp, "forward", lambda x: x), "its forward was set on the instance"),
+        (lambda block: parametrizations.weight_norm(block.mlp.fc1), "fc1 is parametrized"),
+        (lambda block: block.mlp.fc2.weight.requires_grad_(False), "some of its matrices are frozen"),
+        (lambda block: setattr(block.norm1, "bias", block.mlp.fc2.bias), "shares a parameter with blocks.0.norm1.bias"),
+    ],
+)
+def test_what_tying_would_lose_is_left_alone(change, part):
+    reasons = left_alone(change)
+    assert set(reasons) == {"blocks.0.mlp"} and part in reasons["blocks.0.mlp"]

@@ -84,9 +84,9 @@ def _renamed(function: types.FunctionType, new: str) -> types.FunctionType:
 
 
 def remember_forwards(*kinds: type[nn.Module]) -> None:
-    """Takes the forward of these classes as it is now for the one that is read past."""
+    """Takes the forward of these classes, as it is when they are first seen, for the one that is read past."""
     for kind in kinds:
-        _forwards[kind] = kind.forward
+        _forwards.setdefault(kind, kind.forward)
 
 
 def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> str | None:

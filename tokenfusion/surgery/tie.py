@@ -9,9 +9,12 @@ from timm.layers import Mlp
 from timm.models.resnet import Bottleneck
 from timm.models.vision_transformer import Attention
 from torch import nn
+from torch.nn.utils import parametrize
 
+from tokenfusion.layers.drop_in import remember_forwards, why_not_part
 from tokenfusion.layers.tied import TiedAttention, TiedFFN, TiedStage, activation_name
 from tokenfusion.surgery.report import MatrixReport, TieReport, UntiedReport
+from tokenfusion.surgery.rules.rule import Plan, first_plan, with_forward_on_instance
 
 INITS = ("mean", "first", "fresh")
 _SCALE_FREE = ("relu", "identity")  # act(s u) = s act(u) for s > 0
@@ -26,6 +29,10 @@ def tie_weights(model: nn.Module, *, init: str = "mean", pattern: str = "*") -> 
     blocks (a `TiedStage`: one matrix for all its 1x1 convolutions, its first block without a convolution on the
     shortcut). Biases, norms and 3x3 convolutions are kept, as the same parameters. What the model computes changes by
     as much as the report's errors say; it is to be trained on afterwards, with an optimizer made after this call.
+
+    A module that stands in several places is tied once, and stands in all of them again. A matrix is frozen where those
+    that it stands for were; device, dtype and training mode stay. Modules with hooks or parametrizations, or with one
+    matrix of a pair frozen, are left alone.
 
     Args:
         model: an nn.Module that contains such modules; not one itself.
@@ -50,18 +57,26 @@ def tie_weights(model: nn.Module, *, init: str = "mean", pattern: str = "*") -> 
     if init not in INITS:
         raise ValueError(f"init: got {init!r}, expected one of {', '.join(map(repr, INITS))}")
     before = _count(model)
-    matrices, left = [], []
-    for name, module in list(model.named_modules()):
-        rule = _rule_for(module)
-        if not name or rule is None or not fnmatch.fnmatchcase(name, pattern):
+    plans: dict[str, Plan] = {}
+    left = []
+    for name, module in model.named_modules():
+        found = first_plan(_RULES, module) if name and fnmatch.fnmatchcase(name, pattern) else None
+        if found is None:
             continue
-        reason = rule.why_not(module)
-        if reason is not None:
-            left.append(UntiedReport(name, rule.kind, reason))
-            continue
-        tied, originals = rule.tie(module, init)
-        matrices += [MatrixReport(f"{name}.{key}", rule.kind, error) for key, error in originals]
-        model.set_submodule(name, tied.train(module.training))
+        _, plan = found
+        reason = plan.reason or _why_not_shared(model, module)
+        if reason is None:
+            plans[name] = plan
+        else:
+            left.append(UntiedReport(name, plan.kind, reason))
+    matrices = []
+    for name, plan in plans.items():
+        module = model.get_submodule(name)
+        places = [place for place, other in model.named_modules(remove_duplicate=False) if other is module]
+        tied, originals = plan.apply(init)
+        matrices += [MatrixReport(f"{name}.{key}", plan.kind, error) for key, error in originals]
+        for place in places:
+            model.set_submodule(place, tied.train(module.training))
     return TieReport(tuple(matrices), tuple(left), before, _count(model))
 
 
@@ -71,16 +86,54 @@ def _count(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class _Rule:
-    """tie makes the tied module, and gives each original matrix's name and relative error."""
+    """Modules of one kind, named by op, with the reasons that are theirs alone. matrices are the parameters to be tied.
 
-    kind: str
+    tie makes the tied module, and gives each original matrix's name and relative error.
+    """
+
+    op: str
     matches: Callable[[nn.Module], bool]
     why_not: Callable[[nn.Module], str | None]
+    matrices: Callable[[nn.Module], list[nn.Parameter]]
     tie: Callable[[nn.Module, str], tuple[nn.Module, list[tuple[str, float]]]]
 
+    def plan(self, module: nn.Module) -> Plan | None:
+        if not self.matches(module):
+            return None
+        reason = (
+            with_forward_on_instance(module)
+            or _why_not_untouched(module)
+            or self.why_not(module)
+            or _why_not_frozen(self.matrices(module))
+        )
+        return Plan(self.op, reason, lambda init: self.tie(module, init))
 
-def _rule_for(module: nn.Module) -> _Rule | None:
-    return next((rule for rule in _RULES if rule.matches(module)), None)
+
+def _why_not_untouched(module: nn.Module) -> str | None:
+    """Hooks and parametrizations, of it or of a part, would be lost."""
+    for name, part in module.named_modules():
+        remember_forwards(type(part))
+        reason = why_not_part(part, name or "it", type(part))
+        if reason is None and parametrize.is_parametrized(part):
+            reason = f"{name or 'it'} is parametrized"
+        if reason is not None:
+            return reason
+    return None
+
+
+def _why_not_shared(model: nn.Module, module: nn.Module) -> str | None:
+    inside, own = set(module.modules()), set(module.parameters())
+    for name, other in model.named_modules():
+        for key, parameter in other._parameters.items():
+            if other not in inside and parameter in own:
+                return f"it shares a parameter with {f'{name}.{key}'.lstrip('.')}"
+    return None
+
+
+def _why_not_frozen(matrices: list[nn.Parameter]) -> str | None:
+    if len({matrix.requires_grad for matrix in matrices}) > 1:
+        return "some of its matrices are frozen and others are not"
+    return None
 
 
 def _error(rebuilt: torch.Tensor, original: torch.Tensor) -> float:
@@ -141,6 +194,7 @@ def _tie_mlp(mlp: Mlp, init: str):
         if tied.bias_in is not None:
             tied.bias_in.mul_(scale[:, 0])
     tied.weight.copy_(_chosen([first, second], init, tied.weight))
+    tied.weight.requires_grad_(mlp.fc1.weight.requires_grad)
     return tied, [("fc1", _error(tied.weight, first)), ("fc2", _error(tied.weight, second))]
 
 
@@ -180,9 +234,12 @@ def _tie_attention(attn: Attention, init: str):
         bias_q, bias_k, bias_v = attn.qkv.bias.chunk(3)
         for bias, value in ((tied.bias_q, bias_q * scale), (tied.bias_k, bias_k / scale), (tied.bias_v, bias_v)):
             bias.copy_(value)
+            bias.requires_grad_(attn.qkv.bias.requires_grad)
     tied.bias_out = attn.proj.bias
     tied.weight_q.copy_(_chosen([q, out.t()], init, tied.weight_q))
     tied.weight_kv.copy_(_chosen([k, v.t()], init, tied.weight_kv))
+    for weight in (tied.weight_q, tied.weight_kv):
+        weight.requires_grad_(attn.qkv.weight.requires_grad)
     errors = [("q", _error(tied.weight_q, q)), ("k", _error(tied.weight_kv, k))]
     return tied, [*errors, ("v", _error(tied.weight_kv.t(), v)), ("proj", _error(tied.weight_q.t(), out))]
 
@@ -203,6 +260,7 @@ def _tie_stage(stage: nn.Sequential, init: str):
         residual = reduce[0] - weight.unflatten(1, (repeats, -1)).sum(1)
         weight = weight + (residual / (len(whole) + repeats)).repeat(1, repeats)
     tied.weight.copy_(weight)
+    tied.weight.requires_grad_(stage[0].conv1.weight.requires_grad)
     errors = []
     for i, (conv1, conv3) in enumerate(zip(reduce, expand, strict=True)):
         rebuilt = tied.weight.unflatten(1, (tied.blocks[i].repeats, -1)).sum(1)
@@ -210,8 +268,22 @@ def _tie_stage(stage: nn.Sequential, init: str):
     return tied, errors
 
 
+def _mlp_matrices(mlp: Mlp) -> list[nn.Parameter]:
+    return [mlp.fc1.weight, mlp.fc2.weight]
+
+
+def _attention_matrices(attn: Attention) -> list[nn.Parameter]:
+    return [attn.qkv.weight, attn.proj.weight]
+
+
+def _stage_matrices(stage: nn.Sequential) -> list[nn.Parameter]:
+    return [conv.weight for block in stage for conv in (block.conv1, block.conv3)]
+
+
 _RULES = (
-    _Rule("Mlp", lambda module: type(module) is Mlp, _why_not_mlp, _tie_mlp),
-    _Rule("Attention", lambda module: type(module) is Attention, _why_not_attention, _tie_attention),
-    _Rule("Bottleneck stage", _is_stage, TiedStage.why_not, _tie_stage),
+    _Rule("Mlp", lambda module: type(module) is Mlp, _why_not_mlp, _mlp_matrices, _tie_mlp),
+    _Rule(
+        "Attention", lambda module: type(module) is Attention, _why_not_attention, _attention_matrices, _tie_attention
+    ),
+    _Rule("Bottleneck stage", _is_stage, TiedStage.why_not, _stage_matrices, _tie_stage),
 )
