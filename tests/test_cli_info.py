@@ -33,10 +33,15 @@ def test_shows_versions_backends_and_operators(capsys):
         assert _row(text, operator, "reference") == "runs"
 
 
+def test_shows_the_backend_in_force_and_that_of_the_process(capsys):
+    with tokenfusion.backend("reference"):
+        assert _row(_info(capsys), "Backends", "chosen") == "reference; for the whole process: auto"
+
+
 def test_json_agrees_with_the_package(capsys):
     facts = json.loads(_info(capsys, "--json"))
     assert facts["build"] == extension.build_info()
-    assert facts["backend"] == dispatch.get_backend()
+    assert (facts["backend"], facts["backend of the process"]) == (dispatch.get_backend(), dispatch.process_backend())
     assert {name: entry["reason"] for name, entry in facts["backends"].items()} == tokenfusion.backends()
     assert facts["operators"].keys() == dispatch.OPERATORS.keys()
     assert facts["operators"]["single_query_attention"]["reference"] == {

@@ -1,6 +1,9 @@
 """Choosing a backend."""
 
+import asyncio
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -32,6 +35,92 @@ def test_auto_takes_the_cpu_kernels_and_a_name_what_it_says():
         single_query_attention(*INPUTS)
     with tokenfusion.backend("reference"), assert_runs():
         single_query_attention(*INPUTS)
+
+
+def runs_on_cpu(call=single_query_attention) -> bool:
+    with torch.autograd.profiler.profile() as profile:
+        call(*INPUTS)
+    return any(event.name == "tokenfusion::single_query_attention_cpu" for event in profile.function_events)
+
+
+@pytest.fixture(params=["eager", "compiled", "compiled by AOTAutograd"])
+def operator(request):
+    """single_query_attention, run before under "auto"."""
+    if request.param == "eager":
+        return single_query_attention
+    torch.compiler.reset()
+    backend = "eager" if request.param == "compiled" else "aot_eager"
+    compiled = torch.compile(single_query_attention, fullgraph=True, backend=backend)
+    compiled(*INPUTS)
+    return compiled
+
+
+def test_a_thread_has_its_own_choice(operator):
+    in_block, checked = threading.Event(), threading.Event()
+    seen = {}
+
+    def other():
+        seen["at first"] = runs_on_cpu(operator)
+        with tokenfusion.backend("reference"):
+            seen["in its block"] = runs_on_cpu(operator)
+            in_block.set()
+            checked.wait(60)
+        seen["after it"] = runs_on_cpu(operator)
+
+    with tokenfusion.backend("reference"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert in_block.wait(60)
+        assert not runs_on_cpu(operator)
+    assert runs_on_cpu(operator)
+    checked.set()
+    thread.join()
+    assert seen == {"at first": True, "in its block": False, "after it": True}
+
+
+def test_a_task_has_its_own_choice(operator):
+    async def with_reference(entered, left):
+        with tokenfusion.backend("reference"):
+            entered.set()
+            await left.wait()
+            return runs_on_cpu(operator)
+
+    async def beside(entered, left):
+        await entered.wait()
+        ran = runs_on_cpu(operator)
+        left.set()
+        return ran
+
+    async def both():
+        events = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(with_reference(*events), beside(*events))
+
+    assert asyncio.run(both()) == [False, True]
+
+
+def test_the_choice_of_the_process_reaches_threads(operator):
+    tokenfusion.set_backend("reference")
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(runs_on_cpu, operator).result()
+            with tokenfusion.backend("cpu"):
+                assert runs_on_cpu(operator)
+    finally:
+        tokenfusion.set_backend("auto")
+    assert runs_on_cpu(operator)
+
+
+def test_a_choice_within_compiled_code():
+    def call(query, tokens):
+        with tokenfusion.backend("reference"):
+            return single_query_attention(query, tokens)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    assert not runs_on_cpu(compiled)
+    with tokenfusion.backend("cpu"):
+        assert not runs_on_cpu(compiled)
+    assert runs_on_cpu()
 
 
 def test_backends_says_what_runs_and_why_not():

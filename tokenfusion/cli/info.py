@@ -42,6 +42,7 @@ def collect() -> dict:
         "build": extension.build_info(),
         "isa": _isa(),
         "backend": dispatch.get_backend(),
+        "backend of the process": dispatch.process_backend(),
         "backends": {name: {"runs": why is None, "reason": why} for name, why in tokenfusion.backends().items()},
         "operators": {operator.name: _implementations(operator) for operator in dispatch.OPERATORS.values()},
     }
@@ -107,8 +108,11 @@ def _print(facts: dict) -> None:
         ("Versions", [(name, version or "none") for name, version in facts["versions"].items()]),
         ("Built", _built(facts["build"], facts["isa"])),
         (
-            f"Backends (in force: {facts['backend']})",
-            [(name, entry["reason"] or "runs") for name, entry in facts["backends"].items()],
+            "Backends",
+            [
+                ("chosen", f"{facts['backend']}; for the whole process: {facts['backend of the process']}"),
+                *((name, entry["reason"] or "runs") for name, entry in facts["backends"].items()),
+            ],
         ),
     ]
     for name, implementations in facts["operators"].items():

@@ -8,7 +8,9 @@ answer picks a backend under "auto", explains an error when a backend was asked 
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +60,7 @@ class Operator:
         Raises:
             CannotRun: the backend asked for by name cannot run them; the message says why.
         """
-        choice = _backend if transform() is None else "reference"
+        choice = get_backend() if transform() is None else "reference"
         reasons = []
         for implementation in self.implementations:
             if implementation.backend == choice or (choice == "auto" and implementation.automatic):
@@ -114,7 +116,7 @@ def _validated(name: str) -> str:
 
 
 def set_backend(name: str) -> None:
-    """Choose the backend of every operator, for the whole process.
+    """Choose the backend of every operator, for the whole process; `backend` goes before it where it is in force.
 
     Args:
         name: "auto" (the fastest that can run each call), or "reference", "cpu", "triton", "cuda"; one chosen by
@@ -123,24 +125,60 @@ def set_backend(name: str) -> None:
     Raises:
         ValueError: an unknown name.
     """
-    global _backend
-    _backend = _validated(name)
+    global _of_process
+    _of_process = _validated(name)
 
 
 def get_backend() -> str:
-    """The backend in force, as `set_backend` takes it."""
-    return _backend
+    """The backend in force in this thread or task, as `set_backend` takes it."""
+    if torch.compiler.is_compiling():  # dynamo traces no ContextVar
+        return _while_compiling or _this_module.in_force
+    return _in_force()
+
+
+def process_backend() -> str:
+    """What `set_backend` chose."""
+    return _of_process
+
+
+def _in_force() -> str:
+    return _of_task.get() or _of_process
+
+
+def __getattr__(name: str) -> str:
+    """in_force, the backend as an attribute: dynamo guards on attributes, looking them up before each call."""
+    if name == "in_force":
+        return _in_force()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """`set_backend(name)` for the length of a with-block."""
-    previous = _backend
-    set_backend(name)
-    try:
-        yield
-    finally:
-        set_backend(previous)
+    """Chooses the backend for the length of a with-block, and for this thread or asyncio task alone.
+
+    A task that the block creates inherits the choice, a thread does not. Nor do those that autograd has for GPUs: where
+    layers compute their forward pass again in the backward pass (activation checkpointing), use `set_backend`.
+
+    Args:
+        name: as of `set_backend`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _while_compiling
+    _validated(name)
+    if torch.compiler.is_compiling():
+        previous, _while_compiling = _while_compiling, name
+        try:
+            yield
+        finally:
+            _while_compiling = previous
+    else:
+        token = _of_task.set(name)
+        try:
+            yield
+        finally:
+            _of_task.reset(token)
 
 
 def backends() -> dict[str, str | None]:
@@ -153,7 +191,10 @@ def backends() -> dict[str, str | None]:
     }
 
 
-_backend = "auto"
+_this_module = sys.modules[__name__]
+_of_process = "auto"
+_of_task: ContextVar[str | None] = ContextVar("tokenfusion.backend", default=None)
+_while_compiling: str | None = None  # chosen within the code that dynamo traces
 if "TOKENFUSION_BACKEND" in os.environ:
     try:
         set_backend(os.environ["TOKENFUSION_BACKEND"])
