@@ -25,12 +25,6 @@ class Decoder(nn.Module):
         return self.conv(x)
 
 
-class PaddedDecoder(Decoder):
-    def forward(self, x, skip):
-        x = F.pad(self.up(x), (0, 0, 0, 0))
-        return self.conv(torch.cat((x, skip), 1))
-
-
 class SizedDecoder(Decoder):
     def forward(self, x, skip):
         x = self.up(x)
@@ -61,11 +55,21 @@ class TrainingDecoder(Decoder):
 
 
 class BranchingDecoder(Decoder):
-    def forward(self, x, skip):
+    def forward(self, x, skip=None):
         x = self.up(x)
         if isinstance(skip, torch.Tensor):
             x = torch.cat((x, skip), 1)
         return x
+
+
+class PaddingDecoder(Decoder):
+    """As in the most copied of U-Nets: padded to the size of the skip connection, if only by zeros."""
+
+    def forward(self, x, skip):
+        x = self.up(x)
+        rows, columns = skip.size(2) - x.size(2), skip.size(3) - x.size(3)
+        x = F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+        return self.conv(torch.cat([skip, x], dim=1))
 
 
 class UNet(nn.Module):
@@ -86,3 +90,17 @@ class UNet(nn.Module):
             x = F.max_pool2d(x, 2)
         x = self.decoder(self.down[2](x), skips[1])
         return self.head(torch.cat((self.ups[0](x), skips[0]), dim=1))
+
+
+class PaddingUNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList([conv(3, 4), conv(4, 8), conv(8, 16)])
+        self.up = nn.ModuleList([PaddingDecoder(8), PaddingDecoder(4)])
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        first = self.down[0](x)
+        second = self.down[1](F.max_pool2d(first, 2))
+        x = self.up[0](self.down[2](F.max_pool2d(second, 2)), second)
+        return self.head(self.up[1](x, first))

@@ -1,11 +1,13 @@
-"""fuse on U-Nets: which decoders it replaces, that nothing else changes, and why it leaves the others."""
+"""fuse on U-Nets: which up-convolutions it replaces, that nothing else changes, and why it leaves the others."""
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from monai.networks import nets
 from torch import nn
 
@@ -14,7 +16,7 @@ from tests.parity import assert_runs
 from tests.unet import (
     BranchingDecoder,
     Decoder,
-    PaddedDecoder,
+    PaddingUNet,
     SharedDecoder,
     SizedDecoder,
     TrainingDecoder,
@@ -23,13 +25,31 @@ from tests.unet import (
     WideDecoder,
 )
 
+OP, BACKWARD = "upconv_concat_cpu", "upconv_concat_backward_cpu"
 IMAGES = torch.randn(2, 3, 16, 24)
-OP = "upconv_concat_cpu"
 
 
 def unet() -> UNet:
     torch.manual_seed(0)
     return UNet()
+
+
+def fused_copy(plain: nn.Module) -> nn.Module:
+    fused = copy.deepcopy(plain)
+    tokenfusion.fuse(fused, strict=True)
+    return fused
+
+
+def everything(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Every output, and the gradients of the inputs and parameters, with the same random numbers each time."""
+    torch.manual_seed(1)
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = model(*inputs)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    sum(out.square().mean() for out in outputs).backward()
+    grads = [tensor.grad for tensor in (*inputs, *model.parameters())]
+    model.zero_grad()
+    return [*(out * 1 for out in outputs), *grads]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -39,10 +59,10 @@ def test_same_outputs_parameters_and_back(memory_format):
     expected, classes = model(images), {name: type(m) for name, m in model.named_modules()}
     parameters, keys = dict(model.named_parameters()), list(model.state_dict())
     report = tokenfusion.fuse(model, strict=True)
-    assert [m.name for m in report.replaced] == ["", "decoder"]
+    assert [m.name for m in report.replaced] == ["decoder.up", "ups.0.0"]
     assert list(model.state_dict()) == keys
     assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
-    assert isinstance(model, UNet) and isinstance(model.decoder, Decoder)
+    assert isinstance(model.decoder.up, nn.ConvTranspose2d) and type(model.decoder) is Decoder
     with assert_runs(OP):
         torch.testing.assert_close(model(images), expected)
     assert tokenfusion.fuse(model) == report
@@ -72,42 +92,75 @@ def test_copies_compute_the_same(copied):
         assert torch.equal(other(IMAGES), model(IMAGES))
     assert other.decoder.up.weight is not model.decoder.up.weight
     tokenfusion.unfuse(other)
-    assert type(other.decoder) is Decoder and type(model.decoder) is not Decoder
+    assert type(other.decoder.up) is nn.ConvTranspose2d and type(model.decoder.up) is not nn.ConvTranspose2d
 
 
 @pytest.mark.parametrize("skip_first", [False, True])
 def test_order_and_absence_of_the_skip(skip_first):
     plain = Decoder(4, skip_first).eval()
-    fused = copy.deepcopy(plain)
-    tokenfusion.fuse(fused, strict=True)
+    fused = fused_copy(plain)
     x, skip = torch.randn(1, 8, 3, 5), torch.randn(1, 4, 6, 10)
-    torch.testing.assert_close(fused(x, skip), plain(x, skip))
-    with pytest.raises(ValueError, match="skip: got shape"):
-        fused(x, skip[..., 1:])
+    with assert_runs(OP):
+        torch.testing.assert_close(fused(x, skip), plain(x, skip))
+    for wrong in (None, skip[..., 1:]):
+        with pytest.raises(RuntimeError) as expected:
+            plain(x, wrong)
+        with pytest.raises(RuntimeError) as error:
+            fused(x, wrong)
+        assert str(error.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("make", [SizedDecoder, SharedDecoder, TrainingDecoder, BranchingDecoder])
+def test_every_decoder_that_concatenates_with_one_tensor(make):
+    plain = make(4)
+    fused = fused_copy(plain)
+    x, skip = torch.randn(1, 8, 3, 5), torch.randn(1, 4, 6, 10)
+    for training in (True, False):
+        with assert_runs(OP, BACKWARD):
+            actual = everything(fused.train(training), x, skip)
+        torch.testing.assert_close(actual, everything(plain.train(training), x, skip))
 
 
 @pytest.mark.parametrize(
-    "decoder, part",
-    [
-        (Decoder(4, kernel_size=4), r"up has kernel \(4, 4\) and stride \(2, 2\)"),
-        (Decoder(4, stride=(2, 1), kernel_size=(2, 1)), "kernel"),
-        (Decoder(4, output_padding=1, padding=1, kernel_size=2), "padding"),
-        (Decoder(4, output_padding=1), "output_padding"),
-        (Decoder(4, groups=2), "groups 2"),
-        (Decoder(4, dilation=2), "dilation"),
-        (PaddedDecoder(4), "goes through pad"),
-        (SizedDecoder(4), "cannot trace its forward"),
-        (TripleDecoder(4), "not concatenated with one tensor"),
-        (WideDecoder(4), "dimension 2"),
-        (SharedDecoder(4), "used 2 times"),
-        (TrainingDecoder(4), "depends on self.training"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    "make, sizes", [(TripleDecoder, (6, 10)), (WideDecoder, (7, 10)), (BranchingDecoder, None)]
 )
-def test_others_are_left_alone_with_the_reason(decoder, part):
-    model, before = nn.Sequential(decoder), type(decoder)
+def test_decoders_that_do_something_else_are_computed(make, sizes):
+    plain = make(4)
+    fused = fused_copy(plain)
+    inputs = torch.randn(1, 8, 3, 5), *([] if sizes is None else [torch.randn(1, 4, *sizes)])
+    with assert_runs():
+        actual = everything(fused, *inputs)
+    torch.testing.assert_close(actual, everything(plain, *inputs))
+
+
+def test_generators_are_computed():
+    plain = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, 2), nn.ReLU(), nn.ConvTranspose2d(4, 3, 4, 2, 1))
+    fused = copy.deepcopy(plain)
+    report = tokenfusion.fuse(fused)
+    assert [m.name for m in report.replaced] == ["0"] and [m.name for m in report.left] == ["2"]
+    x = torch.randn(2, 4, 5, 3)
+    with assert_runs():
+        actual = everything(fused, x)
+    torch.testing.assert_close(actual, everything(plain, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"kernel_size": 4}, r"kernel \(4, 4\) and stride \(2, 2\)"),
+        ({"kernel_size": (2, 1), "stride": (2, 1)}, r"kernel \(2, 1\)"),
+        ({"kernel_size": 3, "stride": 3}, "expected one of 2, 4, 8, 16, 32"),
+        ({"padding": 1, "output_padding": 1}, r"padding \(1, 1\)"),
+        ({"output_padding": 1}, r"output_padding \(1, 1\)"),
+        ({"groups": 2}, "groups 2"),
+        ({"dilation": 2}, "dilation"),
+    ],
+    ids=str,
+)
+def test_others_are_left_alone_with_the_reason(changes, part):
+    model = nn.Sequential(Decoder(4, **changes))
     report = tokenfusion.fuse(model)
-    assert [m.name for m in report.left] == ["0"] and type(decoder) is before
+    assert [m.name for m in report.left] == ["0.up"] and type(model[0].up) is nn.ConvTranspose2d
     with pytest.raises(ValueError, match=part):
         tokenfusion.fuse(model, strict=True)
 
@@ -122,12 +175,10 @@ def test_hooks_and_other_classes_of_convolution():
 
     decoder = Decoder(4)
     decoder.up = Quantised(8, 4, 2, 2)
-    assert "Quantised" in tokenfusion.fuse(decoder).left[0].reason
+    assert not tokenfusion.fuse(decoder).modules and type(decoder.up) is Quantised
 
 
-def test_models_without_a_concatenation_are_none_of_its_business():
-    generator = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, 2), nn.ReLU())
-    assert not tokenfusion.fuse(generator).modules
+def test_other_operators_leave_it_alone():
     assert not tokenfusion.fuse(unet(), ops=["single_query_attention"]).modules
 
 
@@ -138,51 +189,74 @@ def test_compiled():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(IMAGES), model(IMAGES))
 
 
-def test_unets_of_segmentation_models_pytorch():
-    model = smp.Unet("resnet18", encoder_weights=None, decoder_interpolation="nearest").eval()
-    assert not tokenfusion.fuse(model).modules  # it up-samples by interpolation
-
-
 def basic_unet() -> nn.Module:
-    return nets.BasicUNet(spatial_dims=2, in_channels=3, out_channels=2, features=(8, 8, 16, 32, 64, 8)).eval()
+    return nets.BasicUNet(spatial_dims=2, in_channels=3, out_channels=2, features=(8, 8, 16, 32, 64, 8))
 
 
 def dyn_unet() -> nn.Module:
     kernels = {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]}
-    return nets.DynUNet(spatial_dims=2, in_channels=3, out_channels=2, **kernels).eval()
+    return nets.DynUNet(spatial_dims=2, in_channels=3, out_channels=2, **kernels)
 
 
-@pytest.mark.parametrize("make, decoders", [(basic_unet, 4), (dyn_unet, 2)])
-def test_unets_of_monai(make, decoders):
+def nnu_net(make: type[nn.Module], deep_supervision: bool = True) -> nn.Module:
+    blocks = {"n_blocks_per_stage": 1} if make is ResidualEncoderUNet else {"n_conv_per_stage": 1}
+    return make(
+        3, 3, (4, 8, 8), nn.Conv2d, 3, (1, 2, 2), **blocks, num_classes=2, n_conv_per_stage_decoder=1, conv_bias=True,
+        norm_op=nn.InstanceNorm2d, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+        deep_supervision=deep_supervision,
+    )
+
+
+MODELS = {
+    "MONAI's BasicUNet": (basic_unet, 4),
+    "MONAI's DynUNet": (dyn_unet, 2),
+    "nnU-Net": (partial(nnu_net, PlainConvUNet), 2),
+    "nnU-Net, residual": (partial(nnu_net, ResidualEncoderUNet), 2),
+    "nnU-Net, one result": (partial(nnu_net, PlainConvUNet, deep_supervision=False), 2),
+    "padding": (PaddingUNet, 2),
+}
+
+
+@pytest.mark.parametrize("make, number", MODELS.values(), ids=MODELS)
+def test_published_unets(make, number):
     torch.manual_seed(0)
-    model = make()
-    images = torch.randn(1, 3, 64, 48)
-    expected = model(images)
-    assert len(tokenfusion.fuse(model, strict=True).replaced) == decoders
-    with assert_runs(OP):
-        torch.testing.assert_close(model(images), expected)
-    other = pickle.loads(pickle.dumps(model))
-    with assert_runs(OP):
-        assert torch.equal(other(images), model(images))
-    tokenfusion.unfuse(model)
-    assert torch.equal(model(images), expected)
+    plain, images = make(), torch.randn(1, 3, 64, 48)
+    fused = copy.deepcopy(plain)
+    assert len(tokenfusion.fuse(fused, strict=True).replaced) == number
+    pads = make in (basic_unet, PaddingUNet)  # if only by nothing
+    with assert_runs(*([] if pads else [OP, BACKWARD])):
+        actual = everything(fused, images)
+    torch.testing.assert_close(actual, everything(plain, images), rtol=1e-3, atol=1e-5)
+    fused.eval(), plain.eval()
+    with torch.no_grad(), assert_runs(*([] if pads else [OP])):
+        torch.testing.assert_close(fused(images), plain(images))
+    tokenfusion.unfuse(fused)
+    with assert_runs():
+        torch.testing.assert_close(fused(images), plain(images), rtol=0, atol=0)
 
 
-def test_sizes_that_monai_pads():
+@pytest.mark.parametrize("make", [basic_unet, PaddingUNet])
+def test_sizes_that_are_padded(make):
     torch.manual_seed(0)
-    model, images = basic_unet(), torch.randn(1, 3, 37, 50)
-    expected = model(images)
-    tokenfusion.fuse(model, strict=True)
-    torch.testing.assert_close(model(images), expected)
+    plain, images = make().eval(), torch.randn(1, 3, 37, 50)
+    fused = fused_copy(plain)
+    torch.testing.assert_close(everything(fused, images), everything(plain, images), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["upsample", "upsample.deconv"])
 def test_hooks_in_a_decoder_of_monai(part):
-    model = basic_unet()
-    model.upcat_1.get_submodule(part).register_forward_hook(lambda *_: None)
-    report = tokenfusion.fuse(model)
-    assert [m.name for m in report.left] == ["upcat_1"] and "hooks" in report.left[0].reason
+    plain, images = basic_unet().eval(), torch.randn(1, 3, 32, 32)
+    fused = copy.deepcopy(plain)
+    seen = [], []
+    for model, outputs in zip((plain, fused), seen, strict=True):
+        model.upcat_1.get_submodule(part).register_forward_hook(lambda _m, _i, out, to=outputs: to.append(out * 1))
+    report = tokenfusion.fuse(fused)
+    assert [m.name for m in report.left] == (["upcat_1.upsample.deconv"] if part == "upsample.deconv" else [])
+    torch.testing.assert_close(fused(images), plain(images))
+    assert len(seen[1]) == 1
+    torch.testing.assert_close(seen[1], seen[0])
 
 
-def test_a_concatenation_on_a_path_that_is_not_traced():
-    assert "does not trace" in tokenfusion.fuse(BranchingDecoder(4)).left[0].reason
+def test_unets_of_segmentation_models_pytorch():
+    model = smp.Unet("resnet18", encoder_weights=None, decoder_interpolation="nearest")
+    assert not tokenfusion.fuse(model).modules  # it up-samples by interpolation
