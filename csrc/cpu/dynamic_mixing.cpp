@@ -15,6 +15,7 @@
 #include <optional>
 #include <tuple>
 
+#include "checks.h"
 #include "isa.h"
 
 namespace tokenfusion {
@@ -42,14 +43,28 @@ const DynamicMixingKernels::ForDtype& kernels_for(at::ScalarType dtype) {
 at::ScalarType accumulation_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 DynamicMixingView view_of(const Tensor& tensor, int64_t dim) {
-  TORCH_CHECK_VALUE(tensor.stride(3) == 1 || tensor.size(3) == 1, "got strides ", tensor.strides(),
+  TORCH_CHECK_VALUE(tensor.stride(3) == 1 || tensor.size(3) == 1 || tensor.numel() == 0, "got strides ", tensor.strides(),
                     ", expected a contiguous innermost dimension");
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(3 - dim), tensor.stride(dim)};
 }
 
 // The generator's weight in the accumulation dtype, its rows or its columns padded with zeros to whole panels.
 Tensor padded(const Tensor& weight, int64_t rows, int64_t columns, at::ScalarType dtype) {
-  return at::constant_pad_nd(weight.to(dtype), {0, columns - weight.size(1), 0, rows - weight.size(0)});
+  return at::constant_pad_nd(weight.to(dtype), {0, columns - weight.size(1), 0, rows - weight.size(0)}).contiguous();
+}
+
+void check_operands(const Tensor& x, const Tensor& compressed, const Tensor& weight, const Tensor& bias,
+                    int64_t segments, int64_t dim) {
+  check_rank("x", x, 4);
+  check_rank("compressed", compressed, 4);
+  TORCH_CHECK_VALUE(dim == 1 || dim == 2, "dim: got ", dim, ", expected 1 or 2");
+  const int64_t length = x.size(dim), all = compressed.size(3);
+  TORCH_CHECK_VALUE(segments > 0 && x.size(3) % segments == 0 && all % segments == 0, "segments: got ", segments,
+                    ", expected a divisor of ", x.size(3), " and ", all);
+  const auto dtype = x.scalar_type();
+  check("compressed", compressed, {x.size(0), x.size(1), x.size(2), all}, dtype);
+  check("generate_weight", weight, {length * length, length * (all / segments)}, dtype);
+  check("generate_bias", bias, {length * length}, dtype);
 }
 
 struct Call {
@@ -62,6 +77,7 @@ struct Call {
   Call(const Tensor& x, const Tensor& compressed, const Tensor& weight, const Tensor& bias_, int64_t segments,
        int64_t dim)
       : p{}, kernels(kernels_for(x.scalar_type())), accumulation(x.options().dtype(accumulation_dtype(x))) {
+    check_operands(x, compressed, weight, bias_, segments, dim);
     const int64_t panel = kernels.panel, depth = weight.size(1);
     const auto dtype = accumulation_dtype(x);
     outputs = at::divup(weight.size(0), panel) * panel;
@@ -70,7 +86,7 @@ struct Call {
     const int64_t step = p.pairs ? 2 : 1, steps = at::divup(depth, step);
     const Tensor rows = padded(weight, outputs, steps * step, p.pairs ? at::kBFloat16 : dtype);
     weight_panels = rows.view({-1, panel, steps, step}).transpose(1, 2).contiguous();
-    bias = at::constant_pad_nd(bias_.to(dtype), {0, outputs - weight.size(0)});
+    bias = at::constant_pad_nd(bias_.to(dtype), {0, outputs - weight.size(0)}).contiguous();
     p.x = view_of(x, dim);
     p.compressed = view_of(compressed, dim);
     p.weight_panels = weight_panels.const_data_ptr();
@@ -121,6 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mixed_, c
                                                     int64_t segments, int64_t dim, std::array<bool, 4> needed) {
   Call call(x, compressed, generate_weight, generate_bias, segments, dim);
   DynamicMixingParams& p = call.p;
+  check("grad_mixed", grad_mixed_, x.sizes(), x.scalar_type());
+  check("grad_mean", grad_mean_, {x.size(0), x.size(3)}, x.scalar_type());
   const Tensor grad_mixed = grad_mixed_.stride(3) == 1 ? grad_mixed_ : grad_mixed_.contiguous();
   p.grad_mixed = view_of(grad_mixed, dim);
   Tensor grad_mean, weight_rows, partial_weight, partial_bias;

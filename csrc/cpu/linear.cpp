@@ -30,11 +30,12 @@ const c10::TypedOperatorHandle<OneDnnProduct>* onednn_product() {
 }  // namespace
 
 Tensor linear(Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  // In bfloat16 PyTorch's own product is oneDNN's, too. A weight in oneDNN's own order would be faster by some per
+  // oneDNN's operator reads a bias as contiguous, whatever its strides. In bfloat16 PyTorch's own product is oneDNN's, too. A weight in oneDNN's own order would be faster by some per
   // cent, but other numbers of rows than it was made for get oneDNN's reference code, which is slower by orders of
   // magnitude.
   const bool onednn = x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() && onednn_product();
-  if (onednn) return onednn_product()->call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+  const OptionalTensor contiguous = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
+  if (onednn) return onednn_product()->call(x, weight, contiguous, "none", c10::List<std::optional<at::Scalar>>(), "");
   return bias ? at::addmm_out(out, *bias, x, weight.t()) : at::mm_out(out, x, weight.t());
 }
 

@@ -13,6 +13,7 @@
 #include <optional>
 #include <tuple>
 
+#include "checks.h"
 #include "isa.h"
 
 namespace tokenfusion {
@@ -53,6 +54,11 @@ int64_t count_parts(int64_t batch, int64_t rows) {
 
 SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
                                        bool normalize, double eps) {
+  check_rank("tokens", tokens, 3);
+  check_rank("query", query, 3);
+  const int64_t batch = tokens.size(0), channels = tokens.size(2);
+  check("query", query, {batch, query.size(1), channels}, tokens.scalar_type());
+  check("extra_token", extra_token, {batch, channels}, tokens.scalar_type());
   TORCH_CHECK_VALUE(tokens.stride(2) == 1 || tokens.size(2) == 1, "tokens: got strides ", tokens.strides(),
                     ", expected a contiguous innermost dimension");
   SingleQueryAttentionParams p{};
@@ -112,16 +118,20 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const Tensor& query_, const Tensor& tokens,
-                                            const OptionalTensor& extra_token_, const Tensor& context,
-                                            const Tensor& log_sum_exp, bool normalize, double eps,
+                                            const OptionalTensor& extra_token_, const Tensor& context_,
+                                            const Tensor& log_sum_exp_, bool normalize, double eps,
                                             std::array<bool, 3> needed) {
   const auto& kernels = kernels_for(tokens.scalar_type());
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = extra_token_ ? OptionalTensor(with_contiguous_rows(*extra_token_)) : std::nullopt;
-  const Tensor grad_context = grad_context_.contiguous();
+  const Tensor grad_context = grad_context_.contiguous(), context = context_.contiguous();
+  const Tensor log_sum_exp = log_sum_exp_.contiguous();
   SingleQueryAttentionParams p = make_params(query, tokens, extra_token, normalize, eps);
   const int64_t batch = tokens.size(0);
   const auto accumulation = query.options().dtype(accumulation_dtype(tokens));
+  check("grad_context", grad_context, query.sizes(), tokens.scalar_type());
+  check("context", context, query.sizes(), tokens.scalar_type());
+  check("log_sum_exp", log_sum_exp, {batch, p.queries}, accumulation_dtype(tokens));
   p.context = context.data_ptr();
   p.statistics = log_sum_exp.data_ptr();
   p.grad_context = grad_context.const_data_ptr();

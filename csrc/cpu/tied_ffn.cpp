@@ -15,6 +15,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "checks.h"
 #include "isa.h"
 #include "linear.h"
 
@@ -53,6 +54,17 @@ int index_of(std::string_view activation) {
 
 at::ScalarType accumulation_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
+void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor& bias_in,
+                    const OptionalTensor& bias_out) {
+  check_rank("weight", weight, 2);
+  const int64_t features = weight.size(0), channels = weight.size(1);
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == channels, "x: got shape ", x.sizes(), ", expected [..., ", channels,
+                    "]");
+  check("weight", weight, {features, channels}, x.scalar_type());
+  check("bias_in", bias_in, {features}, x.scalar_type());
+  check("bias_out", bias_out, {channels}, x.scalar_type());
+}
+
 Tensor flat(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
 
 // Tokens a block, so that every thread gets as many blocks; all tokens where the matrix products have to be shared.
@@ -78,6 +90,7 @@ void put(const Tensor& target, const Tensor& result) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_in,
                                    const OptionalTensor& bias_out, std::string_view activation, bool hold) {
+  check_operands(x_, weight, bias_in, bias_out);
   const auto kernel = kernels_for(x_.scalar_type()).forward[index_of(activation)];
   const int64_t features = weight.size(0);
   Tensor y = at::empty(x_.sizes(), x_.options());
@@ -106,6 +119,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight,
                                                     const OptionalTensor& bias_in, const Tensor& hidden,
                                                     std::string_view activation, std::array<bool, 4> needed) {
+  check_operands(x_, weight, bias_in, std::nullopt);
+  check("grad_y", grad_y_, x_.sizes(), x_.scalar_type());
   const auto kernel = kernels_for(x_.scalar_type()).backward[index_of(activation)];
   const int64_t features = weight.size(0), channels = weight.size(1);
   const auto accumulation = x_.options().dtype(accumulation_dtype(x_));
@@ -114,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   Tensor grad_x = needed[0] ? at::empty(x_.sizes(), x_.options()) : at::empty({0}, x_.options());
   Tensor grad_weight = at::zeros({channels, needed[1] ? features : 0}, accumulation);  // transposed
   const Tensor x = flat(x_), grad_y = flat(grad_y_), flat_grad_x = needed[0] ? flat(grad_x) : grad_x;
-  const Tensor flat_hidden = held ? flat(hidden) : hidden;
+  const Tensor flat_hidden = held ? flat(hidden).contiguous() : hidden;
+  if (held) check("hidden", flat_hidden, {x.size(0), features}, x.scalar_type());
   const int64_t tokens = x.size(0), block = block_of(tokens);
   const Tensor transposed = weight.t();
   const int64_t fitting = kChunkBytes / (2 * features * x_.element_size());

@@ -45,6 +45,7 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
 
 Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip,
                bool skip_first, bool channels_last) {
+  check_upconv(x, weight, bias, skip);
   const int64_t scale = weight.size(2), channels = weight.size(1) + (skip ? skip->size(1) : 0);
   Tensor out = empty_map({x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x, channels_last);
   write(x, weight, bias, skip, skip_first, out);
@@ -53,11 +54,17 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 
 void forward_out(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip,
                  bool skip_first, Tensor& out) {
+  check_upconv(x, weight, bias, skip);
+  check_map("out", out, x, weight, weight.size(1) + (skip ? skip->size(1) : 0));
+  TORCH_CHECK_VALUE(out.stride(1) == 1 || out.stride(3) == 1, "out: got strides ", out.strides(),
+                    ", expected 1 for the channels or for the last dimension");
   write(x, weight, bias, skip, skip_first, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_up, const Tensor& x, const Tensor& weight,
                                             std::array<bool, 3> needed) {
+  check_upconv(x, weight, std::nullopt, std::nullopt);
+  check_map("grad_up", grad_up, x, weight, weight.size(1));
   return upconv_gradients(with_contiguous_rows(grad_up), x, weight, needed);
 }
 

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "upconv_gradients.h"
 #include "upconv_product.h"
 #include "upconv_tiles.h"
@@ -30,10 +31,23 @@ void write_skip(const UpconvTiles& tiles, const UpconvBlock& block, const Tensor
   }
 }
 
+void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor& skip, const OptionalTensor& proj_up,
+                    const OptionalTensor& proj_skip) {
+  check_upconv(x, weight, std::nullopt, skip);
+  if (proj_up) check_rank("proj_up", *proj_up, 2);
+  const int64_t channels = proj_up ? proj_up->size(0) : weight.size(1);
+  check("proj_up", proj_up, {channels, weight.size(1)}, x.scalar_type());
+  if (proj_skip && skip) check("proj_skip", *proj_skip, {channels, skip->size(1)}, x.scalar_type());
+  TORCH_CHECK_VALUE(!skip || proj_skip || skip->size(1) == channels, "skip: got shape ", skip->sizes(), ", expected ",
+                    channels, " channels");
+}
+
 Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip,
                const OptionalTensor& proj_up, const OptionalTensor& proj_skip, bool channels_last) {
+  check_operands(x, weight, skip, proj_up, proj_skip);
   const int64_t scale = weight.size(2), up_channels = weight.size(1);
   const int64_t channels = proj_up ? proj_up->size(0) : up_channels;
+  check("bias", bias, {channels}, x.scalar_type());
   Tensor out = empty_map({x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x, channels_last);
   if (x.numel() == 0) return out;
   if (product_pays(out, scale)) {
@@ -132,6 +146,9 @@ typedef std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Gradients;
 Gradients backward(const Tensor& grad_out_, const Tensor& x, const Tensor& weight, const OptionalTensor& skip,
                    const OptionalTensor& proj_up, const OptionalTensor& proj_skip, std::array<bool, 6> needed) {
   const auto [need_x, need_weight, need_bias, need_skip, need_proj_up, need_proj_skip] = needed;
+  check_operands(x, weight, skip, proj_up, proj_skip);
+  check_map("grad_out", grad_out_, x, weight, proj_up ? proj_up->size(0) : weight.size(1));
+  TORCH_CHECK_VALUE((skip && proj_skip) || !(need_skip || need_proj_skip), "needed: there is no projected skip");
   const Tensor grad_out = with_contiguous_rows(grad_out_);
   Tensor grad_x, grad_weight, grad_bias, grad_proj_up = at::empty({0}, x.options());
   Tensor grad_skip = grad_proj_up, grad_proj_skip = grad_proj_up;

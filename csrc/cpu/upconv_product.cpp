@@ -20,11 +20,12 @@ const ProductKernels::ForDtype& kernels_for(at::ScalarType dtype) {
   return dtype == at::kFloat ? kernels.float32 : kernels.bfloat16;
 }
 
-// [columns, depth], one of both contiguous, as the right side of a product, in runs of columns.
+// [columns, depth] as the right side of a product, in runs of columns.
 class Right {
  public:
-  Right(const ProductKernels::ForDtype& kernels, const Tensor& matrix, int64_t run)
-      : kernels_(kernels), run_(run), runs_(matrix.size(0) / run), depth_(matrix.size(1)) {
+  Right(const ProductKernels::ForDtype& kernels, const Tensor& matrix_, int64_t run)
+      : kernels_(kernels), run_(run), runs_(matrix_.size(0) / run), depth_(matrix_.size(1)) {
+    const Tensor matrix = matrix_.stride(0) == 1 || matrix_.stride(1) == 1 ? matrix_ : matrix_.contiguous();
     const int64_t bytes = kernels.bytes(run, depth_), panels = at::divup(run, kernels.panel);
     packed_ = in_huge_pages(at::empty({runs_ * bytes}, matrix.options().dtype(at::kByte)));
     at::parallel_for(0, runs_ * panels, 1, [&](int64_t begin, int64_t end) {
@@ -57,7 +58,7 @@ class Right {
 // A projection, of which one run is made.
 std::optional<Right> right_of(const ProductKernels::ForDtype& kernels, const OptionalTensor& projection) {
   if (!projection) return std::nullopt;
-  return Right(kernels, projection->stride(1) == 1 ? *projection : projection->contiguous(), projection->size(0));
+  return Right(kernels, *projection, projection->size(0));
 }
 
 // The map itself, or a copy, so that its pixels follow each other in equal steps.

@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "checks.h"
 #include "isa.h"
 
 namespace tokenfusion {
@@ -48,6 +49,22 @@ bool is_channels_last(const Tensor& x) { return x.stride(1) == 1 && !x.is_contig
 Tensor pixels_of(const Tensor& map) { return map.permute({0, 2, 3, 1}).flatten(0, 1); }  // [B h, w, C]
 
 }  // namespace
+
+void check_map(const char* name, const Tensor& map, const Tensor& x, const Tensor& weight, int64_t channels) {
+  const int64_t scale = weight.size(2);
+  check(name, map, {x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x.scalar_type());
+}
+
+void check_upconv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip) {
+  check_rank("x", x, 4);
+  check_rank("weight", weight, 4);
+  const int64_t scale = weight.size(2), channels = weight.size(1);
+  check("weight", weight, {x.size(1), channels, scale, scale}, x.scalar_type());
+  check("bias", bias, {channels}, x.scalar_type());
+  if (!skip) return;
+  check_rank("skip", *skip, 4);
+  check_map("skip", *skip, x, weight, skip->size(1));
+}
 
 Tensor in_huge_pages(Tensor tensor) {
 #if defined(MADV_HUGEPAGE)

@@ -14,6 +14,12 @@ namespace tokenfusion {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Shapes and dtypes of an up-convolution, and of a skip connection at its resolution.
+void check_upconv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip);
+
+// [B, channels, k * h, k * w].
+void check_map(const char* name, const Tensor& map, const Tensor& x, const Tensor& weight, int64_t channels);
+
 // A gradient in the memory format of its tensor: channels_last, or contiguous.
 Tensor in_format_of(const Tensor& gradient, const Tensor& tensor);
 

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "isa.h"
 #include "product.h"
 
@@ -54,6 +55,21 @@ ProductLines transposed(const ProductLines& m) { return {m.data, m.depth_stride,
 
 at::DataPtr allocate(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
 
+void check_operands(const Tensor& out, at::TensorList parts, at::TensorList weights, const Tensor& shares) {
+  check_rank("out", out, 3);
+  check_rank("shares", shares, 3);
+  TORCH_CHECK_VALUE(parts.size() == weights.size() && !parts.empty(), "parts, weights: got ", parts.size(), " and ",
+                    weights.size(), ", expected as many, and one at least");
+  const int64_t batch = out.size(0), tokens = out.size(1), channels = shares.size(2), count = parts.size();
+  const auto dtype = out.scalar_type();
+  check("shares", shares, {batch, count, channels}, dtype);
+  for (int64_t k = 0; k < count; ++k) {
+    check_rank("weights", weights[k], 2);
+    check("weights", weights[k], {channels, weights[k].size(1)}, dtype);
+    check("parts", parts[k], {batch, tokens, weights[k].size(1)}, dtype);
+  }
+}
+
 // The tokens of an image from `first` on.
 ProductLines lines_of(const Tensor& tokens, int64_t image, int64_t first) {
   const int64_t offset = image * tokens.stride(0) + first * tokens.stride(1);
@@ -64,6 +80,14 @@ ProductLines lines_of(const Tensor& tokens, int64_t image, int64_t first) {
 void forward(const Tensor& out, at::TensorList parts_, at::TensorList weights, const Tensor& shares_,
              const Tensor& bias_, const OptionalTensor& proj_weight, const OptionalTensor& proj_bias) {
   const auto& kernels = kernels_for(out.scalar_type());
+  check_operands(out, parts_, weights, shares_);
+  check("bias", bias_, {out.size(0), shares_.size(2)}, out.scalar_type());
+  check("proj_weight", proj_weight, {out.size(2), shares_.size(2)}, out.scalar_type());
+  check("proj_bias", proj_bias, {out.size(2)}, out.scalar_type());
+  TORCH_CHECK_VALUE(proj_weight || out.size(2) == shares_.size(2), "out: got shape ", out.sizes(), ", expected ",
+                    shares_.size(2), " channels");
+  TORCH_CHECK_VALUE(out.stride(2) == 1 || out.size(2) == 1, "out: got strides ", out.strides(),
+                    ", expected a contiguous innermost dimension");
   std::vector<Tensor> parts;
   std::vector<Layer> layers;
   int64_t depth = 0;
@@ -118,6 +142,7 @@ typedef std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> Gradients;
 Gradients backward(const Tensor& grad_, const Tensor& shares, at::TensorList parts_, at::TensorList weights) {
   const auto& kernels = TOKENFUSION_KERNELS(product).float32;
   TORCH_CHECK_TYPE(grad_.scalar_type() == at::kFloat, "grad: got dtype ", grad_.scalar_type(), ", expected float32");
+  check_operands(grad_, parts_, weights, shares);
   const Tensor grad = grad_.stride(2) == 1 ? grad_ : grad_.contiguous();
   const int64_t count = parts_.size(), items = grad.size(0) * count, tokens = grad.size(1), outputs = grad.size(2);
   const int64_t workers = std::max<int64_t>(std::min<int64_t>(at::get_num_threads(), items), 1);

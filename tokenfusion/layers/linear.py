@@ -33,8 +33,9 @@ def linear(
     """
     if activation not in (None, "gelu"):
         raise ValueError(f"activation: got {activation!r}, expected 'gelu' or None")
-    if _onednn_serves(x, weight):
+    if _onednn_serves(x, weight, bias):
         algorithm = ("none", [], "") if activation is None else ("gelu", [], "none")
+        bias = None if bias is None else bias.contiguous()  # whatever its strides, it is read as contiguous
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *algorithm)
     out = F.linear(x, weight, bias)
     if activation is None:
@@ -58,11 +59,15 @@ def kernels_may_run(*tensors: torch.Tensor) -> bool:
     )
 
 
-def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _onednn_serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    parameters = (weight,) if bias is None else (weight, bias)
     return (
-        kernels_may_run(x, weight)
+        kernels_may_run(x, *parameters)
         and x.dtype in _DTYPES
-        and weight.dtype == x.dtype
+        and all(parameter.dtype == x.dtype for parameter in parameters)
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
         and x.numel() >= _MIN_ROWS * x.shape[-1] > 0
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()  # FlopCounterMode, for one, knows PyTorch's own product alone
