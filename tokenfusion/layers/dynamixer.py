@@ -87,7 +87,7 @@ class DynaMixerOp(nn.Module):
         if self.generator == "random":
             return self.logits.softmax(dim=-2)
         logits = self.generate(x).unflatten(-1, (self.num_head, self.seq_len))  # [..., target, S, source]
-        return logits.softmax(dim=-1).movedim(-3, -1)  # to [..., S, source, target]
+        return logits.softmax(dim=-1).transpose(-3, -2).transpose(-2, -1)  # to [..., S, source, target]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -209,7 +209,7 @@ class DynaMixerBlock(nn.Module):
         """[B, parts, D]: the softmax over the parts. The mean of a linear layer's output is that of its mean input."""
         mean = sum(map(F.linear, means, weights, biases))
         shares = self.reweight(mean).unflatten(-1, (self.dim, len(means)))
-        return shares.softmax(dim=-1).mT.to(mean.dtype).contiguous()
+        return shares.softmax(dim=-1).transpose(1, 2).to(mean.dtype).contiguous()
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:
@@ -227,9 +227,10 @@ def _mix_all(
         return []
     ops = list(dict.fromkeys(op for op, _ in directions))
     weight, bias = (torch.cat([getattr(op.compress, name) for op in ops]) for name in ("weight", "bias"))
-    compressed = dict(zip(ops, linear(x, weight, bias).chunk(len(ops), dim=-1)))
+    compressed = linear(x, weight, bias).chunk(len(ops), dim=-1)
     outs = []
     for op, dim in directions:
         _, *generate = autocast(x, op.generate.weight, op.generate.bias)
-        outs.append(mix(x, compressed[op], *generate, segments=op.num_head, dim=dim, with_mean=with_mean))
+        of_op = compressed[ops.index(op)]
+        outs.append(mix(x, of_op, *generate, segments=op.num_head, dim=dim, with_mean=with_mean))
     return outs

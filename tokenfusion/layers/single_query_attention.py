@@ -26,8 +26,9 @@ def split_linear(linear: nn.Linear, count: int) -> tuple[Projection, ...]:
 
     In one operation, as in split_class_token.
     """
+    weights = linear.weight.chunk(count)
     biases = (None,) * count if linear.bias is None else linear.bias.chunk(count)
-    return tuple(map(Projection, linear.weight.chunk(count), biases))
+    return tuple(Projection(weights[i], biases[i]) for i in range(count))  # torch.fx iterates over nothing
 
 
 def split_class_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,15 +63,16 @@ def _products(
 
 def _scaled(weights: Sequence[torch.Tensor], shares: torch.Tensor) -> list[torch.Tensor]:
     """K matrices [B, D_in, D_out]."""
-    return [weight.mT * share.unsqueeze(1) for weight, share in zip(weights, shares.unbind(1), strict=True)]
+    of_parts = shares.unbind(1)  # torch.fx iterates over nothing, and TorchScript's ONNX exporter has no mT
+    return [weight.t() * of_parts[k].unsqueeze(1) for k, weight in enumerate(weights)]
 
 
 def _weighted_bias(biases: Sequence[torch.Tensor | None], shares: torch.Tensor) -> torch.Tensor:
     """[B, D_out]."""
-    bias = torch.zeros_like(shares[:, 0])
-    for given, share in zip(biases, shares.unbind(1), strict=True):
+    bias, of_parts = torch.zeros_like(shares[:, 0]), shares.unbind(1)
+    for k, given in enumerate(biases):
         if given is not None:
-            bias = torch.addcmul(bias, given, share)
+            bias = torch.addcmul(bias, given, of_parts[k])
     return bias
 
 
