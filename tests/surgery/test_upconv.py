@@ -128,7 +128,7 @@ def test_decoders_that_do_something_else_are_computed(make, sizes):
     plain = make(4)
     fused = fused_copy(plain)
     inputs = torch.randn(1, 8, 3, 5), *([] if sizes is None else [torch.randn(1, 4, *sizes)])
-    with assert_runs():
+    with assert_runs(BACKWARD):
         actual = everything(fused, *inputs)
     torch.testing.assert_close(actual, everything(plain, *inputs))
 
@@ -139,9 +139,9 @@ def test_generators_are_computed():
     report = tokenfusion.fuse(fused)
     assert [m.name for m in report.replaced] == ["0"] and [m.name for m in report.left] == ["2"]
     x = torch.randn(2, 4, 5, 3)
-    with assert_runs():
+    with assert_runs(BACKWARD):
         actual = everything(fused, x)
-    torch.testing.assert_close(actual, everything(plain, x), rtol=0, atol=0)
+    torch.testing.assert_close(actual, everything(plain, x), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -223,12 +223,11 @@ def test_published_unets(make, number):
     plain, images = make(), torch.randn(1, 3, 64, 48)
     fused = copy.deepcopy(plain)
     assert len(tokenfusion.fuse(fused, strict=True).replaced) == number
-    pads = make in (basic_unet, PaddingUNet)  # if only by nothing
-    with assert_runs(*([] if pads else [OP, BACKWARD])):
+    with assert_runs(OP, BACKWARD):
         actual = everything(fused, images)
     torch.testing.assert_close(actual, everything(plain, images), rtol=1e-3, atol=1e-5)
     fused.eval(), plain.eval()
-    with torch.no_grad(), assert_runs(*([] if pads else [OP])):
+    with torch.no_grad(), assert_runs(OP):
         torch.testing.assert_close(fused(images), plain(images))
     tokenfusion.unfuse(fused)
     with assert_runs():

@@ -1,8 +1,11 @@
 """The result of an up-convolution that is computed when it is asked for, and not at all where it is concatenated.
 
 To everybody it is the tensor that the convolution gives. torch.cat of it and one other tensor along the channels runs
-upconv_concat; whatever else is asked of it, by a function, a method, an attribute or C++ code, computes the convolution
-once, as at the moment of the module's call, and goes on with that.
+upconv_concat, also after a padding by nothing; whatever else is asked of it, by a function, a method, an attribute or
+C++ code, computes the convolution once, as at the moment of the module's call, and goes on with that.
+
+For autograd the result is the convolution's node: its value and the concatenation come after it, so that a hook on the
+result, or its gradient, sees every use of it.
 """
 
 import contextlib
@@ -11,10 +14,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import GradientEdge
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map_only
 
 from tokenfusion.kernels import dispatch, upconv_concat
-from tokenfusion.kernels.upconv_concat.shapes import gives_channels_last, is_channels_last
+from tokenfusion.kernels.upconv_concat.op import OPERATOR
+from tokenfusion.kernels.upconv_concat.shapes import gives_channels_last
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
@@ -33,14 +40,23 @@ _KNOWN = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")),
 }
 
+# What is asked of its node.
+_OF_THE_NODE = {
+    torch.Tensor.register_hook,
+    torch.Tensor.retain_grad,
+    torch.Tensor.grad.__set__,
+    *(getattr(torch.Tensor, name).__get__ for name in ("grad", "grad_fn", "output_nr", "requires_grad", "is_leaf")),
+    torch.Tensor.retains_grad.__get__,
+}
+
 
 class _Mode:
     """The modes of a moment that a convolution depends on."""
 
     def __init__(self, device: torch.device):
-        self.device = device.type
+        self.device = device
         self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.autocast, self.dtype = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
+        self.autocast, self.dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def __eq__(self, other: object) -> bool:
@@ -48,7 +64,7 @@ class _Mode:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        autocast = torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast)
+        autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.autocast)
         with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), autocast:
             yield
 
@@ -76,33 +92,70 @@ class _Call:
             )
 
     def run(self) -> torch.Tensor:
+        """The convolution's value; it is for the caller to record it."""
         self.check_unchanged()
-        with contextlib.nullcontext() if _Mode(self.tensors["x"].device) == self.mode else self.mode.entered():
+        with self.mode.entered(), torch.no_grad():
             return F.conv_transpose2d(*self.tensors.values(), stride=self.scale)
 
 
 def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-    return None if tensor is None else (tensor._version, tensor.data_ptr())
+    """Tells of changes, but for inference tensors: there the input is a copy that nobody else has."""
+    return None if tensor is None or tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
 class _Node(torch.autograd.Function):
-    """The convolution as a node of autograd, for callers that do not see the override of torch functions."""
+    """The convolution, whose result does not exist yet."""
 
     @staticmethod
     def forward(ctx, call: _Call, x, weight, bias):
-        ctx.scale, ctx.has_bias = call.scale, bias is not None
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
         ctx.save_for_backward(x, weight)
         return _empty(call)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        needed, step = [*ctx.needs_input_grad[1:3], ctx.has_bias and ctx.needs_input_grad[3]], [ctx.scale] * 2
-        sizes = [weight.shape[1]] if ctx.has_bias else None
-        grads = torch.ops.aten.convolution_backward(
-            grad.to(weight.dtype), x.to(weight.dtype), weight, sizes, step, [0, 0], [1, 1], True, [0, 0], 1, needed
-        )
-        return None, *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+        needed = ctx.needs_input_grad[1:]
+        x, weight = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)
+        grads = _backward(grad, x, weight, needed)
+        return None, *(g.to(dtype) if want else None for g, want, dtype in zip(grads, needed, ctx.dtypes, strict=True))
+
+
+def _backward(grad, x, weight, needed):
+    backend = OPERATOR.select(x, weight).backend
+    if backend != "reference":
+        return getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{backend}").default(grad, x, weight, needed)
+    sizes, step = [weight.shape[1]], weight.shape[2:]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, sizes, step, [0, 0], [1, 1], True, [0, 0], 1, needed
+    )
+
+
+class _Same(torch.autograd.Function):
+    """What `make` gives, for autograd the same as the result that it is made from."""
+
+    @staticmethod
+    def forward(ctx, result, make):
+        return make()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Joined(torch.autograd.Function):
+    """The concatenation of a result and a skip connection, computed from what the result was called with."""
+
+    @staticmethod
+    def forward(ctx, result, skip, call: _Call, skip_first: bool):
+        ctx.up = (skip.shape[1] if skip_first else 0, result.shape[1])
+        ctx.skip = (0 if skip_first else result.shape[1], skip.shape[1])
+        x, weight, bias = call.tensors.values()
+        return upconv_concat(x, weight, bias, skip, skip_first=skip_first)
+
+    @staticmethod
+    def backward(ctx, grad):
+        parts = (grad.narrow(1, *part) for part in (ctx.up, ctx.skip))
+        return *(g if wanted else None for g, wanted in zip(parts, ctx.needs_input_grad, strict=False)), None, None
 
 
 def _empty(call: _Call) -> "DeferredUpConv":
@@ -119,7 +172,12 @@ def _empty(call: _Call) -> "DeferredUpConv":
 
 
 def _result_is_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return True in (is_channels_last(x), is_channels_last(weight))
+    return _suggests_channels_last(x) or _suggests_channels_last(weight)
+
+
+def _suggests_channels_last(tensor: torch.Tensor) -> bool:
+    """As torch decides it, where both memory formats describe the tensor, too."""
+    return torch.ops.aten.is_strides_like_format.default(tensor, torch.channels_last)
 
 
 def defer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -133,20 +191,34 @@ def defer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
     """
     call = _Call({"x": x, "weight": weight, "bias": bias}, weight.shape[2])
     recorded = call.mode.grad and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
-    result = _Node.apply(call, x, weight, bias) if recorded else _empty(call)
-    with torch._C.DisableTorchFunctionSubclass():
-        result._deferred = _Deferred(call, result.grad_fn)
-    return result
+    return _with_state(_Node.apply(call, x, weight, bias) if recorded else _empty(call), call)
 
 
 class _Deferred:
-    """What becomes of a result: `value` once Python has asked, `raw` (without a gradient of its own) once C++ has."""
+    """What becomes of a result: `value` once Python has asked, `raw` (without a gradient of its own) once C++ has.
+
+    `node` and `value_node` are their places in autograd as made here; in-place operations give others.
+    """
 
     def __init__(self, call: _Call, node):
         self.call, self.node = call, node
         self.value: torch.Tensor | None = None
+        self.value_node = None
         self.raw: torch.Tensor | None = None
         self.lock = threading.RLock()
+
+    @property
+    def value_has_other_history(self) -> bool:
+        value = self.value
+        return value is not None and (
+            value.grad_fn is not self.value_node or value.requires_grad != (self.value_node is not None)
+        )
+
+
+def _with_state(result: "DeferredUpConv", call: _Call) -> "DeferredUpConv":
+    with torch._C.DisableTorchFunctionSubclass():
+        result._deferred = _Deferred(call, result.grad_fn)
+    return result
 
 
 class DeferredUpConv(torch.Tensor):
@@ -158,10 +230,18 @@ class DeferredUpConv(torch.Tensor):
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _OF_THE_NODE and not _state_of(args[0]).value_has_other_history:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        fused = None
         if func in _CONCATENATIONS:
-            joined = _join(*args, **kwargs)
-            if joined is not None:
-                return joined
+            fused = _join(*args, **kwargs)
+        elif func is F.pad:
+            fused = _pad_by_nothing(*args, **kwargs)
+        elif func is torch.autograd.grad:
+            args, kwargs = _with_edges(*args, **kwargs)
+        if fused is not None:
+            return fused
         args, kwargs = tree_map_only(DeferredUpConv, _computed, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -169,6 +249,11 @@ class DeferredUpConv(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         args, kwargs = tree_map_only(DeferredUpConv, _computed_below_autograd, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _state_of(result: DeferredUpConv) -> _Deferred:
+    with torch._C.DisableTorchFunctionSubclass():
+        return result._deferred
 
 
 def _was_taken_over(result: DeferredUpConv) -> bool:
@@ -181,25 +266,44 @@ def _was_taken_over(result: DeferredUpConv) -> bool:
 
 
 def _computed(result: DeferredUpConv) -> torch.Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
-        state = result._deferred
+    state = _state_of(result)
     with state.lock:
         if state.value is None:
-            if _was_taken_over(result):
-                with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunctionSubclass():
+                if _was_taken_over(result):
                     state.value = torch.ops.aten.alias(result)
-            else:
-                state.value = state.call.run()
+                else:
+                    with state.call.mode.entered():
+                        state.value = _Same.apply(result, state.call.run)
+            state.value_node = state.value.grad_fn
         return state.value
 
 
 def _computed_below_autograd(result: DeferredUpConv) -> torch.Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
-        state = result._deferred
+    state = _state_of(result)
     with state.lock:
         if state.raw is None:
             state.raw = (state.call.run() if state.value is None else state.value).detach()
         return state.raw
+
+
+def _with_edges(outputs, inputs, *args, **kwargs):
+    """The arguments of torch.autograd.grad, that asks for the gradient of the node and not of the value after it."""
+    return (outputs, tree_map_only(DeferredUpConv, _edge, inputs), *args), kwargs
+
+
+def _edge(result: DeferredUpConv) -> torch.Tensor | GradientEdge:
+    if _state_of(result).value_has_other_history or not result.requires_grad:
+        return _computed(result)
+    return GradientEdge(result.grad_fn, result.output_nr)
+
+
+def _is_as_called(result: DeferredUpConv) -> bool:
+    """Whether nothing was asked of it so far, and a convolution would run now as it would have at the call."""
+    state = _state_of(result)
+    if state.value is not None or _was_taken_over(result) or not only_runs():
+        return False
+    return state.call.mode == _Mode(state.call.mode.device)
 
 
 def _join(tensors=None, dim=0, *, axis=None, out=None) -> torch.Tensor | None:
@@ -210,23 +314,30 @@ def _join(tensors=None, dim=0, *, axis=None, out=None) -> torch.Tensor | None:
         return None
     skip_first = not isinstance(tensors[0], DeferredUpConv)
     skip, result = tensors if skip_first else reversed(tensors)
-    if type(skip) not in _ORDINARY or not only_runs():
+    if type(skip) not in _ORDINARY or not _is_as_called(result):
         return None
-    with torch._C.DisableTorchFunctionSubclass():
-        state, shape, dtype = result._deferred, result.shape, result.dtype
-    call = state.call
-    x, weight, bias = call.tensors.values()
-    if state.value is not None or _was_taken_over(result) or call.mode != _Mode(x.device):
-        return None
-    if (skip.dtype, skip.device, skip.dim()) != (dtype, x.device, 4) or skip.numel() == 0:
+    call, shape = _state_of(result).call, result.shape
+    x, weight, _ = call.tensors.values()
+    if (skip.dtype, skip.device, skip.dim()) != (result.dtype, x.device, 4) or skip.numel() == 0:
         return None
     if (skip.shape[0], *skip.shape[2:]) != (shape[0], *shape[2:]):
         return None
-    both = _result_is_channels_last(x, weight) and is_channels_last(skip) is True
-    if gives_channels_last(x, skip) != both:
+    if gives_channels_last(x, skip) != (_result_is_channels_last(x, weight) and _suggests_channels_last(skip)):
         return None
     call.check_unchanged()
-    return upconv_concat(x, weight, bias, skip, skip_first=skip_first)
+    with torch._C.DisableTorchFunctionSubclass():
+        return _Joined.apply(result, skip, call, skip_first)
+
+
+def _pad_by_nothing(input, pad, mode="constant", value=None) -> torch.Tensor | None:
+    """Another result that is not computed yet, where the padding is zero on all sides."""
+    if not isinstance(pad, (tuple, list)) or len(pad) != 4 or any(pad) or not _is_as_called(input):
+        return None
+    if mode != "constant" and (mode not in ("replicate", "reflect", "circular") or value is not None):
+        return None
+    call = _state_of(input).call
+    with torch._C.DisableTorchFunctionSubclass():
+        return _with_state(_Same.apply(input, lambda: _empty(call)), call)
 
 
 def only_runs() -> bool:
@@ -235,5 +346,9 @@ def only_runs() -> bool:
         not torch.compiler.is_compiling()
         and dispatch.transform() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
+        and (torch._C._len_torch_function_stack() == 0 or _only_places_new_tensors())
     )
+
+
+def _only_places_new_tensors() -> bool:
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
