@@ -59,7 +59,7 @@ def _single_query_attention(pick):
     normalize, extra = pick.random() < 0.5, pick.random() < 0.5
 
     def run(query, tokens, extra_token):
-        return kernels.single_query_attention(query * channels**-0.5, tokens, extra_token, normalize=normalize, eps=1e-5)
+        return kernels.single_query_attention(query, tokens, extra_token, normalize=normalize, eps=1e-5)
 
     shapes = (batch, queries, channels), (batch, tokens, channels), (batch, channels) if extra else None
     return Call(run, shapes, innermost=(1,))

@@ -25,6 +25,11 @@ def results(call, tensors, grad, backend):
         return [out.detach(), *(torch.autograd.grad(out, present, grad(out)) if call.differentiable else ())]
 
 
+def drawn(shape: tuple[int, ...]) -> torch.Tensor:
+    """Small enough that a softmax of products does not magnify their rounding."""
+    return torch.randn(shape, dtype=torch.float64) * shape[-1] ** -0.5
+
+
 def check(operator: str, number: int) -> None:
     pick = random.Random(f"{operator} {number}")
     torch.manual_seed(number)
@@ -33,7 +38,7 @@ def check(operator: str, number: int) -> None:
     tensors = [
         None
         if shape is None
-        else laid_out(torch.randn(shape, dtype=torch.float64).to(dtype), layout, pick, i in call.innermost)
+        else laid_out(drawn(shape).to(dtype), layout, pick, i in call.innermost)
         for i, (shape, layout) in enumerate(zip(call.shapes, layouts))
     ]
     present = [t for t in tensors if t is not None]
