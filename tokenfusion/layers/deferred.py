@@ -99,8 +99,8 @@ class _Call:
 
 
 def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-    """Tells of changes, but for inference tensors: there the input is a copy that nobody else has."""
-    return None if tensor is None or tensor.is_inference() else (tensor._version, tensor.data_ptr())
+    """Tells of changes. Inference tensors could not: they are never deferred."""
+    return None if tensor is None else (tensor._version, tensor.data_ptr())
 
 
 class _Node(torch.autograd.Function):

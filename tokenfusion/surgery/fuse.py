@@ -29,13 +29,16 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
     by dynamic_mixing, DynaMixer's block and operation in the official code or any other, found by the names and shapes
     of their parameters; a trial on random numbers shows first that such a module computes the same;
 
-    and by upconv_concat, in U-Net decoders, nn.ConvTranspose2d with kernel = stride whose result is concatenated with
-    one other tensor in the forward of the module that holds it, where torch.fx can trace that forward. It keeps the
-    values that the forward reads from the module, such as flags, as they are now.
+    and by upconv_concat, in U-Net decoders, nn.ConvTranspose2d with kernel = stride. The model's own forward runs: where
+    torch.cat joins the result with one other tensor along the channels, both are one operator, and whatever else is
+    done with it computes the convolution as before.
 
     A module that cannot be replaced is left as it was, and the report says why: dropout of attention weights in
-    training, rotary or normalised keys, parts of another class, hooks that would no longer run. What only a call can
-    tell, such as a mask, or training switched on later, has the original forward pass run for that call.
+    training, rotary or normalised keys, parts of another class, hooks that would no longer run. At every call a fused
+    module looks at its parts again. Where one was changed, by a hook, an adapter, pruning, quantisation, another class,
+    and for what only a call can tell, such as a mask, the original forward pass runs; a change is logged once for each
+    module, as a warning of the logger "tokenfusion". So it does under torch.func, forward-mode differentiation,
+    tracing, scripting and exporting.
 
     Args:
         model: any nn.Module.
