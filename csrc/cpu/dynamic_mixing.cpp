@@ -43,8 +43,8 @@ const DynamicMixingKernels::ForDtype& kernels_for(at::ScalarType dtype) {
 at::ScalarType accumulation_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 DynamicMixingView view_of(const Tensor& tensor, int64_t dim) {
-  TORCH_CHECK_VALUE(tensor.stride(3) == 1 || tensor.size(3) == 1 || tensor.numel() == 0, "got strides ", tensor.strides(),
-                    ", expected a contiguous innermost dimension");
+  const bool contiguous = tensor.stride(3) == 1 || tensor.size(3) == 1 || tensor.numel() == 0;
+  TORCH_CHECK_VALUE(contiguous, "got strides ", tensor.strides(), ", expected a contiguous innermost dimension");
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(3 - dim), tensor.stride(dim)};
 }
 
@@ -61,6 +61,8 @@ void check_operands(const Tensor& x, const Tensor& compressed, const Tensor& wei
   const int64_t length = x.size(dim), all = compressed.size(3);
   TORCH_CHECK_VALUE(segments > 0 && x.size(3) % segments == 0 && all % segments == 0, "segments: got ", segments,
                     ", expected a divisor of ", x.size(3), " and ", all);
+  TORCH_CHECK_VALUE(length > 0 && all > 0, "x, compressed: got shapes ", x.sizes(), ", ", compressed.sizes(),
+                    ", expected a token and a channel at least");
   const auto dtype = x.scalar_type();
   check("compressed", compressed, {x.size(0), x.size(1), x.size(2), all}, dtype);
   check("generate_weight", weight, {length * length, length * (all / segments)}, dtype);

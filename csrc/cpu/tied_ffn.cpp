@@ -58,6 +58,7 @@ void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor&
                     const OptionalTensor& bias_out) {
   check_rank("weight", weight, 2);
   const int64_t features = weight.size(0), channels = weight.size(1);
+  TORCH_CHECK_VALUE(weight.numel() > 0, "weight: got shape ", weight.sizes(), ", expected no size of 0");
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == channels, "x: got shape ", x.sizes(), ", expected [..., ", channels,
                     "]");
   check("weight", weight, {features, channels}, x.scalar_type());

@@ -23,7 +23,9 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
   if (x.numel() == 0) return;
   if (skip) {
     const Tensor slice = out.narrow(1, skip_first ? 0 : channels, skipped);
-    if (!slice.is_alias_of(*skip) || slice.data_ptr() != skip->data_ptr()) slice.copy_(*skip);
+    const bool in_place =
+        slice.is_alias_of(*skip) && slice.data_ptr() == skip->data_ptr() && slice.strides() == skip->strides();
+    if (!in_place) slice.copy_(*skip);
   }
   const Tensor up = out.narrow(1, skip_first ? skipped : 0, channels);
   if (product_pays(up, weight.size(2)))

@@ -61,10 +61,11 @@ std::optional<Right> right_of(const ProductKernels::ForDtype& kernels, const Opt
   return Right(kernels, *projection, projection->size(0));
 }
 
-// The map itself, or a copy, so that its pixels follow each other in equal steps.
+// The map itself, or a copy, so that its pixels follow each other in equal steps. contiguous() would keep odd strides of
+// sizes of 1.
 Tensor with_pixel_lines(const Tensor& map) {
   const bool even = map.stride(2) == map.size(3) * map.stride(3);
-  return even && (map.stride(1) == 1 || map.stride(3) == 1) ? map : map.contiguous();
+  return even && (map.stride(1) == 1 || map.stride(3) == 1) ? map : map.clone(at::MemoryFormat::Contiguous);
 }
 
 // Whether they do so from image to image, too.

@@ -59,6 +59,9 @@ void check_upconv(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   check_rank("x", x, 4);
   check_rank("weight", weight, 4);
   const int64_t scale = weight.size(2), channels = weight.size(1);
+  const bool known = scale == 2 || scale == 4 || scale == 8 || scale == 16 || scale == 32;
+  TORCH_CHECK_VALUE(known, "weight: got k = ", scale, ", expected 2, 4, 8, 16 or 32");
+  TORCH_CHECK_VALUE(channels > 0 && x.size(1) > 0, "weight: got shape ", weight.sizes(), ", expected no size of 0");
   check("weight", weight, {x.size(1), channels, scale, scale}, x.scalar_type());
   check("bias", bias, {channels}, x.scalar_type());
   if (!skip) return;

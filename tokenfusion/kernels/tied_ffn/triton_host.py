@@ -49,6 +49,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_forward(x, weight, bias_in, bias_out, activation, hold):
+    bias_in, bias_out = _contiguous(bias_in), _contiguous(bias_out)
     y, hidden = empty_outputs(x, weight, hold)
     if y.numel() == 0:
         return y, hidden
@@ -85,7 +86,12 @@ def run_forward(x, weight, bias_in, bias_out, activation, hold):
     return y, hidden
 
 
+def _contiguous(bias):
+    return None if bias is None else bias.contiguous()
+
+
 def run_backward(grad_y, x, weight, bias_in, hidden, activation, needed):
+    bias_in, hidden = _contiguous(bias_in), hidden.contiguous()
     grads = empty_gradients(x, weight, needed)
     if x.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
