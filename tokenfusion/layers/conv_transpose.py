@@ -13,7 +13,8 @@ class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
 
     Takes and holds what nn.ConvTranspose2d does. Where a kernel runs, the result is a tensor that does not exist yet:
     torch.cat of it with a skip connection runs upconv_concat, and anything else computes it (see `deferred.py`). Where
-    none runs, with hooks, under torch.compile, tracing, function transforms and modes, the convolution runs at once.
+    none runs, with hooks, under torch.compile, tracing, function transforms and modes, the convolution runs at once. An
+    inference tensor is copied, since it does not tell of changes.
     """
 
     @staticmethod
@@ -40,13 +41,17 @@ class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
             return self.plain_forward(input, output_size)
         if output_size is not None or not only_runs() or not self.fuses() or not self._is_served(input):
             return super().forward(input, output_size)
+        if input.is_inference():  # it does not tell of changes; a copy costs less than the concatenation saves
+            input = input.clone()
         return defer(input, self.weight, self.bias)
 
     def _is_served(self, x: torch.Tensor) -> bool:
         weight = self.weight
         if type(x) is not torch.Tensor or x.dim() != 4 or x.numel() == 0 or x.shape[1] != self.in_channels:
             return False
-        if x.device != weight.device or x.is_inference() or weight.is_inference():  # they do not tell of changes
+        if x.device != weight.device or weight.is_inference():
+            return False
+        if x.is_inference() and not torch.is_inference_mode_enabled():
             return False
         if x.dtype != weight.dtype and not (torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64):
             return False

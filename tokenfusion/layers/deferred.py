@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import GradientEdge
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -62,6 +63,10 @@ class _Mode:
     def __eq__(self, other: object) -> bool:
         return vars(self) == vars(other)
 
+    @property
+    def records(self) -> bool:
+        return self.grad and not self.inference
+
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.autocast)
@@ -94,7 +99,7 @@ class _Call:
     def run(self) -> torch.Tensor:
         """The convolution's value; it is for the caller to record it."""
         self.check_unchanged()
-        with self.mode.entered(), torch.no_grad():
+        with temporarily_clear_interpreter_stack(), self.mode.entered(), torch.no_grad():
             return F.conv_transpose2d(*self.tensors.values(), stride=self.scale)
 
 
@@ -140,6 +145,19 @@ class _Same(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+class _Changed(torch.autograd.Function):
+    """A result whose value was changed in place, with the value's history in place of its own."""
+
+    @staticmethod
+    def forward(ctx, result, value):
+        ctx.mark_dirty(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
 
 
 class _Joined(torch.autograd.Function):
@@ -190,7 +208,7 @@ def defer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
         a tensor [B, Cout, k h, k w].
     """
     call = _Call({"x": x, "weight": weight, "bias": bias}, weight.shape[2])
-    recorded = call.mode.grad and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
+    recorded = call.mode.records and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
     return _with_state(_Node.apply(call, x, weight, bias) if recorded else _empty(call), call)
 
 
@@ -203,7 +221,7 @@ class _Deferred:
     def __init__(self, call: _Call, node):
         self.call, self.node = call, node
         self.value: torch.Tensor | None = None
-        self.value_node = None
+        self.value_node = self.followed = None
         self.raw: torch.Tensor | None = None
         self.lock = threading.RLock()
 
@@ -242,8 +260,13 @@ class DeferredUpConv(torch.Tensor):
             args, kwargs = _with_edges(*args, **kwargs)
         if fused is not None:
             return fused
-        args, kwargs = tree_map_only(DeferredUpConv, _computed, (args, kwargs))
-        return func(*args, **kwargs)
+        used: list[DeferredUpConv] = []
+        computed = tree_map_only(DeferredUpConv, lambda result: used.append(result) or _computed(result), (args, kwargs))
+        returned = func(*computed[0], **computed[1])
+        for result in used:
+            if not _was_taken_over(result):
+                _follow(result)
+        return next((result for result in used if _state_of(result).value is returned), returned)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -257,26 +280,48 @@ def _state_of(result: DeferredUpConv) -> _Deferred:
 
 
 def _was_taken_over(result: DeferredUpConv) -> bool:
-    """Whether it has another history than at the call: of an autograd.Function that returned it, or of C++ code."""
+    """Whether it has another history than is known: of an autograd.Function that returned it, or of C++ code."""
     with torch._C.DisableTorchFunctionSubclass():
         state = result._deferred
-        return state.raw is not None or result.grad_fn is not state.node or (
-            state.node is None and result.requires_grad
-        )
+        computed_in_cpp = state.raw is not None and state.value is None
+        return computed_in_cpp or result.grad_fn is not state.node or (state.node is None and result.requires_grad)
 
 
 def _computed(result: DeferredUpConv) -> torch.Tensor:
     state = _state_of(result)
     with state.lock:
-        if state.value is None:
-            with torch._C.DisableTorchFunctionSubclass():
-                if _was_taken_over(result):
-                    state.value = torch.ops.aten.alias(result)
-                else:
-                    with state.call.mode.entered():
-                        state.value = _Same.apply(result, state.call.run)
-            state.value_node = state.value.grad_fn
+        if _was_taken_over(result):
+            with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+                state.value = _Same.apply(result, lambda: _computed_below_autograd(result).detach())
+                state.node = result.grad_fn
+        elif state.value is not None:
+            _follow(result)
+            return state.value
+        elif state.node is None:
+            state.value = state.call.run()
+        else:
+            with torch._C.DisableTorchFunctionSubclass(), temporarily_clear_interpreter_stack():
+                with state.call.mode.entered():
+                    state.value = _Same.apply(result, state.call.run)
+        state.value_node = state.followed = state.value.grad_fn
         return state.value
+
+
+def _follow(result: DeferredUpConv) -> None:
+    """Gives it the history of a value that was changed in place, for the callers that do not see the override."""
+    state = _state_of(result)
+    with torch._C.DisableTorchFunctionSubclass(), state.lock:
+        value = state.value
+        if not state.value_has_other_history or state.followed is (value.grad_fn or value):
+            return
+        if not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()):
+            raise RuntimeError(
+                "the result of a fused ConvTranspose2d was changed in place through a view, and then given to an "
+                "autograd.Function, which cannot see that: give it a clone; or call tokenfusion.unfuse"
+            )
+        with torch.enable_grad():
+            _Changed.apply(result, value)
+        state.node, state.followed = result.grad_fn, value.grad_fn or value
 
 
 def _computed_below_autograd(result: DeferredUpConv) -> torch.Tensor:
@@ -325,6 +370,8 @@ def _join(tensors=None, dim=0, *, axis=None, out=None) -> torch.Tensor | None:
     if gives_channels_last(x, skip) != (_result_is_channels_last(x, weight) and _suggests_channels_last(skip)):
         return None
     call.check_unchanged()
+    if not call.mode.records:
+        return upconv_concat(*call.tensors.values(), skip, skip_first=skip_first)
     with torch._C.DisableTorchFunctionSubclass():
         return _Joined.apply(result, skip, call, skip_first)
 
@@ -335,9 +382,10 @@ def _pad_by_nothing(input, pad, mode="constant", value=None) -> torch.Tensor | N
         return None
     if mode != "constant" and (mode not in ("replicate", "reflect", "circular") or value is not None):
         return None
-    call = _state_of(input).call
+    state = _state_of(input)
     with torch._C.DisableTorchFunctionSubclass():
-        return _with_state(_Same.apply(input, lambda: _empty(call)), call)
+        padded = _empty(state.call) if state.node is None else _Same.apply(input, lambda: _empty(state.call))
+    return _with_state(padded, state.call)
 
 
 def only_runs() -> bool:
