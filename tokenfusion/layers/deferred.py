@@ -105,7 +105,8 @@ class _Call:
 
 def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
     """Tells of changes. Inference tensors could not: they are never deferred."""
-    return None if tensor is None else (tensor._version, tensor.data_ptr())
+    """Tells of changes, but for inference tensors: there the input is a copy that nobody else has."""
+    return None if tensor is None or tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
 class _Node(torch.autograd.Function):
@@ -261,8 +262,13 @@ class DeferredUpConv(torch.Tensor):
         if fused is not None:
             return fused
         used: list[DeferredUpConv] = []
-        computed = tree_map_only(DeferredUpConv, lambda result: used.append(result) or _computed(result), (args, kwargs))
-        returned = func(*computed[0], **computed[1])
+
+        def computed(result: DeferredUpConv) -> torch.Tensor:
+            used.append(result)
+            return _computed(result)
+
+        args, kwargs = tree_map_only(DeferredUpConv, computed, (args, kwargs))
+        returned = func(*args, **kwargs)
         for result in used:
             if not _was_taken_over(result):
                 _follow(result)
@@ -352,7 +358,7 @@ def _is_as_called(result: DeferredUpConv) -> bool:
 
 
 def _join(tensors=None, dim=0, *, axis=None, out=None) -> torch.Tensor | None:
-    """The concatenation as one operator, where it is one of a result that is not computed yet and an ordinary tensor."""
+    """The concatenation as one operator, where it is of a result that is not computed yet and an ordinary tensor."""
     if out is not None or not isinstance(tensors, (tuple, list)) or len(tensors) != 2:
         return None
     if (dim if axis is None else axis) not in (1, -3):
