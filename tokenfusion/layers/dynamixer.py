@@ -1,22 +1,26 @@
 """DynaMixer's operation and block (arXiv:2201.12083) around dynamic_mixing, with the official parameter names."""
 
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import nn
 
-from tokenfusion.kernels import dispatch, dynamic_mixing
+from tokenfusion.kernels import dynamic_mixing
 from tokenfusion.kernels.checks import autocast, symbolic
 from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
+from tokenfusion.layers.drop_in import remember_forwards, why_not_linear, why_not_part, within
 from tokenfusion.layers.linear import linear
+from tokenfusion.layers.own_layer import OwnLayer
 from tokenfusion.layers.weighted_parts import project_weighted_parts, weighted_parts
 
 GENERATORS = ("dynamic", "random", "dense")
 _PIECE_BYTES = 4 << 20  # of the input of a block in inference, whose parts then stay in the cache
 
 
-class DynaMixerOp(nn.Module):
+class DynaMixerOp(OwnLayer, nn.Module):
     """Mixes the tokens of a sequence, DynaMixer's Eq. 5 to 7: compress, generate, softmax over sources, mix, project.
 
     Args:
@@ -65,6 +69,15 @@ class DynaMixerOp(nn.Module):
             self.generate = Mlp(dim, dim, num_head * seq_len, act_layer=nn.ReLU, **made)
         self.out = nn.Linear(dim, dim, **made)
 
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        if module.generator != "dynamic":
+            return None  # those call all their parts
+        parts, length, compressed = module._modules, module.seq_len, module.reduced_dim
+        return why_not_linear(
+            parts.get("compress"), "compress", module.num_head * compressed, module.dim
+        ) or why_not_linear(parts.get("generate"), "generate", length * length, length * compressed)
+
     def mix(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Mixes along dimension dim of x [B, H, W, D], 1 or 2, without the output projection.
 
@@ -76,25 +89,34 @@ class DynaMixerOp(nn.Module):
                 f"x: got shape {list(x.shape)}, expected N = {self.seq_len} tokens along dimension {dim} and "
                 f"D = {self.dim} channels"
             )
-        if self.generator == "dynamic":
+        if self.generator == "dynamic" and self.fuses():
             weights = self.compress.weight, self.compress.bias, self.generate.weight, self.generate.bias
             return dynamic_mixing(x, *weights, segments=self.num_head, dim=dim)
         x = x.movedim(dim, 2)
-        return apply_mixing(x, self._synthesized(x)).movedim(2, dim)
+        return apply_mixing(x, self.matrices(x)).movedim(2, dim)
 
-    def _synthesized(self, x: torch.Tensor) -> torch.Tensor:
-        """Synthesizer's mixing matrices [..., S, source, target] for lines x [..., N, D]."""
-        if self.generator == "random":
+    def matrices(self, x: torch.Tensor) -> torch.Tensor:
+        """Mixing matrices [..., S, source, target] of lines x [..., N, D], which sum to one over the sources."""
+        if hasattr(self, "compress"):
+            compressed = self.compress(x).unflatten(-1, (self.num_head, self.reduced_dim)).transpose(-3, -2)
+            logits = self.generate(compressed.flatten(-2)).unflatten(-1, (self.seq_len, self.seq_len))
+            return logits.softmax(dim=-2)
+        if hasattr(self, "logits"):
             return self.logits.softmax(dim=-2)
         logits = self.generate(x).unflatten(-1, (self.num_head, self.seq_len))  # [..., target, S, source]
-        return logits.softmax(dim=-1).transpose(-3, -2).transpose(-2, -1)  # to [..., S, source, target]
+        return logits.softmax(dim=-1).transpose(-3, -2).transpose(-2, -1)
+
+    def plain_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(apply_mixing(x, self.matrices(x)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
+        if torch.jit.is_scripting():
+            return self.plain_forward(x)
         return self.out(self.mix(x.unsqueeze(1), 2).squeeze(1))
 
 
-class DynaMixerBlock(nn.Module):
+class DynaMixerBlock(OwnLayer, nn.Module):
     """Mixes tokens along columns and rows, and channels, and adds up the three with weights of their own.
 
     DynaMixer's block (Fig. 2 and 3.2) with its reweighting: of the mean over positions of the sum of the parts, a
@@ -114,6 +136,8 @@ class DynaMixerBlock(nn.Module):
         ValueError: as DynaMixerOp; no part at all; shared for a resolution that is not square or without both
             directions.
     """
+
+    shared: Final[bool]
 
     def __init__(
         self,
@@ -159,12 +183,52 @@ class DynaMixerBlock(nn.Module):
         Raises:
             ValueError: another number of tokens or channels than the block was made for.
         """
+        if torch.jit.is_scripting():
+            return self.plain_forward(x)
+        self._check(x)
+        return self._fused(x) if self.fuses() else self.plain_forward(x)
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        parts, dim = module._modules, module.dim
+        reason = why_not_linear(parts.get("proj"), "proj", dim, dim)
+        if reason is None and module.mlp_c is not None:
+            reason = why_not_linear(parts.get("mlp_c"), "mlp_c", dim, dim)
+        for name in ("mix_h", "mix_w"):
+            op = parts.get(name)
+            if reason is None and op is not None:
+                reason = why_not_part(op, name, DynaMixerOp) or within(
+                    name, DynaMixerOp.why_not(op) or why_not_linear(op._modules.get("out"), "out", dim, dim)
+                )
+        return reason
+
+    def plain_forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = self.resolution
+        parts: list[torch.Tensor] = []
+        if self.mix_h is not None:
+            columns = x.transpose(1, 2).flatten(0, 1)
+            parts.append(self.mix_h(columns).unflatten(0, (-1, width)).transpose(1, 2))
+        if self.shared:
+            parts.append(self.mix_h(x.flatten(0, 1)).unflatten(0, (-1, height)))
+        elif self.mix_w is not None:
+            parts.append(self.mix_w(x.flatten(0, 1)).unflatten(0, (-1, height)))
+        if self.mlp_c is not None:
+            parts.append(self.mlp_c(x))
+        stacked = torch.stack(parts, dim=-1)
+        if self.reweight is not None:
+            shares = self.reweight(stacked.sum(dim=-1).mean(dim=(1, 2))).unflatten(-1, (self.dim, len(parts)))
+            stacked = stacked * shares.softmax(dim=-1)[:, None, None]
+        return self.proj(stacked.sum(dim=-1))
+
+    def _check(self, x: torch.Tensor) -> None:
         if not symbolic(x) and (x.dim() != 4 or x.shape[1:] != (*self.resolution, self.dim)):
             raise ValueError(
                 f"x: got shape {list(x.shape)}, expected [B, {self.resolution[0]}, {self.resolution[1]}, {self.dim}]"
             )
+
+    def _fused(self, x: torch.Tensor) -> torch.Tensor:
         x, *tensors = autocast(x, *self._tensors())
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or dispatch.transform() is not None:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._run(x, *tensors)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         images = max(1, _PIECE_BYTES // max(1, x[:1].nbytes)) if self.reweight else max(1, len(x))

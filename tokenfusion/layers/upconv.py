@@ -4,9 +4,16 @@ Parameters have the layouts of nn.ConvTranspose2d and nn.Conv2d, so that checkpo
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tokenfusion.kernels import upconv_add, upconv_concat, upconv_concat_project
+from tokenfusion.kernels.checks import symbolic
+from tokenfusion.layers.drop_in import remember_forwards, why_not_part
+from tokenfusion.layers.own_layer import OwnLayer
+
+
+remember_forwards(nn.ConvTranspose2d, nn.Conv2d)
 
 
 class UpConvConcat(nn.ConvTranspose2d):
@@ -38,9 +45,13 @@ class UpConvConcat(nn.ConvTranspose2d):
         self.skip_first = skip_first
 
     def forward(
-        self, x: torch.Tensor, skip: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+        self, x: torch.Tensor, skip: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[B, Cin, h, w], [B, Cs, k h, k w] or None -> [B, Cout + Cs, k h, k w]; out as of `upconv_concat`."""
+        if torch.jit.is_scripting():
+            assert out is None, "out: got a tensor, expected None in TorchScript"
+            up = F.conv_transpose2d(x, self.weight, self.bias, self.stride)
+            return _concat(up, skip, self.skip_first)
         return upconv_concat(x, self.weight, self.bias, skip, skip_first=self.skip_first, out=out)
 
 
@@ -56,10 +67,12 @@ class UpConvAdd(nn.ConvTranspose2d):
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """[B, Cin, h, w], [B, Cout, k h, k w] -> [B, Cout, k h, k w]."""
+        if torch.jit.is_scripting():
+            return F.conv_transpose2d(x, self.weight, self.bias, self.stride) + skip
         return upconv_add(x, self.weight, self.bias, skip)
 
 
-class UpConvConcatProject(nn.Module):
+class UpConvConcatProject(OwnLayer, nn.Module):
     """UpConvConcat, then a 1x1 convolution: proj(torch.cat((up(x), skip), 1)), without the concatenation.
 
     up is an nn.ConvTranspose2d and proj an nn.Conv2d, which hold the parameters.
@@ -90,8 +103,20 @@ class UpConvConcatProject(nn.Module):
         self.proj = nn.Conv2d(up_channels + skip_channels, out_channels, 1, **options)
         self.skip_first = skip_first
 
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        parts = module._modules
+        return _why_not_up(parts.get("up")) or _why_not_proj(parts.get("proj"))
+
+    def plain_forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        return self.proj(_concat(self.up(x), skip, self.skip_first))
+
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         """[B, Cin, h, w], [B, Cs, k h, k w] or None -> [B, out_channels, k h, k w]."""
+        if torch.jit.is_scripting():
+            return self.plain_forward(x, skip)
+        if not self.fuses():
+            return self.plain_forward(x, skip)
         up, proj = self.up, self.proj
         return upconv_concat_project(
             x, up.weight, up.bias, skip, proj.weight.flatten(1), proj.bias, skip_first=self.skip_first
@@ -115,6 +140,8 @@ class UpCopyConcat(nn.Module):
         Raises:
             ValueError: a skip of another size.
         """
+        if torch.jit.is_scripting():
+            return _concat(_copied(x, self.scale), skip, self.skip_first)
         up = x[:, :, :, None, :, None].expand(-1, -1, -1, self.scale, -1, self.scale)
         parts = [up]
         if skip is not None:
@@ -134,8 +161,38 @@ class UpCopyAdd(nn.Module):
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """[B, C, h, w], [B, C, k h, k w] -> [B, C, k h, k w]."""
+        if torch.jit.is_scripting():
+            return _copied(x, self.scale) + skip
         _check_size(x, skip, self.scale)
         return (_split_pixels(skip, self.scale) + x[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
+
+
+def _why_not_up(up: nn.Module | None) -> str | None:
+    reason = why_not_part(up, "up", nn.ConvTranspose2d)
+    if reason is not None:
+        return reason
+    others = (up.padding, up.output_padding, up.dilation, up.groups)
+    if up.stride != tuple(up.weight.shape[2:]) or others != ((0, 0), (0, 0), (1, 1), 1):
+        return "up: its patches overlap or leave gaps"
+    return None
+
+
+def _why_not_proj(proj: nn.Module | None) -> str | None:
+    reason = why_not_part(proj, "proj", nn.Conv2d)
+    if reason is not None:
+        return reason
+    others = (tuple(proj.weight.shape[2:]), proj.stride, proj.padding, proj.groups)
+    return None if others == ((1, 1), (1, 1), (0, 0), 1) else "proj is no 1x1 convolution of each pixel"
+
+
+def _concat(up: torch.Tensor, skip: torch.Tensor | None, skip_first: bool) -> torch.Tensor:
+    if skip is None:
+        return up
+    return torch.cat((skip, up) if skip_first else (up, skip), dim=1)
+
+
+def _copied(x: torch.Tensor, scale: int) -> torch.Tensor:
+    return x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
 def _split_pixels(fine: torch.Tensor, scale: int) -> torch.Tensor:
@@ -144,10 +201,12 @@ def _split_pixels(fine: torch.Tensor, scale: int) -> torch.Tensor:
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return not symbolic(x) and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _check_size(x: torch.Tensor, skip: torch.Tensor, scale: int) -> None:
+    if symbolic(x, skip):
+        return
     expected = [x.shape[0], scale * x.shape[2], scale * x.shape[3]]
     if [skip.shape[0], *skip.shape[2:]] != expected:
         raise ValueError(

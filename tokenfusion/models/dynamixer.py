@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, to_ntuple, trunc_normal_
-from timm.models import checkpoint_seq
+from timm.models import checkpoint_seq, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import nn
 
+from tokenfusion.kernels.checks import symbolic
 from tokenfusion.layers import DynaMixerBlock
 from tokenfusion.layers.in_place import add, are_plain, may_run_in_place, run_mlp
 from tokenfusion.models.checkpoints import CheckedModel
@@ -33,7 +34,7 @@ class Downsample(PatchEmbed):
     """The same on tokens: [B, H, W, D] -> [B, H / p, W / p, D']."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 3, 1, 2))
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MixerLayer(nn.Module):
@@ -56,10 +57,15 @@ class MixerLayer(nn.Module):
         self.norm2 = norm_layer(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
 
+    def plain_forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return self.plain_forward(x)
         if not (may_run_in_place(self.attn, DynaMixerBlock) and are_plain(self.attn.proj, self.mlp, self.drop_path)):
-            x = x + self.drop_path(self.attn(self.norm1(x)))
-            return x + self.drop_path(self.mlp(self.norm2(x)))
+            return self.plain_forward(x)
         x = add(self.drop_path(self.attn(self.norm1(x))), x)
         return add(self.drop_path(run_mlp(self.mlp, self.norm2(x))), x)
 
@@ -134,6 +140,7 @@ class DynaMixer(CheckedModel):
         self.global_pool = _checked_pool(global_pool)
         self.embed_dims = embed_dims
         self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.output_fmt, self.feature_dim = "NHWC", -1
         self.grad_checkpointing = False
         self.resolutions = _resolutions(self.img_size, patch_size, transitions, resolutions)
         options = dict(generator=generator, shared=shared, reweighting=reweighting)
@@ -192,12 +199,8 @@ class DynaMixer(CheckedModel):
         self.head = self._classifier(device=weight.device, dtype=weight.dtype).train(self.training)
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        expected = [self.in_chans, *self.img_size]
-        if x.ndim != 4 or list(x.shape[1:]) != expected:
-            raise ValueError(
-                f"x: got shape {list(x.shape)}, expected [B, {', '.join(map(str, expected))}]; "
-                "create_model(..., img_size=...) makes the model for another size"
-            )
+        if not torch.jit.is_scripting():
+            _check_images(x, [self.in_chans, *self.img_size])
         return self.patch_embed(x)
 
     def _run(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -210,7 +213,10 @@ class DynaMixer(CheckedModel):
         """Images [B, in_chans, H, W] -> normalised tokens [B, H', W', D]."""
         x = self._embed(x)
         for module in self.network:
-            x = self._run(module, x)
+            if torch.jit.is_scripting():
+                x = module(x)
+            else:
+                x = self._run(module, x)
         return self.norm(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -285,6 +291,15 @@ class DynaMixer(CheckedModel):
     def checkpoint_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint of this model or of the official code; generators of another resolution are resampled."""
         return resampled(super().checkpoint_filter(state_dict.get("model", state_dict)), self)
+
+
+@register_notrace_function
+def _check_images(x: torch.Tensor, expected: list[int]) -> None:
+    if not symbolic(x) and list(x.shape[1:]) != expected:
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, expected [B, {', '.join(map(str, expected))}]; "
+            "create_model(..., img_size=...) makes the model for another size"
+        )
 
 
 def _resolutions(

@@ -21,6 +21,7 @@ default_cfgs = generate_default_cfgs(
         "vit_pe_small_patch16_224": {
             "num_classes": 1000,
             "input_size": (3, 224, 224),
+            "fixed_input_size": True,
             "crop_pct": 0.9,
             "interpolation": "bicubic",
             "mean": (0.485, 0.456, 0.406),
