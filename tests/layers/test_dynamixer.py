@@ -134,7 +134,7 @@ def test_synthesizers_generate_as_described():
     other[:, 3] += 1
     for generator in ("dense", "random"):
         op = layers.DynaMixerOp(24, 7, 4, generator=generator)
-        matrices, changed = op.matrices(x), op._synthesized(other)  # [..., S, source, target]
+        matrices, changed = op.matrices(x), op.matrices(other)  # [..., S, source, target]
         torch.testing.assert_close(matrices.sum(-2), torch.ones_like(matrices[..., 0, :]))
         same = (matrices == changed).expand(2, 4, 7, 7).all(dim=(0, 1, 2))
         assert same.tolist() == [generator == "random" or target != 3 for target in range(7)]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import torch
 from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
@@ -43,6 +43,8 @@ class CrossViT(CheckedModel):
     Raises:
         ValueError: an argument with another value, or of another length than there are branches.
     """
+
+    class_token: Final[bool]
 
     def __init__(
         self,
@@ -169,13 +171,13 @@ class CrossViT(CheckedModel):
         self.head = self._classifier(device=positions.device, dtype=positions.dtype).train(self.training)
 
     def _embed(self, x: torch.Tensor) -> list[torch.Tensor]:
-        branches = []
+        branches: list[torch.Tensor] = []
         for i, patch_embed in enumerate(self.patch_embed):
             tokens = patch_embed(scale_image(x, self.img_size_scaled[i], self.crop_scale))
-            positions = getattr(self, f"pos_embed_{i}")
+            positions = self.pos_embed_0 if i == 0 else self.pos_embed_1  # TorchScript has no getattr of a name made up
             if self.class_token:
-                class_token = getattr(self, f"cls_token_{i}").expand(len(x), -1, -1)
-                tokens = torch.cat((class_token, tokens), dim=1).add_(positions)
+                class_token = self.cls_token_0 if i == 0 else self.cls_token_1
+                tokens = torch.cat((class_token.expand(x.shape[0], -1, -1), tokens), dim=1).add_(positions)
             else:
                 tokens = tokens + positions
             branches.append(self.pos_drop(tokens))
@@ -183,20 +185,20 @@ class CrossViT(CheckedModel):
 
     def _encode(self, x: torch.Tensor, class_tokens_only: bool = False) -> list[torch.Tensor]:
         branches = self._embed(x)
-        encoders = list(self.blocks)
-        encoders[-1] = partial(encoders[-1], class_tokens_only=class_tokens_only)
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+            encoders = [*self.blocks[:-1], partial(self.blocks[-1], class_tokens_only=class_tokens_only)]
             branches = checkpoint_seq(encoders, branches, use_reentrant=False)
         else:
-            for encoder in encoders:
-                branches = encoder(branches)
-        return [norm(tokens) for norm, tokens in zip(self.norm, branches)]
+            last = len(self.blocks) - 1
+            for k, encoder in enumerate(self.blocks):
+                branches = encoder(branches, class_tokens_only and k == last)
+        return [norm(branches[i]) for i, norm in enumerate(self.norm)]
 
     def forward_features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Images [B, in_chans, H, W] -> the normalised tokens of each branch, [B, 1 + N_i, C_i]."""
         return self._encode(x)
 
-    def forward_head(self, x: Sequence[torch.Tensor], pre_logits: bool = False) -> torch.Tensor:
+    def forward_head(self, x: list[torch.Tensor], pre_logits: bool = False) -> torch.Tensor:
         """Tokens of each branch -> logits [B, num_classes], the mean of the branches'; or the pooled tokens of the
         branches side by side, [B, num_features], with pre_logits or without a classifier."""
         if self.global_pool == "avg":
@@ -206,7 +208,7 @@ class CrossViT(CheckedModel):
         pooled = [self.head_drop(token) for token in pooled]
         if pre_logits or self.num_classes == 0:
             return torch.cat(pooled, dim=1)
-        return sum(head(token) for head, token in zip(self.head, pooled)) / self.num_branches
+        return torch.stack([head(pooled[i]) for i, head in enumerate(self.head)]).mean(dim=0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """forward_head(forward_features(x)), without the patch tokens that no class is read from."""

@@ -4,6 +4,7 @@ All have one interface: blocks of each branch, then a fusion of their tokens. `F
 """
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 from timm.layers import DropPath
@@ -12,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenfusion.layers import CrossAttentionBlock
-from tokenfusion.layers.crossvit import exchange_class_tokens, split_class_token
+from tokenfusion.layers.crossvit import exchange_class_tokens
 from tokenfusion.layers.in_place import run_blocks
 
-Tokens = Sequence[torch.Tensor]
+Tokens = list[torch.Tensor]
 
 
 class MultiScaleEncoder(nn.Module):
@@ -28,6 +29,8 @@ class MultiScaleEncoder(nn.Module):
         class_token: whether the first token of a branch is its class token.
         drop_path: rate of block i in both branches; the last one is the fusion's.
     """
+
+    class_token: Final[bool]
 
     def __init__(
         self,
@@ -81,14 +84,30 @@ class MultiScaleEncoder(nn.Module):
         Returns:
             the same shapes.
         """
-        branches = [run_blocks(blocks, tokens) for blocks, tokens in zip(self.blocks, x)]
+        branches: list[torch.Tensor] = []
+        for i, blocks in enumerate(self.blocks):
+            if torch.jit.is_scripting():
+                branches.append(blocks(x[i]))
+            else:
+                branches.append(run_blocks(blocks, x[i]))
         if not self.class_token:  # the mean of the patches stands for it, and the fused token goes to every patch
             fused, _ = self.fuse([patches.mean(dim=1, keepdim=True) for patches in branches], branches)
-            return [patches + token for patches, token in zip(branches, fused)]
-        class_tokens, patches = self.fuse(*zip(*map(split_class_token, branches)))
+            return [patches + fused[i] for i, patches in enumerate(branches)]
+        class_tokens, patches = self.fuse(*_split(branches))
         if class_tokens_only:
-            return list(class_tokens)
-        return [torch.cat(pair, dim=1) for pair in zip(class_tokens, patches)]
+            return class_tokens
+        return [torch.cat((token, patches[i]), dim=1) for i, token in enumerate(class_tokens)]
+
+
+def _split(branches: Tokens) -> tuple[Tokens, Tokens]:
+    """Class token and patches of each branch."""
+    class_tokens: list[torch.Tensor] = []
+    patches: list[torch.Tensor] = []
+    for tokens in branches:
+        first, others = tokens.split((1, tokens.shape[1] - 1), dim=1)
+        class_tokens.append(first)
+        patches.append(others)
+    return class_tokens, patches
 
 
 def _projection(dim: int, out_dim: int, options: dict, *, identity: bool = True) -> nn.Sequential:
@@ -119,7 +138,16 @@ class CrossAttention(MultiScaleEncoder):
         self.revert_projs = nn.ModuleList(_projection(dim[o], dim[i], options) for i, o in enumerate(others))
 
     def fuse(self, class_tokens: Tokens, patches: Tokens) -> tuple[Tokens, Tokens]:
+        if torch.jit.is_scripting():
+            return self.plain_exchange(class_tokens, patches), patches
         return exchange_class_tokens(class_tokens, patches, self.projs, self.fusion, self.revert_projs), patches
+
+    def plain_exchange(self, class_tokens: Tokens, patches: Tokens) -> Tokens:
+        outs: list[torch.Tensor] = []
+        for i, (proj, fusion, revert_proj) in enumerate(zip(self.projs, self.fusion, self.revert_projs)):
+            others = patches[(i + 1) % len(patches)]
+            outs.append(revert_proj(fusion(torch.cat((proj(class_tokens[i]), others), dim=1))))
+        return outs
 
 
 class AllAttention(MultiScaleEncoder):
@@ -140,11 +168,11 @@ class AllAttention(MultiScaleEncoder):
         self.revert_projs = nn.ModuleList(_projection(width, d, options, identity=False) for d in dim)
 
     def fuse(self, class_tokens: Tokens, patches: Tokens) -> tuple[Tokens, Tokens]:
-        branches = [torch.cat(pair, dim=1) for pair in zip(class_tokens, patches)]
-        y = torch.cat([proj(tokens) for proj, tokens in zip(self.projs, branches)], dim=1)
+        branches = [torch.cat((token, patches[i]), dim=1) for i, token in enumerate(class_tokens)]
+        y = torch.cat([proj(branches[i]) for i, proj in enumerate(self.projs)], dim=1)
         y = y + self.drop_path(self.attn(self.norm(y)))
         outs = y.split([tokens.shape[1] for tokens in branches], dim=1)
-        return tuple(zip(*(split_class_token(revert(out)) for revert, out in zip(self.revert_projs, outs))))
+        return _split([revert_proj(outs[i]) for i, revert_proj in enumerate(self.revert_projs)])
 
 
 class ClassToken(MultiScaleEncoder):
@@ -155,8 +183,12 @@ class ClassToken(MultiScaleEncoder):
         self.revert_projs = nn.ModuleList(_projection(max(dim), d, options) for d in dim)
 
     def fuse(self, class_tokens: Tokens, patches: Tokens) -> tuple[Tokens, Tokens]:
-        total = sum(proj(token) for proj, token in zip(self.projs, class_tokens))
-        return [revert_proj(total) for revert_proj in self.revert_projs], patches
+        return self.fuse_class_tokens(class_tokens), patches
+
+    def fuse_class_tokens(self, class_tokens: Tokens) -> Tokens:
+        projected = [proj(class_tokens[i]) for i, proj in enumerate(self.projs)]
+        total = projected[0] + projected[1]
+        return [revert_proj(total) for revert_proj in self.revert_projs]
 
 
 class Pairwise(ClassToken):
@@ -167,23 +199,22 @@ class Pairwise(ClassToken):
 
     def add_fusion(self, dim, grids, depth, num_heads, drop_path, options) -> None:
         super().add_fusion(dim, grids, depth, num_heads, drop_path, options)
-        self.grids = tuple(grids)
+        self.grids = list(grids)
 
     def fuse(self, class_tokens: Tokens, patches: Tokens) -> tuple[Tokens, Tokens]:
-        class_tokens, _ = super().fuse(class_tokens, patches)
-        projected = [proj(tokens) for proj, tokens in zip(self.projs, patches)]
-        fused = []
-        for grid, revert_proj in zip(self.grids, self.revert_projs):
-            total = sum(self._resized(tokens, own, grid) for tokens, own in zip(projected, self.grids))
-            fused.append(revert_proj(total))
-        return class_tokens, fused
+        projected = [proj(patches[i]) for i, proj in enumerate(self.projs)]
+        fused: list[torch.Tensor] = []
+        for i, revert_proj in enumerate(self.revert_projs):
+            grid, other = self.grids[i], self.grids[1 - i]
+            fused.append(revert_proj(projected[i] + _resized(projected[1 - i], other, grid)))
+        return self.fuse_class_tokens(class_tokens), fused
 
-    @staticmethod
-    def _resized(tokens: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-        if grid == new_grid:
-            return tokens
-        image = tokens.transpose(1, 2).unflatten(2, grid)
-        return F.interpolate(image, size=new_grid, mode="bilinear").flatten(2).transpose(1, 2)
+
+def _resized(tokens: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    if grid[0] == new_grid[0] and grid[1] == new_grid[1]:
+        return tokens
+    image = tokens.transpose(1, 2).unflatten(2, grid)
+    return F.interpolate(image, size=[new_grid[0], new_grid[1]], mode="bilinear").flatten(2).transpose(1, 2)
 
 
 FUSIONS: dict[str, type[MultiScaleEncoder]] = {

@@ -57,19 +57,26 @@ class T2T(nn.Module):
         super().__init__()
         self.img_size, self.patch_size = to_2tuple(img_size), to_2tuple(patch_size)
         self.num_patches = (self.img_size[0] // patch_size) * (self.img_size[1] // patch_size)
-        self.kernels = _KERNELS[patch_size]
+        self.kernels = list(_KERNELS[patch_size])
         first, second, third = (kernel**2 for kernel, _, _ in self.kernels)
         self.attention1 = TokenTransformer(in_chans * first, token_dim, **dd)
         self.attention2 = TokenTransformer(token_dim * second, token_dim, **dd)
         self.project = nn.Linear(token_dim * third, embed_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for kernel, layer in zip(self.kernels, (self.attention1, self.attention2, self.project)):
-            size, stride, padding = kernel
-            grid = [(length + 2 * padding - size) // stride + 1 for length in x.shape[2:]]
-            tokens = layer(F.unfold(x, size, stride=stride, padding=padding).transpose(1, 2))
-            x = tokens.transpose(1, 2).unflatten(2, grid)
-        return tokens
+        x = self._as_image(self.attention1(self._windows(x, 0)), x, 0)
+        x = self._as_image(self.attention2(self._windows(x, 1)), x, 1)
+        return self.project(self._windows(x, 2))
+
+    def _windows(self, x: torch.Tensor, step: int) -> torch.Tensor:
+        size, stride, padding = self.kernels[step]
+        return F.unfold(x, size, stride=stride, padding=padding).transpose(1, 2)
+
+    def _as_image(self, tokens: torch.Tensor, x: torch.Tensor, step: int) -> torch.Tensor:
+        """The tokens of the windows of x."""
+        size, stride, padding = self.kernels[step]
+        height = (x.shape[2] + 2 * padding - size) // stride + 1
+        return tokens.transpose(1, 2).unflatten(2, (height, -1))
 
 
 class TokenTransformer(nn.Module):
