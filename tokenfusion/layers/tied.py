@@ -12,21 +12,26 @@ from torch import nn
 
 from tokenfusion.kernels import tied_ffn
 from tokenfusion.kernels.tied_ffn.reference import ACTIVATIONS
+from tokenfusion.layers.drop_in import remember_forwards, why_not_part
+from tokenfusion.layers.own_layer import OwnLayer
+
+
+_ACTIVATIONS = {GELUTanh: "gelu_tanh", nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity", nn.GELU: "gelu"}
+remember_forwards(*_ACTIVATIONS)
 
 
 def activation_name(module: nn.Module) -> str | None:
     """What tied_ffn calls an activation module; None where it has no such activation."""
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    names = {GELUTanh: "gelu_tanh", nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
-    return names.get(type(module))
+    if type(module) is nn.GELU and module.approximate == "tanh":
+        return "gelu_tanh"
+    return _ACTIVATIONS.get(type(module))
 
 
 def _bias(size: int, wanted: bool, **factory) -> nn.Parameter | None:
     return nn.Parameter(torch.zeros(size, **factory)) if wanted else None
 
 
-class TiedFFN(nn.Module):
+class TiedFFN(OwnLayer, nn.Module):
     """y = W^T act(W x + b_in) + b_out, Eq. 4 of the paper: the feed-forward network of a transformer with one matrix.
 
     Takes the arguments of timm's Mlp, so that it can be the `mlp_layer` of a timm model. Holds weight
@@ -70,6 +75,7 @@ class TiedFFN(nn.Module):
             raise ValueError(f"act_layer: got {type(act).__name__}, expected a module for one of {expected}")
         factory = {"device": device, "dtype": dtype}
         hidden_features = hidden_features or in_features
+        self.act = act
         self.activation = activation
         self.drop = drop
         self.recompute = recompute
@@ -84,11 +90,23 @@ class TiedFFN(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        reason = why_not_part(module.act, "act", *_ACTIVATIONS)
+        if reason is None and activation_name(module.act) != module.activation:
+            return f"act is another activation than {module.activation}"
+        return reason
+
+    def plain_forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = F.dropout(self.act(F.linear(x, self.weight, self.bias_in)), self.drop, self.training)
+        return F.dropout(F.linear(hidden, self.weight.t(), self.bias_out), self.drop, self.training)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., C] -> [..., C]."""
-        if self.training and self.drop > 0:
-            hidden = F.dropout(ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias_in)), self.drop)
-            return F.dropout(F.linear(hidden, self.weight.t(), self.bias_out), self.drop)
+        if torch.jit.is_scripting():
+            return self.plain_forward(x)
+        if (self.training and self.drop > 0) or not self.fuses():
+            return self.plain_forward(x)
         return tied_ffn(
             x, self.weight, self.bias_in, self.bias_out, activation=self.activation, recompute=self.recompute
         )

@@ -13,11 +13,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tokenfusion.kernels.checks import symbolic
 from tokenfusion.layers.upconv import UpConvAdd, UpConvConcat, UpConvConcatProject, UpCopyAdd, UpCopyConcat
 from tokenfusion.models.checkpoints import CheckedModel
 
@@ -26,6 +28,7 @@ _STAGES = 5  # the stem before its max-pool, and four stages
 _DEEPEST = 32  # pixels of the image to one of the last stage
 
 Grid = tuple[int, int]
+Seen = list[tuple[torch.Tensor, Grid]]
 
 
 class TokenFusion(CheckedModel):
@@ -80,7 +83,7 @@ class TokenFusion(CheckedModel):
         self.num_classes, self.in_chans, self.embed_dim, self.depth = num_classes, in_chans, embed_dim, depth
         self.global_pool = _pool(global_pool or "channel")
         self.grad_checkpointing = False
-        self.grid = self._grid(self.img_size, 16)  # of the tokens that the head sees
+        self.grid = self.img_size[0] // 16, self.img_size[1] // 16  # of the tokens that the head sees
         self.cnn = _make_cnn(cnn, pretrained_cnn, in_chans, self.output_stride).to(**self.dd)
         self.cnn_channels = self.cnn.feature_info.channels()
         self.set_cnn_trainable(train_cnn)
@@ -130,9 +133,6 @@ class TokenFusion(CheckedModel):
     def _reduction(self, block: int) -> int:
         return self.patch_size
 
-    def _grid(self, size: Sequence[int], patch: int) -> Grid:
-        return size[0] // patch, size[1] // patch
-
     def _patch_embed(self, patch_size: int, in_chans: int) -> PatchEmbed:
         return PatchEmbed(
             self.img_size, patch_size, in_chans, self.embed_dim, strict_img_size=False, flatten=True, **self.dd
@@ -142,9 +142,7 @@ class TokenFusion(CheckedModel):
         return nn.Parameter(torch.empty(1, tokens, self.embed_dim, **self.dd))
 
     def _add_positions(self, tokens: torch.Tensor, table: torch.Tensor, grid: Grid, own: Grid) -> torch.Tensor:
-        if grid != own:
-            table = _resized(table, grid, own, table.shape[1] - own[0] * own[1])
-        return self.pos_drop(tokens + table)
+        return self.pos_drop(tokens + _resized(table, grid, own, table.shape[1] - own[0] * own[1]))
 
     def set_cnn_trainable(self, trainable: bool = True) -> None:
         """Train the CNN from now on, or freeze it, with its batch norms in eval mode."""
@@ -159,22 +157,26 @@ class TokenFusion(CheckedModel):
         return self
 
     def _cnn_features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        if torch.jit.is_scripting():
+            maps = self.cnn(x)
+            return maps if self.train_cnn else [stage.detach() for stage in maps]
         with torch.set_grad_enabled(self.train_cnn and torch.is_grad_enabled()):
             return self.cnn(x)
 
-    def _run_blocks(self, x: torch.Tensor, blocks: nn.ModuleList, grid: Grid, seen: list | None) -> torch.Tensor:
-        """These blocks; what comes out of each is added to `seen`, with its grid."""
-        for block in blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-            if seen is not None:
-                seen.append((x, grid))
+    def _run_blocks(self, x: torch.Tensor, first: int, end: int, grid: Grid, seen: Seen | None) -> torch.Tensor:
+        """Blocks first to end - 1; what comes out of each is added to `seen`, with its grid."""
+        for i, block in enumerate(self.blocks):
+            if first <= i and i < end:
+                if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+                if seen is not None:
+                    seen.append((x, grid))
         return x
 
-    def _features(self, x: torch.Tensor, blocks: nn.ModuleList, seen: list | None = None) -> torch.Tensor:
-        """Fused tokens of a model with these blocks, which are the model's own or the first of them."""
+    def _features(self, x: torch.Tensor, depth: int, seen: Seen | None = None) -> torch.Tensor:
+        """Fused tokens of the model with the first `depth` of its blocks."""
         raise NotImplementedError
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,24 +185,13 @@ class TokenFusion(CheckedModel):
         Raises:
             ValueError: images of another size than the model's that its head or its CNN cannot take.
         """
-        self._check_size(x)
-        return self._features(x, self.blocks)
-
-    def _check_size(self, x: torch.Tensor) -> None:
-        size = tuple(x.shape[2:])
-        if size == self.img_size:
-            return
-        if any(length % _DEEPEST for length in size):
-            raise ValueError(f"images: got {size[0]} x {size[1]} pixels, expected multiples of {_DEEPEST}")
-        if self.global_pool != "channel":
-            raise ValueError(
-                f"images: got {size[0]} x {size[1]} pixels, expected {self.img_size[0]} x {self.img_size[1]}: "
-                f"the {self.global_pool!r} head has a weight for each token"
-            )
+        if not torch.jit.is_scripting():
+            _check_size(x, self.img_size, self.global_pool)
+        return self._features(x, len(self.blocks))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Tokens -> logits [B, num_classes]; or what the classifier reads, with pre_logits."""
-        pooled = []
+        pooled: list[torch.Tensor] = []
         if self.global_pool in ("token", "mixing"):
             pooled.append(x.mean(dim=2))
         if self.global_pool in ("channel", "mixing"):
@@ -239,9 +230,9 @@ class TokenFusion(CheckedModel):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
         taken, last = feature_take_indices(len(self.blocks), indices)
-        self._check_size(x)
-        seen = []
-        out = self._features(x, self.blocks[: last + 1] if stop_early and intermediates_only else self.blocks, seen)
+        _check_size(x, self.img_size, self.global_pool)
+        seen: Seen = []
+        out = self._features(x, last + 1 if stop_early and intermediates_only else len(self.blocks), seen)
         features = []
         for tokens, grid in (seen[i] for i in taken):
             tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
@@ -339,15 +330,15 @@ class LateTokenFusion(TokenFusion):
     def _position_grids(self) -> dict[str, Grid]:
         return {"pos_embed": (self.grid[0] // 2, self.grid[1] // 2), "pos_embed_cnn": self.grid}
 
-    def _features(self, x: torch.Tensor, blocks: nn.ModuleList, seen: list | None = None) -> torch.Tensor:
+    def _features(self, x: torch.Tensor, depth: int, seen: Seen | None = None) -> torch.Tensor:
         half = self.depth // 2
-        grids = self._position_grids()
-        coarse, fine = self._grid(x.shape[2:], _DEEPEST), self._grid(x.shape[2:], 16)
+        coarse, fine = _grid(x, 32), _grid(x, 16)
         pixels = self.cnn_embed(_as_tokens(self._cnn_features(x)[-1]))
-        pixels = self._add_positions(pixels, self.pos_embed_cnn, fine, grids["pos_embed_cnn"])
-        pixels = self._run_blocks(pixels, blocks[:half], fine, seen)
-        patches = self._add_positions(self.patch_embed(x), self.pos_embed, coarse, grids["pos_embed"])
-        patches = self._run_blocks(patches, blocks[half:], coarse, seen)
+        pixels = self._add_positions(pixels, self.pos_embed_cnn, fine, self.grid)
+        pixels = self._run_blocks(pixels, 0, min(half, depth), fine, seen)
+        own = self.grid[0] // 2, self.grid[1] // 2
+        patches = self._add_positions(self.patch_embed(x), self.pos_embed, coarse, own)
+        patches = self._run_blocks(patches, half, depth, coarse, seen)
         return _as_tokens(self.fusion(_as_map(patches, coarse), _as_map(pixels, fine)))
 
 
@@ -380,11 +371,13 @@ class EarlyTokenFusion(TokenFusion):
         self.pos_embed = self._new_positions(self.grid[0] * self.grid[1])
         self._finish(self.embed_dim)
 
-    def _features(self, x: torch.Tensor, blocks: nn.ModuleList, seen: list | None = None) -> torch.Tensor:
-        grid, maps = self._grid(x.shape[2:], 16), self._cnn_features(x)
-        joined = torch.cat((x, *(bridge(maps[int(i)]) for i, bridge in self.bridges.items())), dim=1)
-        tokens = self._add_positions(self.patch_embed(joined), self.pos_embed, grid, self.grid)
-        return self._run_blocks(tokens, blocks, grid, seen)
+    def _features(self, x: torch.Tensor, depth: int, seen: Seen | None = None) -> torch.Tensor:
+        grid, maps = _grid(x, 16), self._cnn_features(x)
+        joined = [x]
+        for i, bridge in enumerate(self.bridges.values()):
+            joined.append(bridge(maps[i - len(self.bridges)]))
+        tokens = self._add_positions(self.patch_embed(torch.cat(joined, dim=1)), self.pos_embed, grid, self.grid)
+        return self._run_blocks(tokens, 0, depth, grid, seen)
 
 
 class LayerwiseTokenFusion(TokenFusion):
@@ -413,24 +406,41 @@ class LayerwiseTokenFusion(TokenFusion):
             for weight in (*(linear.weight for linear in self.integrate), self.integrate_last.proj.weight.flatten(1)):
                 weight[:, :dim] = torch.eye(dim, **self.dd)
 
-    def _features(self, x: torch.Tensor, blocks: nn.ModuleList, seen: list | None = None) -> torch.Tensor:
-        grid, maps = self._grid(x.shape[2:], 16), self._cnn_features(x)
-        each = self.depth // (_STAGES + 1)
+    def _features(self, x: torch.Tensor, depth: int, seen: Seen | None = None) -> torch.Tensor:
+        grid, maps = _grid(x, 16), self._cnn_features(x)
+        last = len(self.integrate)
+        each = self.depth // (last + 2)
         tokens, prefix = self.patch_embed(x), 0
         if self.cls_token is not None:
-            tokens, prefix = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1), 1
+            tokens, prefix = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), tokens), dim=1), 1
         tokens = self._add_positions(tokens, self.pos_embed, grid, self.grid)
-        for i, stage in enumerate(maps):
-            tokens = self._run_blocks(tokens, blocks[i * each : (i + 1) * each], grid, seen)
-            patches = self._integrate(i, stage, tokens[:, prefix:], grid)
-            tokens = patches if prefix == 0 else torch.cat((tokens[:, :prefix], patches), dim=1)
-        return self._run_blocks(tokens, blocks[_STAGES * each :], grid, seen)
+        for i, integrate in enumerate(self.integrate):
+            tokens = self._run_blocks(tokens, i * each, min((i + 1) * each, depth), grid, seen)
+            pooled = F.avg_pool2d(maps[i], maps[i].shape[2] // grid[0])
+            patches = integrate(torch.cat((tokens[:, prefix:], _as_tokens(pooled)), dim=2))
+            tokens = torch.cat((tokens[:, :prefix], patches), dim=1) if prefix > 0 else patches
+        tokens = self._run_blocks(tokens, last * each, min((last + 1) * each, depth), grid, seen)
+        patches = _as_tokens(self.integrate_last(maps[-1], _as_map(tokens[:, prefix:], grid)))
+        tokens = torch.cat((tokens[:, :prefix], patches), dim=1) if prefix > 0 else patches
+        return self._run_blocks(tokens, (last + 1) * each, depth, grid, seen)
 
-    def _integrate(self, i: int, stage: torch.Tensor, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
-        if i == _STAGES - 1:
-            return _as_tokens(self.integrate_last(stage, _as_map(tokens, grid)))
-        pooled = F.avg_pool2d(stage, stage.shape[2] // grid[0])
-        return self.integrate[i](torch.cat((tokens, _as_tokens(pooled)), dim=2))
+
+@register_notrace_function
+def _check_size(x: torch.Tensor, img_size: Grid, global_pool: str) -> None:
+    if symbolic(x) or tuple(x.shape[2:]) == img_size:
+        return
+    size = tuple(x.shape[2:])
+    if any(length % _DEEPEST for length in size):
+        raise ValueError(f"images: got {size[0]} x {size[1]} pixels, expected multiples of {_DEEPEST}")
+    if global_pool != "channel":
+        raise ValueError(
+            f"images: got {size[0]} x {size[1]} pixels, expected {img_size[0]} x {img_size[1]}: "
+            f"the {global_pool!r} head has a weight for each token"
+        )
+
+
+def _grid(x: torch.Tensor, patch: int) -> Grid:
+    return x.shape[2] // patch, x.shape[3] // patch
 
 
 def _make_cnn(name: str, pretrained: bool | None, in_chans: int, output_stride: int) -> nn.Module:
@@ -458,8 +468,13 @@ def _as_tokens(maps: torch.Tensor) -> torch.Tensor:
     return maps.flatten(2).transpose(1, 2)
 
 
+@register_notrace_function
 def _resized(table: torch.Tensor, grid: Grid, own: Grid, prefix: int) -> torch.Tensor:
-    return resample_abs_pos_embed(table, grid, own, num_prefix_tokens=prefix, antialias=False)
+    if grid[0] == own[0] and grid[1] == own[1]:
+        return table
+    return resample_abs_pos_embed(
+        table, [grid[0], grid[1]], [own[0], own[1]], num_prefix_tokens=prefix, antialias=False
+    )
 
 
 def _pool(global_pool: str) -> str:
@@ -480,7 +495,7 @@ class _OverlappingUpConv(nn.ConvTranspose2d):
         self.join = join
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        up = super().forward(x)
+        up = F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding)
         return torch.cat((up, skip), dim=1) if self.join == "concat" else up + skip
 
 
