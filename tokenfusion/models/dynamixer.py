@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, to_ntuple, trunc_normal_
-from timm.models import checkpoint_seq, register_notrace_function
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
 
@@ -293,7 +293,6 @@ class DynaMixer(CheckedModel):
         return resampled(super().checkpoint_filter(state_dict.get("model", state_dict)), self)
 
 
-@register_notrace_function
 def _check_images(x: torch.Tensor, expected: list[int]) -> None:
     if not symbolic(x) and list(x.shape[1:]) != expected:
         raise ValueError(

@@ -13,7 +13,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
-from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -425,7 +424,6 @@ class LayerwiseTokenFusion(TokenFusion):
         return self._run_blocks(tokens, (last + 1) * each, depth, grid, seen)
 
 
-@register_notrace_function
 def _check_size(x: torch.Tensor, img_size: Grid, global_pool: str) -> None:
     if symbolic(x) or tuple(x.shape[2:]) == img_size:
         return
@@ -468,7 +466,7 @@ def _as_tokens(maps: torch.Tensor) -> torch.Tensor:
     return maps.flatten(2).transpose(1, 2)
 
 
-@register_notrace_function
+@torch.fx.wrap  # the grids are symbols there
 def _resized(table: torch.Tensor, grid: Grid, own: Grid, prefix: int) -> torch.Tensor:
     if grid[0] == own[0] and grid[1] == own[1]:
         return table
