@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import GELUTanh, trunc_normal_
+from timm.models import register_notrace_module
 from timm.models.resnet import Bottleneck
 from torch import nn
 
@@ -31,6 +32,7 @@ def _bias(size: int, wanted: bool, **factory) -> nn.Parameter | None:
     return nn.Parameter(torch.zeros(size, **factory)) if wanted else None
 
 
+@register_notrace_module
 class TiedFFN(OwnLayer, nn.Module):
     """y = W^T act(W x + b_in) + b_out, Eq. 4 of the paper: the feed-forward network of a transformer with one matrix.
 

@@ -5,6 +5,7 @@ Parameters have the layouts of nn.ConvTranspose2d and nn.Conv2d, so that checkpo
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import nn
 
 from tokenfusion.kernels import upconv_add, upconv_concat, upconv_concat_project
@@ -16,6 +17,7 @@ from tokenfusion.layers.own_layer import OwnLayer
 remember_forwards(nn.ConvTranspose2d, nn.Conv2d)
 
 
+@register_notrace_module
 class UpConvConcat(nn.ConvTranspose2d):
     """ConvTranspose2d with kernel = stride, then concatenation with a skip connection.
 
@@ -55,6 +57,7 @@ class UpConvConcat(nn.ConvTranspose2d):
         return upconv_concat(x, self.weight, self.bias, skip, skip_first=self.skip_first, out=out)
 
 
+@register_notrace_module
 class UpConvAdd(nn.ConvTranspose2d):
     """ConvTranspose2d with kernel = stride, added to a skip connection: up(x) + skip."""
 
@@ -72,6 +75,7 @@ class UpConvAdd(nn.ConvTranspose2d):
         return upconv_add(x, self.weight, self.bias, skip)
 
 
+@register_notrace_module
 class UpConvConcatProject(OwnLayer, nn.Module):
     """UpConvConcat, then a 1x1 convolution: proj(torch.cat((up(x), skip), 1)), without the concatenation.
 

@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 from timm.layers import DropPath
+from timm.models import register_notrace_module
 from timm.models.vision_transformer import Attention, Block
 from torch import nn
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from tokenfusion.layers.in_place import run_blocks
 Tokens = list[torch.Tensor]
 
 
+@register_notrace_module
 class MultiScaleEncoder(nn.Module):
     """Transformer blocks of two branches without a fusion (row "None" of Table 6), and the base of the encoders with one.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, to_ntuple, trunc_normal_
-from timm.models import checkpoint_seq
+from timm.models import checkpoint_seq, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import nn
 
@@ -37,6 +37,7 @@ class Downsample(PatchEmbed):
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+@register_notrace_module
 class MixerLayer(nn.Module):
     """x + block(norm(x)), then x + mlp(norm(x)), for x [B, H, W, D]; Fig. 2 of the paper, middle."""
 
