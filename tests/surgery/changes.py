@@ -131,9 +131,8 @@ class Halving(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **(kwargs or {}))
-        return out * 0.5 if func in (F.linear, F.conv_transpose2d) else out
+        out = super().__torch_function__(func, types, args, kwargs)
+        return 0.5 * out.as_subclass(torch.Tensor) if func in (F.linear, F.conv_transpose2d) else out
 
 
 def weight_of_a_subclass(model, part, undo):
@@ -332,11 +331,15 @@ def _on_all_modules(register: Callable, hook: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Change:
-    """parts says of which parts of a subject; may_fail: the plain model may raise, and then the fused one does, too."""
+    """parts says of which parts of a subject; may_fail: the plain model may raise, and then the fused one does, too.
+
+    copies: whether a model can be copied after the change.
+    """
 
     apply: Callable
     parts: Callable[[Subject], tuple[str | None, ...]]
     may_fail: bool = False
+    copies: bool = True
     inference: bool = False
     tolerance: float = 1e-5
 
@@ -398,9 +401,9 @@ CHANGES = {
     "accelerate's hook": Change(accelerate_hook, _own_parts),
     "other dtype": Change(other_dtype, _own_parts, may_fail=True),
     "frozen": Change(frozen, _own_parts),
-    "pruned": Change(pruned, _linears),
+    "pruned": Change(pruned, _linears, copies=False),
     "weight_norm": Change(weight_norm, _linears),
-    "old weight_norm": Change(old_weight_norm, _linears, may_fail=True),
+    "old weight_norm": Change(old_weight_norm, _linears, copies=False),
     "spectral_norm": Change(spectral_norm, _linears),
     "weight of a subclass": Change(weight_of_a_subclass, _linears),
     "bias of a subclass": Change(bias_of_a_subclass, _linears_with_bias),

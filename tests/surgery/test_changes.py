@@ -74,7 +74,7 @@ def outcome(subject: Subject, change: Change, part: str | None, order: str, fuse
             seen |= {f"call {i}": value for i, value in enumerate(calls)}
             seen["keys"] = list(model.state_dict())
             tokenfusion.unfuse(model)
-            seen["classes"] = [(name, type(module)) for name, module in model.named_modules()]
+            seen["classes"] = [(name, str(type(module))) for name, module in model.named_modules()]
             seen["unfused"] = called(model, subject)
         except Exception as error:  # noqa: BLE001  (whatever it is, the other model has to raise, too)
             return error
@@ -98,7 +98,7 @@ def compare(got: dict | Exception, expected: dict | Exception, tolerance: float)
 
 @pytest.mark.parametrize("subject, change, part", CASES)
 def test_same_as_the_plain_model(subject, change, part, caplog):
-    for order in ORDERS:
+    for order in ORDERS if change.copies else ORDERS[:2]:
         expected = outcome(subject, change, part, order, fuses=False)
         assert change.may_fail or not isinstance(expected, Exception), expected
         caplog.clear()
@@ -107,5 +107,5 @@ def test_same_as_the_plain_model(subject, change, part, caplog):
             compare(got, expected, change.tolerance)
         except Exception as error:
             raise AssertionError(f"{order}: {error}") from error
-        told = [record.args[0] for record in caplog.records if record.name == "tokenfusion"]
+        told = [record.args[0] for record in caplog.records if record.name == "tokenfusion" and "copy" not in order]
         assert len(set(told)) == len(told), f"{order}: {told}"
