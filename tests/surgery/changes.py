@@ -22,7 +22,7 @@ calls: list[torch.Tensor] = []  # what hooks were given, in order
 
 
 def _scaled(value):
-    return tree_map_only(torch.Tensor, lambda tensor: 1.5 * tensor, value)
+    return tree_map_only(torch.Tensor, lambda tensor: 1.1 * tensor, value)
 
 
 def _noted(value):
@@ -405,8 +405,8 @@ CHANGES = {
     "weight_norm": Change(weight_norm, _linears),
     "old weight_norm": Change(old_weight_norm, _linears, copies=False),
     "spectral_norm": Change(spectral_norm, _linears),
-    "weight of a subclass": Change(weight_of_a_subclass, _linears),
-    "bias of a subclass": Change(bias_of_a_subclass, _linears_with_bias),
+    "weight of a subclass": Change(weight_of_a_subclass, _linears, copies=False),
+    "bias of a subclass": Change(bias_of_a_subclass, _linears_with_bias, copies=False),
     "without bias": Change(without_bias, _linears),
     "more rows": Change(longer_by_its_weight, _true_linears, may_fail=True),
     "weight is a tensor": Change(weight_is_a_tensor, _linears),

@@ -49,9 +49,9 @@ class DropIn:
     @classmethod
     def why_not_fused(cls, module: nn.Module) -> str | None:
         """Why the fused forward is not valid for a module of either class, as things are now; None where it is."""
-        if cls.original.forward is not _forwards[cls.original]:
+        if _is_replaced(cls.original):
             return f"the forward of {cls.original.__name__} was replaced"
-        return _why_not_watched() or cls.why_not(module)
+        return why_not_watched() or cls.why_not(module)
 
     def fuses(self) -> bool:
         """Whether this call may run fused. Where a change to the module is the reason that it may not, it is logged."""
@@ -89,6 +89,10 @@ def remember_forwards(*kinds: type[nn.Module]) -> None:
         _forwards.setdefault(kind, kind.forward)
 
 
+def _is_replaced(kind: type[nn.Module]) -> bool:
+    return kind.forward is not _forwards[kind]
+
+
 def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> str | None:
     """Why a part may not be read past: None where it is of one of these classes, and calling it would do nothing else.
 
@@ -102,7 +106,7 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
     state = part.__dict__
     if not callable(part.forward) or "forward" in state:  # torch.compile watches the attribute, and not the dictionary
         return f"{name} has its forward set on the instance"
-    if kind.forward is not _forwards[kind]:
+    if _is_replaced(kind) or (issubclass(kind, DropIn) and _is_replaced(kind.original)):
         return f"{name}: the forward of {kind.__name__} was replaced"
     if (
         state["_forward_hooks"]
@@ -144,7 +148,7 @@ def why_not_dropout(part: nn.Module | None, name: str, training: bool) -> str | 
     return reason
 
 
-def _why_not_watched() -> str | None:
+def why_not_watched() -> str | None:
     """Hooks on every module are not called for the parts that are read past; those that only keep track do not count."""
     if not (
         global_hooks._global_forward_hooks

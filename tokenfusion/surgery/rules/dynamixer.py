@@ -15,12 +15,20 @@ from torch import nn
 
 from tokenfusion import layers
 from tokenfusion.kernels import dispatch
-from tokenfusion.layers.drop_in import DropIn, remember_forwards, why_not_linear, why_not_part, within
+from tokenfusion.layers.drop_in import (
+    DropIn,
+    remember_forwards,
+    why_not_linear,
+    why_not_part,
+    why_not_watched,
+    within,
+)
 from tokenfusion.surgery.rules.rule import Plan, with_forward_on_instance
 
 _TOLERANCE = 1e-6  # relative, in float64
 _OP_LINEARS = ("compress", "generate", "out")
 _BLOCK_LINEARS = ("mlp_c", "proj")
+_BIASED = ("compress", "generate")
 
 
 class _Found(DropIn):
@@ -84,6 +92,8 @@ def _why_not_linears(module: nn.Module, names: tuple[str, ...]) -> str | None:
         part = module._modules.get(name)
         sizes = (part.out_features, part.in_features) if type(part) is nn.Linear else (0, 0)
         reason = why_not_linear(part, name, *sizes)
+        if reason is None and part.bias is None and name in _BIASED:
+            reason = f"{name} has no bias"
         if reason is not None:
             return reason
     return None
@@ -138,6 +148,7 @@ class StructuralRule:
         remember_forwards(*(type(part) for part in self._absorbed(module)))
         reason = (
             with_forward_on_instance(module)
+            or why_not_watched()
             or self.found.why_not(module)
             or self._why_not_state(module)
             or self._why_not_results(module)
@@ -167,7 +178,7 @@ class StructuralRule:
             return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
         try:
-            plain = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+            plain = _without_hooks(copy.deepcopy(module)).to_empty(device="cpu").double().eval()
             plain.load_state_dict({k: drawn(*v.shape) / v[0].numel() ** 0.5 for k, v in plain.state_dict().items()})
             fused = copy.deepcopy(plain)
             self._replace(fused)
@@ -178,6 +189,13 @@ class StructuralRule:
         except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
             return f"its forward cannot be tried out: {type(error).__name__}: {error}".splitlines()[0]
         return None if same else "its forward does not compute what the official code's does"
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            hooks.clear()
+    return module
 
 
 def _why_not_dropout(module: nn.Module) -> str | None:
