@@ -333,13 +333,15 @@ def _on_all_modules(register: Callable, hook: Callable) -> Callable:
 class Change:
     """parts says of which parts of a subject; may_fail: the plain model may raise, and then the fused one does, too.
 
-    copies: whether a model can be copied after the change.
+    copies: whether a model can be copied after the change. unfuses: not where the change holds on to the fused forward
+    or class, which unfuse cannot know of.
     """
 
     apply: Callable
     parts: Callable[[Subject], tuple[str | None, ...]]
     may_fail: bool = False
     copies: bool = True
+    unfuses: bool = True
     inference: bool = False
     tolerance: float = 1e-5
 
@@ -395,16 +397,16 @@ CHANGES = {
     "forward pre-hook": Change(forward_pre_hook, _parts),
     "backward hook": Change(backward_hook, _parts),
     "backward pre-hook": Change(backward_pre_hook, _parts),
-    "forward on the instance": Change(forward_on_the_instance, _parts),
+    "forward on the instance": Change(forward_on_the_instance, _parts, unfuses=False),
     "forward of the class": Change(forward_of_the_class, _parts),
     "subclass": Change(subclass, _own_parts),
     "accelerate's hook": Change(accelerate_hook, _own_parts),
     "other dtype": Change(other_dtype, _own_parts, may_fail=True),
     "frozen": Change(frozen, _own_parts),
     "pruned": Change(pruned, _linears, copies=False),
-    "weight_norm": Change(weight_norm, _linears),
+    "weight_norm": Change(weight_norm, _linears, unfuses=False),
     "old weight_norm": Change(old_weight_norm, _linears, copies=False),
-    "spectral_norm": Change(spectral_norm, _linears),
+    "spectral_norm": Change(spectral_norm, _linears, unfuses=False),
     "weight of a subclass": Change(weight_of_a_subclass, _linears, copies=False),
     "bias of a subclass": Change(bias_of_a_subclass, _linears_with_bias, copies=False),
     "without bias": Change(without_bias, _linears),
@@ -435,7 +437,7 @@ CHANGES = {
     "LoRA": Change(lora, _with_linears),
     "int8 weights": Change(int8_weights, _with_linears, inference=True),
     "dynamic int8": Change(dynamic_int8, _with_linears, inference=True),
-    "offloaded": Change(offloaded, _model, inference=True),
+    "offloaded": Change(offloaded, _model, inference=True, unfuses=False),
     "gradients of samples": Change(gradients_of_samples, _with_linears, may_fail=True),
     "forward hook on all": Change(
         _on_all_modules(every.register_module_forward_hook, lambda module, args, out: _noted(out)), _model

@@ -73,9 +73,10 @@ def outcome(subject: Subject, change: Change, part: str | None, order: str, fuse
             seen["inference"] = called(model, subject)
             seen |= {f"call {i}": value for i, value in enumerate(calls)}
             seen["keys"] = list(model.state_dict())
-            tokenfusion.unfuse(model)
-            seen["classes"] = [(name, str(type(module))) for name, module in model.named_modules()]
-            seen["unfused"] = called(model, subject)
+            if change.unfuses:
+                tokenfusion.unfuse(model)
+                seen["classes"] = [(name, str(type(module))) for name, module in model.named_modules()]
+                seen["unfused"] = called(model, subject)
         except Exception as error:  # noqa: BLE001  (whatever it is, the other model has to raise, too)
             return error
     return seen

@@ -1,0 +1,94 @@
+"""Fused modules in compiled models: one graph, and changes after compiling count as they do for the plain model."""
+
+import copy
+
+import pytest
+import torch
+
+import tokenfusion
+from tests.surgery import changes
+from tests.surgery.subjects import SUBJECTS, Subject
+
+every_subject = pytest.mark.parametrize("kind", SUBJECTS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(subject: Subject, fuses: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model and its compiled form, which has run."""
+    model = subject.model()
+    if fuses:
+        tokenfusion.fuse(model, strict=True)
+    runs = torch.compile(model, fullgraph=True, backend="eager")
+    runs(subject.inputs())
+    return model, runs
+
+
+def result(model: torch.nn.Module, subject: Subject) -> torch.Tensor | Exception:
+    torch.manual_seed(0)
+    try:
+        return model(subject.inputs()).detach()
+    except Exception as error:  # noqa: BLE001  (the other model has to raise, too)
+        return error
+
+
+@every_subject
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph(kind, training):
+    subject = SUBJECTS[kind]
+    plain, (_, runs) = subject.model(), compiled(subject, fuses=True)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(runs(subject.inputs()), plain(subject.inputs()), rtol=1e-5, atol=1e-5)
+
+
+CHANGES = {
+    name: changes.CHANGES[name]
+    for name in ("subclass", "forward on the instance", "dropout", "heads", "scale", "own attention", "more rows")
+}
+CHANGES["weights of another model"] = changes.CHANGES["strided state"]
+CASES = [
+    pytest.param(kind, change, part, id=", ".join(filter(None, (kind, name, part))))
+    for kind, subject in SUBJECTS.items()
+    for name, change in CHANGES.items()
+    for part in change.parts(subject)[:3]
+]
+
+
+@pytest.mark.parametrize("kind, change, part", CASES)
+def test_a_change_after_compiling(kind, change, part):
+    subject, results = SUBJECTS[kind], []
+    for fuses in (False, True):
+        model, runs = compiled(subject, fuses)
+        change.apply(model, part, None)
+        results.append(result(runs, subject))
+    expected, got = results
+    assert change.may_fail or not isinstance(expected, Exception), expected
+    if isinstance(expected, Exception):
+        assert isinstance(got, Exception), f"a result, and the plain model raises {expected!r}"
+    else:
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_subject
+def test_hooks_after_compiling(kind):
+    """They are seen by neither the plain nor the fused compiled model, or by both."""
+    subject = SUBJECTS[kind]
+    results = []
+    for fuses in (False, True):
+        model, runs = compiled(subject, fuses)
+        changes.forward_hook(model, f"module.{subject.linears[0]}", None)
+        results.append(result(runs, subject))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+@every_subject
+def test_a_copy_of_a_model_that_was_compiled(kind):
+    subject = SUBJECTS[kind]
+    model, _ = compiled(subject, fuses=True)
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(result(other, subject), result(subject.model(), subject), rtol=1e-5, atol=1e-5)
