@@ -1,7 +1,5 @@
 """Fused modules in compiled models: one graph, and changes after compiling count as they do for the plain model."""
 
-import copy
-
 import pytest
 import torch
 
@@ -48,14 +46,14 @@ def test_one_graph(kind, training):
 
 CHANGES = {
     name: changes.CHANGES[name]
-    for name in ("subclass", "forward on the instance", "dropout", "heads", "scale", "own attention", "more rows")
+    for name in ("subclass", "forward on the instance", "dropout", "heads", "own attention")
 }
 CHANGES["weights of another model"] = changes.CHANGES["strided state"]
 CASES = [
     pytest.param(kind, change, part, id=", ".join(filter(None, (kind, name, part))))
     for kind, subject in SUBJECTS.items()
     for name, change in CHANGES.items()
-    for part in change.parts(subject)[:3]
+    for part in change.parts(subject)[-1:]
 ]
 
 
@@ -84,11 +82,3 @@ def test_hooks_after_compiling(kind):
         changes.forward_hook(model, f"module.{subject.linears[0]}", None)
         results.append(result(runs, subject))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
-
-
-@every_subject
-def test_a_copy_of_a_model_that_was_compiled(kind):
-    subject = SUBJECTS[kind]
-    model, _ = compiled(subject, fuses=True)
-    other = copy.deepcopy(model)
-    torch.testing.assert_close(result(other, subject), result(subject.model(), subject), rtol=1e-5, atol=1e-5)
