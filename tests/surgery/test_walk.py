@@ -101,7 +101,7 @@ CHANGES = ("copy", "pickle", "train", "dtype", "freeze", "hook", "swap", "dropou
 FUSING = ("fuse", "unfuse")
 
 
-@hypothesis.settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@hypothesis.settings(max_examples=40, derandomize=True, deadline=None, database=None)
 @hypothesis.given(
     st.sampled_from(sorted(SUBJECTS)),
     st.lists(st.sampled_from(CHANGES + FUSING), min_size=3, max_size=8),
