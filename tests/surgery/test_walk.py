@@ -87,7 +87,7 @@ class Walk:
         x = self.subject.inputs().to(self.linear.weight.dtype).requires_grad_()
         self.model.zero_grad()
         torch.manual_seed(0)
-        out = (run or self.model)(x)
+        out = (self.model if run is None else run)(x)
         out.backward(torch.linspace(-1, 1, out.numel()).to(out).view_as(out))
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         return {"out": out.detach(), "input": x.grad, **gradients}
