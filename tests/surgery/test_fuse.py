@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 import torch
-from timm.models import crossvit
+from timm.models import cait, crossvit
 from torch import nn
+from torch.nn.utils import parametrize
 
 import tokenfusion
 from tests.crossvit import randomize, small_crossvit
@@ -184,3 +185,20 @@ def test_strict_replaces_all_or_nothing():
 def test_unfuse_wants_a_module():
     with pytest.raises(TypeError, match="model: got str"):
         tokenfusion.unfuse("crossvit")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda block: setattr(block, "forward", block.forward), "its forward was set on the instance"),
+        (lambda block: parametrize.register_parametrization(block, "gamma_1", nn.Identity()), "it is parametrized"),
+    ],
+)
+def test_what_holds_on_to_the_fused_forward_is_named_by_unfuse(change, reason):
+    model = nn.Sequential(cait.LayerScaleBlockClassAttn(16, 2), cait.LayerScaleBlockClassAttn(16, 2))
+    tokenfusion.fuse(model)
+    change(model[1])
+    before = classes(model)
+    with pytest.raises(ValueError, match=f"1 cannot be unfused: {reason}"):
+        tokenfusion.unfuse(model)
+    assert classes(model) == before

@@ -81,7 +81,7 @@ class LayerScaleBlockClassAttn(DropIn, cait.LayerScaleBlockClassAttn):
         return (
             why_not_part(attn, "attn", cait.ClassAttn, ClassAttn)
             or why_not_norm(module._modules.get("norm1"), "norm1")
-            or within("attn", ClassAttn.why_not(attn))
+            or within("attn", ClassAttn.why_not_fused(attn))
         )
 
     def forward(self, x: torch.Tensor, x_cls: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
         if k not in SCALES:
             return f"it has kernel {module.kernel_size}, expected one of {', '.join(map(str, SCALES))}"
         expected = (("padding", (0, 0)), ("output_padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1))
-        for name, value in expected:
+        for name, value in (*expected, ("padding_mode", "zeros")):
             if getattr(module, name) != value:
                 return f"it has {name} {getattr(module, name)}, expected {value}"
         reason = why_not_part(module, "it", nn.ConvTranspose2d, ConvTranspose2d)

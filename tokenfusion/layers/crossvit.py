@@ -134,7 +134,7 @@ class MultiScaleBlock(DropIn, crossvit.MultiScaleBlock):
                     return reason or f"{name} is empty"
                 name, first = f"{name}.0", blocks[0]
             reason = why_not_part(first, name, crossvit.CrossAttentionBlock, CrossAttentionBlock)
-            reason = reason or within(name, CrossAttentionBlock.why_not(first))
+            reason = reason or within(name, CrossAttentionBlock.why_not_fused(first))
             if reason is not None:
                 return reason
         return None

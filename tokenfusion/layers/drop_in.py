@@ -49,7 +49,7 @@ class DropIn:
     @classmethod
     def why_not_fused(cls, module: nn.Module) -> str | None:
         """Why the fused forward is not valid for a module of either class, as things are now; None where it is."""
-        if _is_replaced(cls.original):
+        if cls.original.forward is not _forwards[cls.original]:
             return f"the forward of {cls.original.__name__} was replaced"
         return why_not_watched() or cls.why_not(module)
 
@@ -89,10 +89,6 @@ def remember_forwards(*kinds: type[nn.Module]) -> None:
         _forwards.setdefault(kind, kind.forward)
 
 
-def _is_replaced(kind: type[nn.Module]) -> bool:
-    return kind.forward is not _forwards[kind]
-
-
 def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> str | None:
     """Why a part may not be read past: None where it is of one of these classes, and calling it would do nothing else.
 
@@ -106,7 +102,7 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
     state = part.__dict__
     if not callable(part.forward) or "forward" in state:  # torch.compile watches the attribute, and not the dictionary
         return f"{name} has its forward set on the instance"
-    if _is_replaced(kind) or (issubclass(kind, DropIn) and _is_replaced(kind.original)):
+    if kind.forward is not _forwards[kind]:
         return f"{name}: the forward of {kind.__name__} was replaced"
     if (
         state["_forward_hooks"]

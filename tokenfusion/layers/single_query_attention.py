@@ -9,6 +9,8 @@ from torch import nn
 from tokenfusion.kernels import dispatch, single_query_attention
 from tokenfusion.kernels.checks import check_rank, symbolic
 from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES
+from tokenfusion.layers.drop_in import why_not_linear, why_not_norm
+from tokenfusion.layers.own_layer import OwnLayer
 
 
 class Projection(NamedTuple):
@@ -111,7 +113,7 @@ def _attend(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-class SingleQueryAttention(nn.Module):
+class SingleQueryAttention(OwnLayer, nn.Module):
     """Multi-head attention of one token, or a few, over a sequence: class attention and attention pooling.
 
     With n the LayerNorm where there is one, and d = dim / num_heads channels a head,
@@ -161,6 +163,32 @@ class SingleQueryAttention(nn.Module):
         if self.latent is not None:
             nn.init.trunc_normal_(self.latent, std=dim**-0.5)
 
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        """The keys' and values' parts are not called, nor the norm on all tokens."""
+        parts, dim = module._modules, module.num_heads * int(round(module.scale**-2))
+        reason = why_not_linear(parts.get("k"), "k", dim, dim) or why_not_linear(parts.get("v"), "v", dim, dim)
+        norm = parts.get("norm")
+        return reason if norm is None else reason or why_not_norm(norm, "norm")
+
+    def plain_forward(
+        self, tokens: torch.Tensor, query: torch.Tensor | None = None, extra_token: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if query is None:
+            query = self.latent
+        elif self.norm is not None:
+            query = self.norm(query)
+        if extra_token is not None:
+            tokens = torch.cat((extra_token.unsqueeze(1), tokens), dim=1)
+        if self.norm is not None:
+            tokens = self.norm(tokens)
+        heads = self.num_heads
+        q, k, v = (
+            x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (self.q(query), self.k(tokens), self.v(tokens))
+        )
+        scores = (q * self.scale) @ k.transpose(-2, -1)
+        return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+
     def forward(
         self, tokens: torch.Tensor, query: torch.Tensor | None = None, extra_token: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -179,12 +207,14 @@ class SingleQueryAttention(nn.Module):
         if (query is None) == (self.latent is None):
             expected = "a tensor [B, L, dim]" if self.latent is None else "None, because the queries are learned"
             raise ValueError(f"query: got {'None' if query is None else 'a tensor'}, expected {expected}")
+        if query is not None and not symbolic(query):
+            check_rank("query", query, "[B, L, dim]")
+        if not self.fuses():
+            return self.plain_forward(tokens, query, extra_token)
         if query is None:
             query = self.latent
-        else:
-            if not symbolic(query):
-                check_rank("query", query, "[B, L, dim]")
-            query = query if self.norm is None else self.norm(query)
+        elif self.norm is not None:
+            query = self.norm(query)
         out = absorbed_attention(
             self.q(query),
             tokens,

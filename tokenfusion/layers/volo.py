@@ -81,7 +81,7 @@ class ClassBlock(DropIn, volo.ClassBlock):
         return (
             why_not_part(attn, "attn", volo.ClassAttention, ClassAttention)
             or why_not_norm(module._modules.get("norm1"), "norm1")
-            or within("attn", ClassAttention.why_not(attn))
+            or within("attn", ClassAttention.why_not_fused(attn))
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

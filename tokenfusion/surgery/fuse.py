@@ -3,11 +3,12 @@
 from collections.abc import Collection
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tokenfusion.layers import drop_in
 from tokenfusion.surgery.report import FuseReport, ModuleReport
 from tokenfusion.surgery.rules import rules
-from tokenfusion.surgery.rules.rule import first_plan
+from tokenfusion.surgery.rules.rule import first_plan, with_forward_on_instance
 
 
 def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool = False) -> FuseReport:
@@ -84,11 +85,23 @@ def unfuse(model: nn.Module) -> None:
 
     Raises:
         TypeError: model is not an nn.Module.
+        ValueError: something that was done to a fused module holds on to its fused forward or class: a forward set on
+            the instance, as offloading does, or a parametrization. The model is unchanged.
     """
     _check_module(model)
-    for module in model.modules():
-        if isinstance(module, drop_in.DropIn):
-            module.__class__ = module.original
+    fused = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, drop_in.DropIn) and module.original is not type(module)
+    }
+    for name, module in fused.items():
+        reason = with_forward_on_instance(module)
+        if reason is None and is_parametrized(module):
+            reason = "it is parametrized"
+        if reason is not None:
+            raise ValueError(f"model: {name or 'the model itself'} cannot be unfused: {reason}; take that off first")
+    for module in fused.values():
+        module.__class__ = module.original
 
 
 def _check_module(model: nn.Module) -> None:

@@ -69,7 +69,7 @@ class _FoundBlock(_Found, layers.DynaMixerBlock):
     def why_not(module: nn.Module) -> str | None:
         for name in ("mix_h", "mix_w"):
             op = module._modules.get(name)
-            reason = why_not_part(op, name, type(op)) or within(name, _FoundOp.why_not(op))
+            reason = why_not_part(op, name, type(op)) or within(name, _why_not_op(op))
             if reason is not None:
                 return reason
         return _why_not_linears(module, _BLOCK_LINEARS) or _why_not_dropout(module)
@@ -85,6 +85,10 @@ def _fused_class(found: type[_Found], original: type[nn.Module]) -> type[nn.Modu
 def _new_fused(found: type[_Found], original: type[nn.Module]) -> nn.Module:
     fused = _fused_class(found, original)
     return fused.__new__(fused)
+
+
+def _why_not_op(op: nn.Module) -> str | None:
+    return op.why_not_fused(op) if isinstance(op, _FoundOp) else _FoundOp.why_not(op)
 
 
 def _why_not_linears(module: nn.Module, names: tuple[str, ...]) -> str | None:
