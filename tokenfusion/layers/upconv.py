@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import nn
 
-from tokenfusion.kernels import upconv_add, upconv_concat, upconv_concat_project
+from tokenfusion.kernels import dispatch, upconv_add, upconv_concat, upconv_concat_project
 from tokenfusion.kernels.checks import symbolic
 from tokenfusion.layers.drop_in import remember_forwards, why_not_part
 from tokenfusion.layers.own_layer import OwnLayer
@@ -151,7 +151,7 @@ class UpCopyConcat(nn.Module):
         if skip is not None:
             _check_size(x, skip, self.scale)
             parts.insert(0 if self.skip_first else 1, _split_pixels(skip, self.scale))
-        innermost = -1 if _is_channels_last(x) else 1
+        innermost = -1 if dispatch.transform() is None and _is_channels_last(x) else 1
         joined = torch.cat([part.movedim(1, innermost) for part in parts], dim=innermost)
         return joined.movedim(innermost, 1).flatten(4, 5).flatten(2, 3)
 
