@@ -85,9 +85,8 @@ def absorbed_attention(
     query = query * scale
     if key.bias is not None and torch.is_grad_enabled() and dispatch.transform() is None:
         query = query + 0 * key.bias  # its gradient is zero, and not absent, as optimizers and DDP expect
-    q = query.unflatten(-1, (num_heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)  # [heads, B L, d]
-    absorbed = torch.bmm(q, heads_of(key.weight)).unflatten(1, (query.shape[0], length))  # [heads, B, L, C]
-    absorbed = absorbed.transpose(0, 1).flatten(1, 2)  # [B, heads L, C]
+    query = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, heads, L, d]
+    absorbed = _times_each_head(query, heads_of(key.weight)).flatten(1, 2)  # [B, heads L, C]
     if norm is not None and norm.weight is not None:
         absorbed = absorbed * norm.weight
     context = _attend(absorbed.expand(batch, -1, -1), tokens, extra_token, norm)
@@ -95,10 +94,18 @@ def absorbed_attention(
         context = context * norm.weight
     if norm is not None and norm.bias is not None:
         context = context + norm.bias
-    context = context.unflatten(1, (num_heads, length)).transpose(0, 1).flatten(1, 2)  # [heads, B L, C]
-    out = torch.bmm(context, heads_of(value.weight).transpose(1, 2)).unflatten(1, (batch, length))
-    out = out.permute(1, 2, 0, 3).flatten(2)
+    context = context.unflatten(1, (num_heads, length))
+    out = _times_each_head(context, heads_of(value.weight).transpose(1, 2))  # [B, heads, L, d]
+    out = out.transpose(1, 2).flatten(2)
     return out if value.bias is None else out + value.bias
+
+
+def _times_each_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[B, heads, L, .] times [heads, ., .]: for each head one product of all images, where x @ weight has one of each."""
+    if dispatch.transform() is not None:  # where B = heads, ONNX's optimizer takes images for heads in what is below
+        return x @ weight
+    by_head = x.transpose(0, 1)
+    return torch.bmm(by_head.flatten(1, 2), weight).unflatten(1, by_head.shape[1:3]).transpose(0, 1)
 
 
 def _attend(
