@@ -188,7 +188,7 @@ def hessian_times_directions(call, tensors):
 SECOND = {
     "hessian": hessian_times_directions,
     "forward over reverse": lambda f, t: jvp(grad(cubed(f), all_of(t)), t, directions_of(t))[1],
-    "hvp, by a third derivative": lambda f, t: torch.autograd.functional.hvp(cubed(f), t, directions_of(t))[1],
+    "hvp": lambda f, t: torch.autograd.functional.hvp(cubed(f), t, directions_of(t))[1],
     "vhp": lambda f, t: torch.autograd.functional.vhp(cubed(f), t, directions_of(t))[1],
 }
 
@@ -199,6 +199,23 @@ def test_second_derivatives(name, how):
     call, tensors = case_of(name)
     for actual, expected in zip(SECOND[how](call, tensors), change_of_gradients(call, tensors), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-7)
+
+
+def third_derivative(call, tensors):
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    out = cubed(call)(*leaves)
+    for _ in range(2):
+        pairs = zip(torch.autograd.grad(out, leaves, create_graph=True), directions_of(tensors), strict=True)
+        out = sum((one * direction).sum() for one, direction in pairs)
+    return torch.autograd.grad(out, leaves)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_third_derivatives(name):
+    call, tensors = case_of(name)
+    with tokenfusion.backend("reference"):
+        expected = third_derivative(call, tensors)
+    torch.testing.assert_close(third_derivative(call, tensors), expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", WITH_PARAMETERS)
