@@ -54,7 +54,7 @@ def test_an_operator_counts_as_its_definition(name):
         assert flops(call, *tensors) == forward
 
 
-@pytest.mark.parametrize("name", ["single_query_attention", "dynamic_mixing", "tied_ffn", "upconv_concat", "upconv_add"])
+@pytest.mark.parametrize("name", sorted(OPERATORS.keys() - {"upconv_concat_project", "weighted_parts"}))
 def test_a_frozen_input_saves_its_products(name):
     call, tensors = OPERATORS[name]
 

@@ -80,7 +80,7 @@ def _refuse_tangents(op: torch._ops.OpOverload, args: Sequence) -> None:
     for leaf in tree_leaves(args):
         if isinstance(leaf, torch.Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
             raise NotImplementedError(
-                f"{op}: got a tensor with a tangent, expected none, because the operator has no forward-mode derivative; "
+                f"{op}: got a tensor with a tangent, expected none: the operator has no forward-mode derivative; "
                 "the functions in tokenfusion.kernels have one, where all of the result is computed with tangents"
             )
 

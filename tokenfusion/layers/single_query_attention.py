@@ -101,7 +101,7 @@ def absorbed_attention(
 
 
 def _times_each_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[B, heads, L, .] times [heads, ., .]: for each head one product of all images, where x @ weight has one of each."""
+    """[B, heads, L, .] times [heads, ., .]: for each head one product of all images; x @ weight has one of each."""
     if dispatch.transform() is not None:  # where B = heads, ONNX's optimizer takes images for heads in what is below
         return x @ weight
     by_head = x.transpose(0, 1)

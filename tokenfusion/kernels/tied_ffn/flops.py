@@ -12,7 +12,7 @@ def forward(x, weight, bias_in, bias_out, activation, hold) -> int:
 
 
 def backward(grad_y, x, weight, bias_in, hidden, activation, needed) -> int:
-    """The hidden layer again where it was not held, its gradient, that of x, and two products for that of the weight."""
+    """The hidden layer again where it was not held, its gradient, that of x, and two products for the weight's."""
     if not any(needed[:3]):
         return 0
     again = prod(hidden) == 0
