@@ -221,5 +221,5 @@ def upconv_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     check_upconv(x, weight, bias, skip)
     if skip is None or (not symbolic(skip, weight) and skip.shape[1] != weight.shape[1]):
         got = None if skip is None else list(skip.shape)
-        raise ValueError(f"skip: got {got}, expected a tensor of the channels of weight {list(weight.shape)}")
+        raise ValueError(f"skip: got {got}, expected a tensor of the {weight.shape[1]} channels of weight")
     return OPERATOR.select(x, weight).run(x, weight, bias, skip, None, None)
