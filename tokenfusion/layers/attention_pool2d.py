@@ -9,7 +9,7 @@ from timm.layers import attention_pool2d, resample_abs_pos_embed
 from timm.models import register_notrace_module
 from torch import nn
 
-from tokenfusion.layers.drop_in import DropIn, why_not_linear, why_not_part
+from tokenfusion.layers.drop_in import DropIn, dropout, why_not_linear, why_not_part
 from tokenfusion.layers.single_query_attention import absorbed_attention, scale_of, split_class_token, split_linear
 
 
@@ -29,7 +29,7 @@ class AttentionPool2d(DropIn, attention_pool2d.AttentionPool2d):
             return f"pool_type is {module.pool_type!r}: every position is a query"
         parts, drop = module._modules, module._modules.get("drop")
         if type(drop) is nn.Dropout and drop.training and drop.p > 0:
-            return f"drop: dropout {drop.p:g} in training draws its random numbers for every position"
+            return f"drop: {dropout(drop)} in training draws its random numbers for every position"
         rows, columns = module.num_heads * module.head_dim, module.in_features
         projections = ("q", "k", "v") if parts.get("qkv") is None else ("qkv",)
         for name in projections:

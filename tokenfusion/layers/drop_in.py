@@ -140,7 +140,7 @@ def why_not_dropout(part: nn.Module | None, name: str, training: bool) -> str | 
     """`why_not_part` of a dropout, which must not drop anything now."""
     reason = why_not_part(part, name, nn.Dropout, nn.Identity)
     if reason is None and type(part) is nn.Dropout and part.p > 0 and (training or part.training):
-        return f"{name}: dropout {part.p:g} in training needs the attention weights"
+        return f"{name}: {dropout(part)} in training needs the attention weights"
     return reason
 
 
@@ -162,6 +162,11 @@ def why_not_watched() -> str | None:
         if any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks.values()):
             return "hooks on all modules would not run as before"
     return None
+
+
+def dropout(part: nn.Dropout) -> str:
+    """With its rate, which torch.compile cannot put into a text."""
+    return "dropout" if torch.compiler.is_compiling() else f"dropout {part.p:g}"
 
 
 def within(name: str, reason: str | None) -> str | None:

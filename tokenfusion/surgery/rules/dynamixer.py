@@ -17,6 +17,7 @@ from tokenfusion import layers
 from tokenfusion.kernels import dispatch
 from tokenfusion.layers.drop_in import (
     DropIn,
+    dropout,
     remember_forwards,
     why_not_linear,
     why_not_part,
@@ -205,7 +206,7 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 def _why_not_dropout(module: nn.Module) -> str | None:
     for name, part in module.named_modules():
         if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
-            return f"{name}: dropout {part.p:g}, which the fused form does not have"
+            return f"{name}: {dropout(part)}, which the fused form does not have"
     return None
 
 
