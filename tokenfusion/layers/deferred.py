@@ -104,7 +104,6 @@ class _Call:
 
 
 def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-    """Tells of changes. Inference tensors could not: they are never deferred."""
     """Tells of changes, but for inference tensors: there the input is a copy that nobody else has."""
     return None if tensor is None or tensor.is_inference() else (tensor._version, tensor.data_ptr())
 

@@ -34,12 +34,17 @@ class DropIn:
     original: ClassVar[type[nn.Module]]
     plain_forward: ClassVar[types.FunctionType]
 
-    def __init_subclass__(cls) -> None:
-        """Not passed on: a class that keeps a register of its subclasses is not to learn of the fused one."""
-        if not issubclass(cls.__bases__[-1], DropIn):
-            cls.original = cls.__bases__[-1]
-            cls.plain_forward = _renamed(cls.original.forward, "plain_forward")
-            remember_forwards(cls, cls.original)
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if DropIn in cls.__bases__ and issubclass(cls.__bases__[-1], nn.Module):
+            cls.stand_in_for(cls.__bases__[-1])
+
+    @classmethod
+    def stand_in_for(cls, original: type[nn.Module]) -> None:
+        """Makes this class, and no subclass that somebody derives from it, the fused one of `original`."""
+        cls.original = original
+        cls.plain_forward = _renamed(original.forward, "plain_forward")
+        remember_forwards(cls, original)
 
     @staticmethod
     def why_not(module: nn.Module) -> str | None:

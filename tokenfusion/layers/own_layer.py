@@ -9,9 +9,8 @@ class OwnLayer(DropIn):
     The plain form calls the parts that the fused one reads past. TorchScript, tracers and exporters see the plain form.
     """
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
         if OwnLayer in cls.__bases__:
             cls.original = cls
             remember_forwards(cls)
-        else:
-            super().__init_subclass__()

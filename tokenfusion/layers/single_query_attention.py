@@ -173,15 +173,16 @@ class SingleQueryAttention(OwnLayer, nn.Module):
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
         """The keys' and values' parts are not called, nor the norm on all tokens."""
-        parts, dim = module._modules, module.num_heads * int(round(module.scale**-2))
-        reason = why_not_linear(parts.get("k"), "k", dim, dim) or why_not_linear(parts.get("v"), "v", dim, dim)
-        norm = parts.get("norm")
+        parts, key, norm = module._modules, module._modules.get("k"), module._modules.get("norm")
+        dim = key.in_features if type(key) is nn.Linear else 0
+        reason = why_not_linear(key, "k", dim, dim) or why_not_linear(parts.get("v"), "v", dim, dim)
         return reason if norm is None else reason or why_not_norm(norm, "norm")
 
     def plain_forward(
         self, tokens: torch.Tensor, query: torch.Tensor | None = None, extra_token: torch.Tensor | None = None
     ) -> torch.Tensor:
         if query is None:
+            assert self.latent is not None
             query = self.latent
         elif self.norm is not None:
             query = self.norm(query)
@@ -189,12 +190,13 @@ class SingleQueryAttention(OwnLayer, nn.Module):
             tokens = torch.cat((extra_token.unsqueeze(1), tokens), dim=1)
         if self.norm is not None:
             tokens = self.norm(tokens)
-        heads = self.num_heads
-        q, k, v = (
-            x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (self.q(query), self.k(tokens), self.v(tokens))
-        )
+        q, k, v = self._split(self.q(query)), self._split(self.k(tokens)), self._split(self.v(tokens))
         scores = (q * self.scale) @ k.transpose(-2, -1)
         return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, dim] -> [B, heads, N, d]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(
         self, tokens: torch.Tensor, query: torch.Tensor | None = None, extra_token: torch.Tensor | None = None
@@ -211,6 +213,8 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         Raises:
             ValueError: no query where none is learned, or one where they are; or what single_query_attention raises.
         """
+        if torch.jit.is_scripting():
+            return self.plain_forward(tokens, query, extra_token)
         if (query is None) == (self.latent is None):
             expected = "a tensor [B, L, dim]" if self.latent is None else "None, because the queries are learned"
             raise ValueError(f"query: got {'None' if query is None else 'a tensor'}, expected {expected}")

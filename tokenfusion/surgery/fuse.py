@@ -48,7 +48,7 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
 
     Returns:
         FuseReport: every known module, replaced or left alone and why. Modules that are fused already are listed as
-        replaced.
+        replaced, or with the reason why their original forward runs at present.
 
     Raises:
         TypeError: model is not an nn.Module.
@@ -92,7 +92,9 @@ def unfuse(model: nn.Module) -> None:
     fused = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, drop_in.DropIn) and module.original is not type(module)
+        if isinstance(module, drop_in.DropIn)
+        and type(module) is not module.original
+        and ("original" in vars(type(module)) or is_parametrized(module))  # and no subclass of somebody's own
     }
     for name, module in fused.items():
         reason = with_forward_on_instance(module)

@@ -35,6 +35,9 @@ _BIASED = ("compress", "generate")
 class _Found(DropIn):
     """A module of somebody else's class: one with the parameters of a layer of this package, and not its attributes."""
 
+    def __init_subclass__(cls) -> None:
+        """Not passed on: a class that keeps a register of its subclasses is not to learn of the fused one."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return self.plain_forward(x)
@@ -80,7 +83,9 @@ class _FoundBlock(_Found, layers.DynaMixerBlock):
 def _fused_class(found: type[_Found], original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of both, of the original's name; one for each class, so that type(module) compares as usual."""
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "found": found}
-    return type(original.__name__, (found, original), body)
+    fused = type(original.__name__, (found, original), body)
+    fused.stand_in_for(original)
+    return fused
 
 
 def _new_fused(found: type[_Found], original: type[nn.Module]) -> nn.Module:
