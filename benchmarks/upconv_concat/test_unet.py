@@ -78,8 +78,8 @@ def _problem(case: Case) -> Problem:
     variants.append(Variant(problem.COMPILED, call(problem.compiled(model), model)))
     for backend in problem.kernels_for("upconv_concat", x, weight):
         variants.append(Variant(problem.package(backend), call(fused, fused), backend))
-        function = call(problem.compiled(fused), fused)
-        variants.append(Variant(problem.package(backend) + problem.AND_COMPILE, function, backend))
+        function = call(problem.compiled(fused), fused)  # plain up-convolutions are compiled
+        variants.append(Variant(problem.package(backend) + problem.AND_COMPILE, function))
     with FlopCounterMode(display=False) as counter:
         call(model, model)(*(tensor[:1] for tensor in inputs()))
     return Problem(
