@@ -30,8 +30,9 @@ try:
 except Exception as error:  # also a torch that is there and broken: the package itself still installs
     torch, torch_error, BuildExtension = None, error, build_ext
 
-HOST_SOURCES = ["csrc/bindings.cpp", *sorted(set(glob("csrc/cpu/*.cpp")) - set(glob("csrc/cpu/*_kernels.cpp")))]
-KERNEL_SOURCES = sorted(glob("csrc/cpu/*_kernels.cpp"))
+CPU_SOURCES = sorted(glob("csrc/cpu/**/*.cpp", recursive=True))
+KERNEL_SOURCES = [source for source in CPU_SOURCES if source.endswith("_kernels.cpp")]
+HOST_SOURCES = ["csrc/bindings.cpp", *sorted(set(CPU_SOURCES) - set(KERNEL_SOURCES))]
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
 CUDA_HOST_SOURCES = sorted(glob("csrc/cuda/*.cpp"))
 COMMON_FLAGS = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-g0"]

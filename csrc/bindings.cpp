@@ -1,9 +1,9 @@
 #include <pybind11/pybind11.h>
 
-#include "cpu/isa.h"
-#include "cpu/product.h"
+#include "cpu/common/gemm.h"
+#include "cpu/common/isa.h"
 #ifdef TOKENFUSION_WITH_CUDA
-#include "cuda/limits.h"
+#include "cuda/common/limits.h"
 #endif
 
 // The operators register themselves with PyTorch's dispatcher in their own files; this module is what Python imports
@@ -23,7 +23,7 @@ PYBIND11_MODULE(_C, module) {
       },
       "Instruction set of the CPU kernels that run here: default, avx2 or avx512.");
   module.def(
-      "takes_bfloat16", [] { return TOKENFUSION_KERNELS(product).takes_bfloat16(); },
+      "takes_bfloat16", [] { return TOKENFUSION_KERNELS(gemm).takes_bfloat16(); },
       "Whether the CPU kernels' own matrix product takes bfloat16 here.");
 #ifdef TOKENFUSION_WITH_CUDA
   module.def("single_query_attention_cuda_max_channels", &tokenfusion::single_query_attention_cuda_max_channels,

@@ -1,38 +1,75 @@
-"""The registered operators of the CPU, called directly with operands that the public functions would not pass on."""
+"""The registered operators, called directly with operands that the public functions would not pass on."""
 
 import pytest
 import torch
 
-import tokenfusion.kernels  # noqa: F401  (registers them)
+import tokenfusion
+from tokenfusion.kernels import extension
 
-OPS = torch.ops.tokenfusion
 X, WEIGHT = torch.randn(2, 3, 4, 5), torch.randn(3, 4, 2, 2)
+ON_GPU = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not extension.build_info()["cuda"]["built"], reason="built without CUDA kernels")
+)
 
 
-def upconv(**changes):
+def call(name: str, backend: str, *arguments):
+    """The backend's operator, whatever device the tensors are on: that of CUDA checks them before it needs a GPU."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[backend.upper()])
+    return getattr(torch.ops.tokenfusion, f"{name}_{backend}").default.redispatch(keys, *arguments)
+
+
+def upconv(backend, **changes):
     given = dict(x=X, weight=WEIGHT, bias=None, skip=None) | changes
-    return OPS.upconv_concat_cpu(*given.values(), False, False)
+    return call("upconv_concat", backend, *given.values(), False, False)
 
 
-def ffn(**changes):
+def ffn(backend, **changes):
     given = dict(x=torch.randn(5, 8), weight=torch.randn(16, 8), bias_in=torch.randn(16), bias_out=None) | changes
-    return OPS.tied_ffn_cpu(*given.values(), "gelu", False)
+    return call("tied_ffn", backend, *given.values(), "gelu", False)
 
 
-def mixing(**changes):
-    sizes = dict(x=(2, 4, 3, 8), compressed=(2, 4, 3, 4), generate_weight=(16, 8), generate_bias=(16,))
+MIXING = dict(x=(2, 4, 3, 8), compressed=(2, 4, 3, 4), generate_weight=(16, 8), generate_bias=(16,))
+
+
+def mixing(backend, **changes):
+    given = {name: torch.randn(shape) for name, shape in MIXING.items()} | changes
+    return call("dynamic_mixing", backend, *given.values(), 2, 1, False)
+
+
+def mixing_backward(backend, **changes):
+    sizes = dict(grad_mixed=(2, 4, 3, 8), grad_mean=(2, 8)) | MIXING
     given = {name: torch.randn(shape) for name, shape in sizes.items()} | changes
-    return OPS.dynamic_mixing_cpu(*given.values(), 2, 1, False)
+    return call("dynamic_mixing_backward", backend, *given.values(), 2, 1, [True] * 4)
 
 
-def attention(**changes):
-    given = dict(query=torch.randn(2, 3, 8), tokens=torch.randn(2, 9, 8), extra_token=None) | changes
-    return OPS.single_query_attention_cpu(*given.values(), False, 1e-6)
+ATTENTION = dict(query=(2, 3, 16), tokens=(2, 9, 16), extra_token=(2, 16))
 
 
-@pytest.mark.parametrize("operator", [upconv, ffn, mixing, attention])
+def attention(backend, **changes):
+    given = {name: torch.randn(shape) for name, shape in ATTENTION.items()} | changes
+    return call("single_query_attention", backend, *given.values(), False, 1e-6)
+
+
+def attention_backward(backend, **changes):
+    sizes = dict(grad_context=(2, 3, 16)) | ATTENTION | dict(context=(2, 3, 16), log_sum_exp=(2, 3))
+    given = {name: torch.randn(shape) for name, shape in sizes.items()} | changes
+    return call("single_query_attention_backward", backend, *given.values(), False, 1e-6, [True] * 3)
+
+
+ON_BOTH = (mixing, mixing_backward, attention, attention_backward)
+
+
+@pytest.mark.parametrize("operator", [upconv, ffn, *ON_BOTH])
 def test_what_is_right_runs(operator):
-    operator()
+    operator("cpu")
+
+
+@pytest.mark.parametrize("backend", [ON_GPU])
+@pytest.mark.parametrize("operator", ON_BOTH)
+def test_what_is_right_for_a_gpu_fails_for_want_of_it_alone(operator, backend):
+    with pytest.raises(RuntimeError, match="CUDA") as caught:
+        operator(backend)
+    assert type(caught.value) is RuntimeError and "got" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -43,21 +80,49 @@ def test_what_is_right_runs(operator):
         (upconv, dict(weight=torch.randn(3, 4, 3, 3))),
         (upconv, dict(weight=torch.randn(3, 4, 0, 0))),
         (upconv, dict(skip=torch.randn(2, 1, 8, 9))),
+        (upconv, dict(bias=torch.randn(4, device="meta"))),
         (ffn, dict(bias_in=torch.randn(15))),
         (ffn, dict(weight=torch.randn(16, 8).double())),
         (ffn, dict(weight=torch.randn(0, 8), bias_in=None)),
-        (mixing, dict(generate_bias=torch.randn(15))),
-        (mixing, dict(generate_weight=torch.randn(16, 7))),
-        (mixing, dict(compressed=torch.randn(2, 4, 2, 4))),
-        (mixing, dict(generate_bias=torch.randn(16).bfloat16())),
-        (attention, dict(query=torch.randn(1, 3, 8))),
-        (attention, dict(query=torch.randn(2, 3, 8).double())),
-        (attention, dict(extra_token=torch.randn(2, 7))),
     ],
 )
 def test_what_is_too_short_or_of_another_dtype_is_an_error(operator, changes):
     with pytest.raises((ValueError, TypeError), match="expected"):
-        operator(**changes)
+        operator("cpu", **changes)
+
+
+@pytest.mark.parametrize("backend", ["cpu", ON_GPU])
+@pytest.mark.parametrize(
+    "operator, changes",
+    [
+        (mixing, dict(generate_bias=torch.randn(15))),
+        (mixing, dict(generate_weight=torch.randn(16, 7))),
+        (mixing, dict(compressed=torch.randn(2, 4, 2, 4))),
+        (mixing, dict(compressed=torch.randn(2, 4, 3, 3))),
+        (mixing, dict(generate_bias=torch.randn(16).bfloat16())),
+        (mixing, dict(generate_bias=torch.randn(16, device="meta"))),
+        (mixing, dict(x=torch.randn(2, 4, 24))),
+        (mixing, dict(x=torch.randn(2, 4, 8, 3).mT)),
+        (mixing, dict(x=torch.randn(2, 4, 3, 8).int())),
+        (mixing_backward, dict(grad_mixed=torch.randn(2, 4, 3, 7))),
+        (mixing_backward, dict(grad_mean=torch.randn(2, 4))),
+        (mixing_backward, dict(grad_mean=torch.randn(2, 8).double())),
+        (mixing_backward, dict(generate_weight=torch.randn(16, 7))),
+        (attention, dict(query=torch.randn(1, 3, 16))),
+        (attention, dict(query=torch.randn(2, 3, 16).double())),
+        (attention, dict(query=torch.randn(2, 3, 16, device="meta"))),
+        (attention, dict(extra_token=torch.randn(2, 7))),
+        (attention, dict(tokens=torch.randn(2, 16))),
+        (attention, dict(tokens=torch.randn(2, 0, 16))),
+        (attention_backward, dict(grad_context=torch.randn(2, 2, 16))),
+        (attention_backward, dict(context=torch.randn(2, 3, 16).bfloat16())),
+        (attention_backward, dict(log_sum_exp=torch.randn(2, 2))),
+        (attention_backward, dict(log_sum_exp=torch.randn(2, 3).double())),
+    ],
+)
+def test_what_does_not_fit_is_an_error_on_every_device(operator, changes, backend):
+    with pytest.raises((ValueError, TypeError), match="expected"):
+        operator(backend, **changes)
 
 
 @pytest.mark.parametrize("name", ["skip", "x"])

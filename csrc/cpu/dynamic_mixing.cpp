@@ -12,61 +12,23 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <optional>
 #include <tuple>
 
-#include "checks.h"
-#include "isa.h"
+#include "../common/dynamic_mixing_checks.h"
+#include "common/kernels_for.h"
 
 namespace tokenfusion {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int64_t kRowsPerTile = 16;  // rows of a product that share each read of the generator's weight, at least
 
-const DynamicMixingKernels::ForDtype& kernels_for(at::ScalarType dtype) {
-  const DynamicMixingKernels& kernels = TOKENFUSION_KERNELS(dynamic_mixing);
-  switch (dtype) {
-    case at::kFloat:
-      return kernels.float32;
-    case at::kBFloat16:
-      return kernels.bfloat16;
-    case at::kDouble:
-      return kernels.float64;
-    default:
-      TORCH_CHECK_TYPE(false, "x: got dtype ", dtype, ", expected float32, bfloat16 or float64");
-  }
-}
-
-at::ScalarType accumulation_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
 DynamicMixingView view_of(const Tensor& tensor, int64_t dim) {
-  const bool contiguous = tensor.stride(3) == 1 || tensor.size(3) == 1 || tensor.numel() == 0;
-  TORCH_CHECK_VALUE(contiguous, "got strides ", tensor.strides(), ", expected a contiguous innermost dimension");
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(3 - dim), tensor.stride(dim)};
 }
 
 // The generator's weight in the accumulation dtype, its rows or its columns padded with zeros to whole panels.
 Tensor padded(const Tensor& weight, int64_t rows, int64_t columns, at::ScalarType dtype) {
   return at::constant_pad_nd(weight.to(dtype), {0, columns - weight.size(1), 0, rows - weight.size(0)}).contiguous();
-}
-
-void check_operands(const Tensor& x, const Tensor& compressed, const Tensor& weight, const Tensor& bias,
-                    int64_t segments, int64_t dim) {
-  check_rank("x", x, 4);
-  check_rank("compressed", compressed, 4);
-  TORCH_CHECK_VALUE(dim == 1 || dim == 2, "dim: got ", dim, ", expected 1 or 2");
-  const int64_t length = x.size(dim), all = compressed.size(3);
-  TORCH_CHECK_VALUE(segments > 0 && x.size(3) % segments == 0 && all % segments == 0, "segments: got ", segments,
-                    ", expected a divisor of ", x.size(3), " and ", all);
-  TORCH_CHECK_VALUE(length > 0 && all > 0, "x, compressed: got shapes ", x.sizes(), ", ", compressed.sizes(),
-                    ", expected a token and a channel at least");
-  const auto dtype = x.scalar_type();
-  check("compressed", compressed, {x.size(0), x.size(1), x.size(2), all}, dtype);
-  check("generate_weight", weight, {length * length, length * (all / segments)}, dtype);
-  check("generate_bias", bias, {length * length}, dtype);
 }
 
 struct Call {
@@ -78,8 +40,10 @@ struct Call {
 
   Call(const Tensor& x, const Tensor& compressed, const Tensor& weight, const Tensor& bias_, int64_t segments,
        int64_t dim)
-      : p{}, kernels(kernels_for(x.scalar_type())), accumulation(x.options().dtype(accumulation_dtype(x))) {
-    check_operands(x, compressed, weight, bias_, segments, dim);
+      : p{},
+        kernels(kernels_for(TOKENFUSION_KERNELS(dynamic_mixing), "x", x.scalar_type())),
+        accumulation(x.options().dtype(accumulation_dtype(x))) {
+    dynamic_mixing::check_operands(x, compressed, weight, bias_, segments, dim);
     const int64_t panel = kernels.panel, depth = weight.size(1);
     const auto dtype = accumulation_dtype(x);
     outputs = at::divup(weight.size(0), panel) * panel;
@@ -139,20 +103,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mixed_, c
                                                     int64_t segments, int64_t dim, std::array<bool, 4> needed) {
   Call call(x, compressed, generate_weight, generate_bias, segments, dim);
   DynamicMixingParams& p = call.p;
-  check("grad_mixed", grad_mixed_, x.sizes(), x.scalar_type());
-  check("grad_mean", grad_mean_, {x.size(0), x.size(3)}, x.scalar_type());
-  const Tensor grad_mixed = grad_mixed_.stride(3) == 1 ? grad_mixed_ : grad_mixed_.contiguous();
+  dynamic_mixing::check_gradients(grad_mixed_, grad_mean_, x);
+  const Tensor grad_mixed = with_contiguous_rows(grad_mixed_);
   p.grad_mixed = view_of(grad_mixed, dim);
   Tensor grad_mean, weight_rows, partial_weight, partial_bias;
   if (grad_mean_) {
     grad_mean = grad_mean_->to(call.accumulation.dtype()).div(p.lines * p.tokens).contiguous();
     p.grad_mean = grad_mean.const_data_ptr();
   }
-  const auto gradient = [](bool wanted, const Tensor& like) {
-    return wanted ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
-  };
-  Tensor grad_x = gradient(needed[0], x);
-  Tensor grad_compressed = gradient(needed[1], compressed);
+  const Tensor grad_x = empty_gradient(needed[0], x), grad_compressed = empty_gradient(needed[1], compressed);
   if (needed[0]) p.grad_x = view_of(grad_x, dim);
   if (needed[1]) {
     p.grad_compressed = view_of(grad_compressed, dim);

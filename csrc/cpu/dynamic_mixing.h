@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "common/isa.h"
+
 namespace tokenfusion {
 
 // A tensor [batch, lines, tokens, channels] seen along the direction of mixing. Strides are in elements, that of the
@@ -51,14 +53,6 @@ struct DynamicMixingKernels {
   bool (*multiplies_pairs)();  // whether those of bfloat16 take pairs on this processor
 };
 
-namespace isa_default {
-extern const DynamicMixingKernels dynamic_mixing;
-}
-namespace isa_avx2 {
-extern const DynamicMixingKernels dynamic_mixing;
-}
-namespace isa_avx512 {
-extern const DynamicMixingKernels dynamic_mixing;
-}
+TOKENFUSION_DECLARE_KERNELS(DynamicMixingKernels, dynamic_mixing)
 
 }  // namespace tokenfusion

@@ -10,42 +10,18 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
 #include <tuple>
 
-#include "checks.h"
-#include "isa.h"
+#include "../common/single_query_attention_checks.h"
+#include "common/kernels_for.h"
 
 namespace tokenfusion {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kItemsPerThread = 4;       // below it, images are split into parts
 constexpr int64_t kMinRowsPerPart = 64;      // threads do not pay for less
 constexpr int64_t kMaxRowsPerPart = 1024;    // a longer sum would lose precision
 constexpr int64_t kWorkPerThread = 1 << 16;  // multiplications below which threads do not pay
-
-const SingleQueryAttentionKernels::ForDtype& kernels_for(at::ScalarType dtype) {
-  const SingleQueryAttentionKernels& kernels = TOKENFUSION_KERNELS(single_query_attention);
-  switch (dtype) {
-    case at::kFloat:
-      return kernels.float32;
-    case at::kBFloat16:
-      return kernels.bfloat16;
-    case at::kDouble:
-      return kernels.float64;
-    default:
-      TORCH_CHECK_TYPE(false, "tokens: got dtype ", dtype, ", expected float32, bfloat16 or float64");
-  }
-}
-
-at::ScalarType accumulation_dtype(const Tensor& tokens) {
-  return tokens.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-Tensor with_contiguous_rows(const Tensor& small) { return small.stride(-1) == 1 ? small : small.contiguous(); }
 
 int64_t count_parts(int64_t batch, int64_t rows) {
   const int64_t wanted = batch == 0 ? 1 : at::divup(kItemsPerThread * at::get_num_threads(), batch);
@@ -54,13 +30,8 @@ int64_t count_parts(int64_t batch, int64_t rows) {
 
 SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
                                        bool normalize, double eps) {
-  check_rank("tokens", tokens, 3);
-  check_rank("query", query, 3);
-  const int64_t batch = tokens.size(0), channels = tokens.size(2);
-  check("query", query, {batch, query.size(1), channels}, tokens.scalar_type());
-  check("extra_token", extra_token, {batch, channels}, tokens.scalar_type());
-  TORCH_CHECK_VALUE(tokens.stride(2) == 1 || tokens.size(2) == 1, "tokens: got strides ", tokens.strides(),
-                    ", expected a contiguous innermost dimension");
+  single_query_attention::check_operands(query, tokens, extra_token);
+  check_contiguous_rows("tokens", tokens);
   SingleQueryAttentionParams p{};
   p.query = query.const_data_ptr();
   p.query_batch_stride = query.stride(0);
@@ -93,7 +64,7 @@ void run_items(const SingleQueryAttentionParams& p, int64_t batch, const SingleQ
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, const OptionalTensor& extra_token_,
                                    bool normalize, double eps) {
-  const auto& kernels = kernels_for(tokens.scalar_type());
+  const auto& kernels = kernels_for(TOKENFUSION_KERNELS(single_query_attention), "tokens", tokens.scalar_type());
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = extra_token_ ? OptionalTensor(with_contiguous_rows(*extra_token_)) : std::nullopt;
   SingleQueryAttentionParams p = make_params(query, tokens, extra_token, normalize, eps);
@@ -121,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
                                             const OptionalTensor& extra_token_, const Tensor& context_,
                                             const Tensor& log_sum_exp_, bool normalize, double eps,
                                             std::array<bool, 3> needed) {
-  const auto& kernels = kernels_for(tokens.scalar_type());
+  const auto& kernels = kernels_for(TOKENFUSION_KERNELS(single_query_attention), "tokens", tokens.scalar_type());
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = extra_token_ ? OptionalTensor(with_contiguous_rows(*extra_token_)) : std::nullopt;
   const Tensor grad_context = grad_context_.contiguous(), context = context_.contiguous();
@@ -129,19 +100,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
   SingleQueryAttentionParams p = make_params(query, tokens, extra_token, normalize, eps);
   const int64_t batch = tokens.size(0);
   const auto accumulation = query.options().dtype(accumulation_dtype(tokens));
-  check("grad_context", grad_context, query.sizes(), tokens.scalar_type());
-  check("context", context, query.sizes(), tokens.scalar_type());
-  check("log_sum_exp", log_sum_exp, {batch, p.queries}, accumulation_dtype(tokens));
+  single_query_attention::check_results(grad_context, context, log_sum_exp, query);
   p.context = context.data_ptr();
   p.statistics = log_sum_exp.data_ptr();
   p.grad_context = grad_context.const_data_ptr();
 
-  const auto gradient = [](bool wanted, const Tensor& like) {
-    return wanted ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
-  };
-  Tensor grad_query = gradient(needed[0], query);
-  Tensor grad_tokens = gradient(needed[1], tokens);
-  Tensor grad_extra_token = gradient(needed[2], extra_token.value_or(query));
+  Tensor grad_query = empty_gradient(needed[0], query);
+  Tensor grad_tokens = empty_gradient(needed[1], tokens);
+  Tensor grad_extra_token = empty_gradient(needed[2], extra_token.value_or(query));
   Tensor partial_grad_query;
   if (needed[0]) {
     partial_grad_query = at::empty({batch, p.parts, p.queries, p.channels}, accumulation);

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "common/isa.h"
+
 namespace tokenfusion {
 
 // Strides are in elements; the innermost dimension of every tensor is contiguous. Rows are numbered with the extra
@@ -44,14 +46,6 @@ struct SingleQueryAttentionKernels {
   ForDtype float32, bfloat16, float64;
 };
 
-namespace isa_default {
-extern const SingleQueryAttentionKernels single_query_attention;
-}
-namespace isa_avx2 {
-extern const SingleQueryAttentionKernels single_query_attention;
-}
-namespace isa_avx512 {
-extern const SingleQueryAttentionKernels single_query_attention;
-}
+TOKENFUSION_DECLARE_KERNELS(SingleQueryAttentionKernels, single_query_attention)
 
 }  // namespace tokenfusion

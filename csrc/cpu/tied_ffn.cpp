@@ -11,38 +11,20 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
 #include <string_view>
 #include <tuple>
 
-#include "checks.h"
-#include "isa.h"
-#include "linear.h"
+#include "../common/checks.h"
+#include "common/kernels_for.h"
+#include "common/linear.h"
 
 namespace tokenfusion {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBlock = 256;            // tokens of one matrix product
 constexpr int64_t kMinBlock = 32;          // with fewer tokens a thread, the products are shared among the threads
 constexpr int64_t kChunkBytes = 16 << 20;  // of the hidden layer and its gradient, for one product of dW
 constexpr int64_t kMaxChunk = 2048;        // tokens of that product; a longer sum would lose precision
-
-const TiedFfnKernels::ForDtype& kernels_for(at::ScalarType dtype) {
-  const TiedFfnKernels& kernels = TOKENFUSION_KERNELS(tied_ffn);
-  switch (dtype) {
-    case at::kFloat:
-      return kernels.float32;
-    case at::kBFloat16:
-      return kernels.bfloat16;
-    case at::kDouble:
-      return kernels.float64;
-    default:
-      TORCH_CHECK_TYPE(false, "x: got dtype ", dtype, ", expected float32, bfloat16 or float64");
-  }
-}
 
 int index_of(std::string_view activation) {
   constexpr std::string_view names[] = {"gelu", "gelu_tanh", "relu", "silu", "identity"};
@@ -52,8 +34,6 @@ int index_of(std::string_view activation) {
   return found - std::begin(names);
 }
 
-at::ScalarType accumulation_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
 void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor& bias_in,
                     const OptionalTensor& bias_out) {
   check_rank("weight", weight, 2);
@@ -61,9 +41,9 @@ void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor&
   TORCH_CHECK_VALUE(weight.numel() > 0, "weight: got shape ", weight.sizes(), ", expected no size of 0");
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == channels, "x: got shape ", x.sizes(), ", expected [..., ", channels,
                     "]");
-  check("weight", weight, {features, channels}, x.scalar_type());
-  check("bias_in", bias_in, {features}, x.scalar_type());
-  check("bias_out", bias_out, {channels}, x.scalar_type());
+  check("weight", weight, {features, channels}, x.options());
+  check("bias_in", bias_in, {features}, x.options());
+  check("bias_out", bias_out, {channels}, x.options());
 }
 
 Tensor flat(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
@@ -92,7 +72,7 @@ void put(const Tensor& target, const Tensor& result) {
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_in,
                                    const OptionalTensor& bias_out, std::string_view activation, bool hold) {
   check_operands(x_, weight, bias_in, bias_out);
-  const auto kernel = kernels_for(x_.scalar_type()).forward[index_of(activation)];
+  const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).forward[index_of(activation)];
   const int64_t features = weight.size(0);
   Tensor y = at::empty(x_.sizes(), x_.options());
   auto hidden_sizes = x_.sizes().vec();
@@ -121,17 +101,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
                                                     const OptionalTensor& bias_in, const Tensor& hidden,
                                                     std::string_view activation, std::array<bool, 4> needed) {
   check_operands(x_, weight, bias_in, std::nullopt);
-  check("grad_y", grad_y_, x_.sizes(), x_.scalar_type());
-  const auto kernel = kernels_for(x_.scalar_type()).backward[index_of(activation)];
+  check("grad_y", grad_y_, x_.sizes(), x_.options());
+  const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).backward[index_of(activation)];
   const int64_t features = weight.size(0), channels = weight.size(1);
   const auto accumulation = x_.options().dtype(accumulation_dtype(x_));
   const bool held = hidden.numel() > 0;
 
-  Tensor grad_x = needed[0] ? at::empty(x_.sizes(), x_.options()) : at::empty({0}, x_.options());
+  Tensor grad_x = empty_gradient(needed[0], x_);
   Tensor grad_weight = at::zeros({channels, needed[1] ? features : 0}, accumulation);  // transposed
   const Tensor x = flat(x_), grad_y = flat(grad_y_), flat_grad_x = needed[0] ? flat(grad_x) : grad_x;
   const Tensor flat_hidden = held ? flat(hidden).contiguous() : hidden;
-  if (held) check("hidden", flat_hidden, {x.size(0), features}, x.scalar_type());
+  if (held) check("hidden", flat_hidden, {x.size(0), features}, x.options());
   const int64_t tokens = x.size(0), block = block_of(tokens);
   const Tensor transposed = weight.t();
   const int64_t fitting = kChunkBytes / (2 * features * x_.element_size());
@@ -140,7 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   const int64_t sums = at::divup(block, kRowsPerSum);  // of a block
   Tensor grad_bias_in = at::zeros({at::divup(tokens, block) * sums, features}, accumulation);
 
-  // Of a chunk of tokens: the gradient of the hidden layer, then the activated hidden layer; x, then y's gradient.
+  // For a chunk of tokens, inner holds the gradient of the hidden layer, then the activated hidden layer; outer holds x,
+  // then the gradient of y.
   const Tensor inner = at::empty({2 * chunk, features}, x.options());
   const Tensor outer = at::empty({needed[1] ? 2 * chunk : 0, channels}, x.options());
   const Tensor product = at::empty_like(grad_weight, x.options());

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "common/isa.h"
+
 namespace tokenfusion {
 
 constexpr int64_t kRowsPerSum = 32;  // a longer sum would lose precision
@@ -31,14 +33,6 @@ struct TiedFfnKernels {
   ForDtype float32, bfloat16, float64;
 };
 
-namespace isa_default {
-extern const TiedFfnKernels tied_ffn;
-}
-namespace isa_avx2 {
-extern const TiedFfnKernels tied_ffn;
-}
-namespace isa_avx512 {
-extern const TiedFfnKernels tied_ffn;
-}
+TOKENFUSION_DECLARE_KERNELS(TiedFfnKernels, tied_ffn)
 
 }  // namespace tokenfusion

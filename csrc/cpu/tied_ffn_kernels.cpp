@@ -1,5 +1,5 @@
+#include "common/vec.h"
 #include "tied_ffn.h"
-#include "vec.h"
 
 namespace tokenfusion {
 namespace TOKENFUSION_ISA_NAMESPACE {

@@ -1,5 +1,3 @@
-#include "upconv_concat.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -10,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "upconv_gradients.h"
-#include "upconv_product.h"
+#include "upconv_backward.h"
+#include "upconv_gemm.h"
 #include "upconv_tiles.h"
 
 namespace tokenfusion {
@@ -28,8 +26,7 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
     if (!in_place) slice.copy_(*skip);
   }
   const Tensor up = out.narrow(1, skip_first ? skipped : 0, channels);
-  if (product_pays(up, weight.size(2)))
-    return write_upconv(up, x, weight, bias, std::nullopt, std::nullopt, std::nullopt);
+  if (gemm_pays(up, weight.size(2))) return write_upconv(up, x, weight, bias, std::nullopt, std::nullopt, std::nullopt);
   const UpconvTiles tiles(x, up, weight.size(2));
   const Tensor matrix = tiles.weight_matrix(weight);
   const std::vector<UpconvBlock> blocks = tiles.blocks(false);
@@ -67,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_up, const Tensor&
                                             std::array<bool, 3> needed) {
   check_upconv(x, weight, std::nullopt, std::nullopt);
   check_map("grad_up", grad_up, x, weight, weight.size(1));
-  return upconv_gradients(with_contiguous_rows(grad_up), x, weight, needed);
+  return upconv_backward(with_planes_or_pixels(grad_up), x, weight, needed);
 }
 
 }  // namespace

@@ -10,9 +10,9 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "upconv_gradients.h"
-#include "upconv_product.h"
+#include "../common/checks.h"
+#include "upconv_backward.h"
+#include "upconv_gemm.h"
 #include "upconv_tiles.h"
 
 namespace tokenfusion {
@@ -36,8 +36,8 @@ void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor&
   check_upconv(x, weight, std::nullopt, skip);
   if (proj_up) check_rank("proj_up", *proj_up, 2);
   const int64_t channels = proj_up ? proj_up->size(0) : weight.size(1);
-  check("proj_up", proj_up, {channels, weight.size(1)}, x.scalar_type());
-  if (proj_skip && skip) check("proj_skip", *proj_skip, {channels, skip->size(1)}, x.scalar_type());
+  check("proj_up", proj_up, {channels, weight.size(1)}, x.options());
+  if (proj_skip && skip) check("proj_skip", *proj_skip, {channels, skip->size(1)}, x.options());
   TORCH_CHECK_VALUE(!skip || proj_skip || skip->size(1) == channels, "skip: got shape ", skip->sizes(), ", expected ",
                     channels, " channels");
 }
@@ -47,10 +47,10 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   check_operands(x, weight, skip, proj_up, proj_skip);
   const int64_t scale = weight.size(2), up_channels = weight.size(1);
   const int64_t channels = proj_up ? proj_up->size(0) : up_channels;
-  check("bias", bias, {channels}, x.scalar_type());
+  check("bias", bias, {channels}, x.options());
   Tensor out = empty_map({x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x, channels_last);
   if (x.numel() == 0) return out;
-  if (product_pays(out, scale)) {
+  if (gemm_pays(out, scale)) {
     write_upconv(out, x, weight, bias, skip, proj_up, proj_skip);
     return out;
   }
@@ -76,7 +76,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   return out;
 }
 
-// Of x, weight, bias and proj_up, where the weight is not composed with its projection.
+// The gradients of x, weight, bias and proj_up, where the weight is not composed with its projection.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_through_projection(const Tensor& grad_out, const Tensor& x,
                                                                         const Tensor& weight, const Tensor& proj_up,
                                                                         std::array<bool, 4> needed) {
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_through_projection(const Te
           grad_bias.to(x.scalar_type()), grad_proj_up.to(x.scalar_type())};
 }
 
-// Of the skip and of proj_skip.
+// The gradients of the skip and of proj_skip.
 std::tuple<Tensor, Tensor> skip_gradients(const Tensor& grad_out, const Tensor& skip, const Tensor& proj_skip,
                                           const UpconvTiles& tiles, std::array<bool, 2> needed) {
   const auto [need_skip, need_proj_skip] = needed;
@@ -149,14 +149,14 @@ Gradients backward(const Tensor& grad_out_, const Tensor& x, const Tensor& weigh
   check_operands(x, weight, skip, proj_up, proj_skip);
   check_map("grad_out", grad_out_, x, weight, proj_up ? proj_up->size(0) : weight.size(1));
   TORCH_CHECK_VALUE((skip && proj_skip) || !(need_skip || need_proj_skip), "needed: there is no projected skip");
-  const Tensor grad_out = with_contiguous_rows(grad_out_);
+  const Tensor grad_out = with_planes_or_pixels(grad_out_);
   Tensor grad_x, grad_weight, grad_bias, grad_proj_up = at::empty({0}, x.options());
   Tensor grad_skip = grad_proj_up, grad_proj_skip = grad_proj_up;
   if (proj_up)
     std::tie(grad_x, grad_weight, grad_bias, grad_proj_up) =
         gradients_through_projection(grad_out, x, weight, *proj_up, {need_x, need_weight, need_bias, need_proj_up});
   else
-    std::tie(grad_x, grad_weight, grad_bias) = upconv_gradients(grad_out, x, weight, {need_x, need_weight, need_bias});
+    std::tie(grad_x, grad_weight, grad_bias) = upconv_backward(grad_out, x, weight, {need_x, need_weight, need_bias});
   if (need_skip || need_proj_skip)
     std::tie(grad_skip, grad_proj_skip) = skip_gradients(
         grad_out, *skip, *proj_skip, UpconvTiles(x, grad_out, weight.size(2)), {need_skip, need_proj_skip});

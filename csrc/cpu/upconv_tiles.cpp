@@ -8,12 +8,9 @@
 
 #include <algorithm>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include "checks.h"
-#include "isa.h"
+#include "../common/checks.h"
+#include "common/huge_pages.h"
+#include "common/kernels_for.h"
 
 namespace tokenfusion {
 namespace {
@@ -23,21 +20,6 @@ constexpr int64_t kTileColumns = 1024;
 constexpr int64_t kMinPixels = 64;           // a product of fewer rows is slow
 constexpr int64_t kPadding = 16;             // elements beyond a tile that vectors may read
 constexpr int64_t kWorkPerThread = 1 << 14;  // elements below which threads do not pay
-constexpr size_t kHugePage = 1 << 21;
-
-const UpconvKernels::ForDtype& kernels_for(at::ScalarType dtype) {
-  const UpconvKernels& kernels = TOKENFUSION_KERNELS(upconv);
-  switch (dtype) {
-    case at::kFloat:
-      return kernels.float32;
-    case at::kBFloat16:
-      return kernels.bfloat16;
-    case at::kDouble:
-      return kernels.float64;
-    default:
-      TORCH_CHECK_TYPE(false, "x: got dtype ", dtype, ", expected float32, bfloat16 or float64");
-  }
-}
 
 // Into how many equal parts of at most `most` a total is best cut: the size of such a part.
 int64_t even(int64_t total, int64_t most) {
@@ -52,7 +34,7 @@ Tensor pixels_of(const Tensor& map) { return map.permute({0, 2, 3, 1}).flatten(0
 
 void check_map(const char* name, const Tensor& map, const Tensor& x, const Tensor& weight, int64_t channels) {
   const int64_t scale = weight.size(2);
-  check(name, map, {x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x.scalar_type());
+  check(name, map, {x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x.options());
 }
 
 void check_upconv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip) {
@@ -62,22 +44,11 @@ void check_upconv(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   const bool known = scale == 2 || scale == 4 || scale == 8 || scale == 16 || scale == 32;
   TORCH_CHECK_VALUE(known, "weight: got k = ", scale, ", expected 2, 4, 8, 16 or 32");
   TORCH_CHECK_VALUE(channels > 0 && x.size(1) > 0, "weight: got shape ", weight.sizes(), ", expected no size of 0");
-  check("weight", weight, {x.size(1), channels, scale, scale}, x.scalar_type());
-  check("bias", bias, {channels}, x.scalar_type());
+  check("weight", weight, {x.size(1), channels, scale, scale}, x.options());
+  check("bias", bias, {channels}, x.options());
   if (!skip) return;
   check_rank("skip", *skip, 4);
   check_map("skip", *skip, x, weight, skip->size(1));
-}
-
-Tensor in_huge_pages(Tensor tensor) {
-#if defined(MADV_HUGEPAGE)
-  if (tensor.nbytes() >= 2 * kHugePage) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr()), mask = ~(kHugePage - 1);
-    const uintptr_t first = (begin + kHugePage - 1) & mask, last = (begin + tensor.nbytes()) & mask;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failure changes nothing
-  }
-#endif
-  return tensor;
 }
 
 Tensor empty_map(at::IntArrayRef sizes, const Tensor& like, bool channels_last) {
@@ -89,7 +60,7 @@ Tensor in_format_of(const Tensor& gradient, const Tensor& tensor) {
   return gradient.contiguous(is_channels_last(tensor) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
 }
 
-Tensor with_contiguous_rows(const Tensor& map) {
+Tensor with_planes_or_pixels(const Tensor& map) {
   return map.stride(3) == 1 || map.stride(1) == 1 ? map : map.contiguous();
 }
 
@@ -230,12 +201,12 @@ void UpconvTiles::scatter(const Tensor& buffer, const UpconvBlock& block, const 
     p.bias = values.const_data_ptr();
   }
   p.add = add;
-  const auto& kernels = kernels_for(buffer.scalar_type());
+  const auto& kernels = kernels_for(TOKENFUSION_KERNELS(upconv), "x", buffer.scalar_type());
   run(p, block, planes_ ? kernels.scatter_planes : kernels.scatter_pixels);
 }
 
 void UpconvTiles::gather(const Tensor& buffer, const UpconvBlock& block) const {
-  const auto& kernels = kernels_for(buffer.scalar_type());
+  const auto& kernels = kernels_for(TOKENFUSION_KERNELS(upconv), "x", buffer.scalar_type());
   run(params(buffer, block), block, planes_ ? kernels.gather_planes : kernels.gather_pixels);
 }
 

@@ -4,15 +4,12 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <vector>
 
-#include "upconv_concat.h"
+#include "../common/tensors.h"
+#include "upconv.h"
 
 namespace tokenfusion {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Shapes and dtypes of an up-convolution, and of a skip connection at its resolution.
 void check_upconv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip);
@@ -23,14 +20,11 @@ void check_map(const char* name, const Tensor& map, const Tensor& x, const Tenso
 // A gradient in the memory format of its tensor: channels_last, or contiguous.
 Tensor in_format_of(const Tensor& gradient, const Tensor& tensor);
 
-// An uninitialised tensor, asked for in huge pages, which are many times cheaper to get than small ones.
-Tensor in_huge_pages(Tensor tensor);
-
 // An uninitialised map, in huge pages.
 Tensor empty_map(at::IntArrayRef sizes, const Tensor& like, bool channels_last);
 
-// The map itself, or a contiguous copy where neither channels nor x are contiguous.
-Tensor with_contiguous_rows(const Tensor& map);
+// The map itself, or a contiguous copy where neither its channels nor its rows are contiguous.
+Tensor with_planes_or_pixels(const Tensor& map);
 
 // sum += a b; assigned where it is the first product.
 void accumulate(const Tensor& sum, const Tensor& a, const Tensor& b, bool first);

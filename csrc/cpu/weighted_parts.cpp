@@ -13,45 +13,15 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "isa.h"
-#include "product.h"
+#include "../common/checks.h"
+#include "common/packed_b.h"
 
 namespace tokenfusion {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int64_t kStrips = 8;  // groups of rows whose sums stay in the cache until they are projected
 
-const ProductKernels::ForDtype& kernels_for(at::ScalarType dtype) {
-  const ProductKernels& kernels = TOKENFUSION_KERNELS(product);
-  TORCH_CHECK_TYPE(dtype == at::kFloat || (dtype == at::kBFloat16 && kernels.takes_bfloat16()), "got dtype ",
-                   dtype, ", expected float32, or bfloat16 where the processor multiplies it");
-  return dtype == at::kFloat ? kernels.float32 : kernels.bfloat16;
-}
-
-// Matrices of which a product can read the lines.
-Tensor with_lines(const Tensor& t) { return t.stride(-2) == 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
-
-// A linear layer [D_out, D_in] as the right side of a product.
-struct Layer {
-  int64_t columns, depth;
-  Tensor packed, bias;
-
-  Layer(const ProductKernels::ForDtype& kernels, const Tensor& weight_, const OptionalTensor& bias_) {
-    const Tensor weight = with_lines(weight_);
-    columns = weight.size(0);
-    depth = weight.size(1);
-    packed = at::empty({kernels.bytes(columns, depth)}, weight.options().dtype(at::kByte));
-    kernels.pack({weight.const_data_ptr(), weight.stride(0), weight.stride(1), nullptr}, columns, depth,
-                 packed.data_ptr());
-    if (bias_) bias = bias_->to(at::kFloat).contiguous();
-  }
-};
-
-ProductLines transposed(const ProductLines& m) { return {m.data, m.depth_stride, m.line_stride, nullptr}; }
+GemmLines transposed(const GemmLines& m) { return {m.data, m.depth_stride, m.line_stride, nullptr}; }
 
 at::DataPtr allocate(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
 
@@ -59,19 +29,18 @@ void check_operands(const Tensor& out, at::TensorList parts, at::TensorList weig
   check_rank("out", out, 3);
   check_rank("shares", shares, 3);
   TORCH_CHECK_VALUE(parts.size() == weights.size() && !parts.empty(), "parts, weights: got ", parts.size(), " and ",
-                    weights.size(), ", expected as many, and one at least");
+                    weights.size(), ", expected the same number of each, and at least one");
   const int64_t batch = out.size(0), tokens = out.size(1), channels = shares.size(2), count = parts.size();
-  const auto dtype = out.scalar_type();
-  check("shares", shares, {batch, count, channels}, dtype);
+  check("shares", shares, {batch, count, channels}, out.options());
   for (int64_t k = 0; k < count; ++k) {
     check_rank("weights", weights[k], 2);
-    check("weights", weights[k], {channels, weights[k].size(1)}, dtype);
-    check("parts", parts[k], {batch, tokens, weights[k].size(1)}, dtype);
+    check("weights", weights[k], {channels, weights[k].size(1)}, out.options());
+    check("parts", parts[k], {batch, tokens, weights[k].size(1)}, out.options());
   }
 }
 
 // The tokens of an image from `first` on.
-ProductLines lines_of(const Tensor& tokens, int64_t image, int64_t first) {
+GemmLines lines_of(const Tensor& tokens, int64_t image, int64_t first) {
   const int64_t offset = image * tokens.stride(0) + first * tokens.stride(1);
   return {static_cast<const char*>(tokens.const_data_ptr()) + offset * tokens.element_size(), tokens.stride(1),
           tokens.stride(2), nullptr};
@@ -79,26 +48,30 @@ ProductLines lines_of(const Tensor& tokens, int64_t image, int64_t first) {
 
 void forward(const Tensor& out, at::TensorList parts_, at::TensorList weights, const Tensor& shares_,
              const Tensor& bias_, const OptionalTensor& proj_weight, const OptionalTensor& proj_bias) {
-  const auto& kernels = kernels_for(out.scalar_type());
+  const auto dtype = out.scalar_type();
+  TORCH_CHECK_TYPE(gemm_takes(dtype), "out: got dtype ", dtype,
+                   ", expected float32, or bfloat16 where the processor multiplies it");
+  const auto& kernels = gemm_kernels(dtype);
   check_operands(out, parts_, weights, shares_);
-  check("bias", bias_, {out.size(0), shares_.size(2)}, out.scalar_type());
-  check("proj_weight", proj_weight, {out.size(2), shares_.size(2)}, out.scalar_type());
-  check("proj_bias", proj_bias, {out.size(2)}, out.scalar_type());
+  check("bias", bias_, {out.size(0), shares_.size(2)}, out.options());
+  check("proj_weight", proj_weight, {out.size(2), shares_.size(2)}, out.options());
+  check("proj_bias", proj_bias, {out.size(2)}, out.options());
   TORCH_CHECK_VALUE(proj_weight || out.size(2) == shares_.size(2), "out: got shape ", out.sizes(), ", expected ",
                     shares_.size(2), " channels");
-  TORCH_CHECK_VALUE(out.stride(2) == 1 || out.size(2) == 1, "out: got strides ", out.strides(),
-                    ", expected a contiguous innermost dimension");
+  check_contiguous_rows("out", out);
   std::vector<Tensor> parts;
-  std::vector<Layer> layers;
+  std::vector<PackedB> layers;
   int64_t depth = 0;
   for (size_t k = 0; k < parts_.size(); ++k) {
     parts.push_back(with_lines(parts_[k]));
-    layers.emplace_back(kernels, weights[k], std::nullopt);
-    depth += layers[k].depth;
+    layers.emplace_back(kernels, weights[k]);
+    depth += layers[k].depth();
   }
   const Tensor shares = shares_.to(at::kFloat).contiguous(), bias = bias_.to(at::kFloat).contiguous();
-  const std::optional<Layer> projection =
-      proj_weight ? std::optional<Layer>(std::in_place, kernels, *proj_weight, proj_bias) : std::nullopt;
+  const std::optional<PackedB> projection =
+      proj_weight ? std::optional<PackedB>(std::in_place, kernels, *proj_weight) : std::nullopt;
+  const OptionalTensor projection_bias =
+      proj_bias ? OptionalTensor(proj_bias->to(at::kFloat).contiguous()) : std::nullopt;
 
   const int64_t tokens = out.size(1), channels = shares.size(2), bytes = out.element_size();
   const int64_t rows = kStrips * kernels.rows, blocks = at::divup(tokens, rows);
@@ -106,13 +79,13 @@ void forward(const Tensor& out, at::TensorList parts_, at::TensorList weights, c
     const at::DataPtr sums = allocate(projection ? rows * channels * bytes : 0);
     const at::DataPtr scratch =
         allocate(std::max(kernels.scratch_bytes(depth, parts.size()), kernels.scratch_bytes(channels, 1)));
-    std::vector<ProductTerm> terms(parts.size());
+    std::vector<GemmTerm> terms(parts.size());
     for (int64_t block = begin; block < end; ++block) {
       const int64_t image = block / blocks, first = block % blocks * rows;
       for (size_t k = 0; k < parts.size(); ++k)
-        terms[k] = {lines_of(parts[k], image, first), layers[k].depth, layers[k].packed.const_data_ptr(),
-                    shares.const_data_ptr<float>() + image * shares.stride(0) + k * channels};
-      ProductCall call{};
+        terms[k] = layers[k].term(lines_of(parts[k], image, first),
+                                  shares.const_data_ptr<float>() + image * shares.stride(0) + k * channels);
+      GemmCall call{};
       call.terms = terms.data();
       call.count = parts.size();
       call.rows = std::min(rows, tokens - first);
@@ -124,34 +97,31 @@ void forward(const Tensor& out, at::TensorList parts_, at::TensorList weights, c
       call.scratch = scratch.get();
       kernels.run(call);
       if (!projection) continue;
-      terms[0] = {{sums.get(), channels, 1, nullptr}, channels, projection->packed.const_data_ptr(), nullptr};
-      call.count = 1;
-      call.columns = projection->columns;
-      call.bias = projection->bias.defined() ? projection->bias.const_data_ptr<float>() : nullptr;
+      call.bias = projection_bias ? projection_bias->const_data_ptr<float>() : nullptr;
       call.out = target;
       call.out_stride = out.stride(1);
-      kernels.run(call);
+      projection->multiply({sums.get(), channels, 1, nullptr}, call);
     }
   });
 }
 
 typedef std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> Gradients;
 
-// Of shares, weights and parts, in float32. Items are images times parts; each worker has its own sums of the weights'
-// gradients.
+// The gradients of shares, weights and parts, in float32. Items are images times parts; each worker has its own sums of
+// the weights' gradients.
 Gradients backward(const Tensor& grad_, const Tensor& shares, at::TensorList parts_, at::TensorList weights) {
-  const auto& kernels = TOKENFUSION_KERNELS(product).float32;
+  const auto& kernels = gemm_kernels(at::kFloat);
   TORCH_CHECK_TYPE(grad_.scalar_type() == at::kFloat, "grad: got dtype ", grad_.scalar_type(), ", expected float32");
   check_operands(grad_, parts_, weights, shares);
-  const Tensor grad = grad_.stride(2) == 1 ? grad_ : grad_.contiguous();
+  const Tensor grad = with_contiguous_rows(grad_);
   const int64_t count = parts_.size(), items = grad.size(0) * count, tokens = grad.size(1), outputs = grad.size(2);
   const int64_t workers = std::max<int64_t>(std::min<int64_t>(at::get_num_threads(), items), 1);
   const Tensor grad_shares = at::empty(shares.sizes(), shares.options());
   std::vector<Tensor> parts, grad_parts, sums;
-  std::vector<Layer> layers;
+  std::vector<PackedB> layers;
   for (int64_t k = 0; k < count; ++k) {
     parts.push_back(with_lines(parts_[k]));
-    layers.emplace_back(kernels, weights[k].t(), std::nullopt);
+    layers.emplace_back(kernels, weights[k].t());
     grad_parts.push_back(at::empty(parts[k].sizes(), grad.options()));
     sums.push_back(at::zeros({workers, outputs, weights[k].size(1)}, grad.options()));
   }
@@ -163,21 +133,21 @@ Gradients backward(const Tensor& grad_, const Tensor& shares, at::TensorList par
       for (int64_t item = items * worker / workers; item < items * (worker + 1) / workers; ++item) {
         const int64_t image = item / count, k = item % count, inputs = parts[k].size(2);
         at::mul_out(scaled, grad[image], shares[image][k]);
-        ProductTerm term{{scaled.const_data_ptr(), outputs, 1, nullptr}, outputs, layers[k].packed.const_data_ptr()};
-        ProductCall call{};
-        call.terms = &term;
-        call.count = 1;
+        GemmCall call{};
         call.rows = tokens;
-        call.columns = call.out_stride = inputs;
         call.out = grad_parts[k][image].data_ptr();
+        call.out_stride = inputs;
         call.scratch = scratch.get();
-        kernels.run(call);
+        layers[k].multiply({scaled.const_data_ptr(), outputs, 1, nullptr}, call);
 
         const at::DataPtr packed = allocate(kernels.bytes(inputs, tokens));
         kernels.pack(transposed(lines_of(parts[k], image, 0)), inputs, tokens, packed.get());
         Tensor product = at::empty({outputs, inputs}, grad.options());
-        term = {transposed(lines_of(grad, image, 0)), tokens, packed.get()};
+        const GemmTerm term{transposed(lines_of(grad, image, 0)), tokens, packed.get(), nullptr};
+        call.terms = &term;
+        call.count = 1;
         call.rows = outputs;
+        call.columns = inputs;
         call.out = product.data_ptr();
         kernels.run(call);
         sums[k][worker].addcmul_(product, shares[image][k].unsqueeze(1));

@@ -11,18 +11,16 @@
 #include <algorithm>
 #include <array>
 #include <limits>
-#include <optional>
 #include <tuple>
 
+#include "../common/dynamic_mixing_checks.h"
+#include "common/limits.h"
+#include "common/tensors.h"
 #include "dynamic_mixing_launch.h"
-#include "limits.h"
-#include "tensors.h"
 
 namespace tokenfusion {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 typedef DynamicMixingKernel Kernel;
 
 constexpr int64_t kMaxTokens = 64, kMaxReduced = 16;
@@ -30,8 +28,6 @@ constexpr int64_t kTargets = kDynamicMixingTargets;
 constexpr int64_t kMaxSplits = 64;  // sums of the generator's gradients, each as large as the generator
 
 DynamicMixingView view_of(const Tensor& tensor, int64_t segments, int64_t dim) {
-  TORCH_CHECK_VALUE(tensor.stride(3) == 1 || tensor.size(3) == 1, "got strides ", tensor.strides(),
-                    ", expected a contiguous innermost dimension");
   const bool aligned = has_aligned_rows(tensor) && tensor.size(3) / segments * tensor.element_size() % 16 == 0;
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(3 - dim), tensor.stride(dim),
           aligned};
@@ -58,7 +54,7 @@ struct Call {
   const at::TensorOptions float32;
   Tensor weight, bias;
 
-  // Of tensors that hold something.
+  // The tensors hold at least one element each.
   Call(const Tensor& x, const Tensor& compressed, const Tensor& weight_, const Tensor& bias_, int64_t segments,
        int64_t dim)
       : dtype(dtype_of("x", x)),
@@ -95,6 +91,7 @@ struct Call {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& compressed, const Tensor& generate_weight,
                                    const Tensor& generate_bias, int64_t segments, int64_t dim, bool with_mean) {
+  dynamic_mixing::check_operands(x, compressed, generate_weight, generate_bias, segments, dim);
   const c10::cuda::CUDAGuard guard(x.device());
   Tensor mixed = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) return {mixed, with_mean ? x.new_empty({x.size(0), x.size(3)}) : x.new_empty({0})};
@@ -114,19 +111,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mixed_, c
                                                     const Tensor& x, const Tensor& compressed,
                                                     const Tensor& generate_weight, const Tensor& generate_bias,
                                                     int64_t segments, int64_t dim, std::array<bool, 4> needed) {
+  dynamic_mixing::check_operands(x, compressed, generate_weight, generate_bias, segments, dim);
+  dynamic_mixing::check_gradients(grad_mixed_, grad_mean_, x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const auto gradient = [](bool wanted, const Tensor& like) {
-    return wanted ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
-  };
-  Tensor grad_x = gradient(needed[0], x), grad_compressed = gradient(needed[1], compressed);
-  Tensor grad_weight = gradient(needed[2], generate_weight), grad_bias = gradient(needed[3], generate_bias);
+  Tensor grad_x = empty_gradient(needed[0], x), grad_compressed = empty_gradient(needed[1], compressed);
+  Tensor grad_weight = empty_gradient(needed[2], generate_weight), grad_bias = empty_gradient(needed[3], generate_bias);
   if (x.numel() == 0) {
     for (const Tensor& grad : {grad_x, grad_compressed, grad_weight, grad_bias}) grad.zero_();
     return {grad_x, grad_compressed, grad_weight, grad_bias};
   }
   Call call(x, compressed, generate_weight, generate_bias, segments, dim);
   DynamicMixingParams& p = call.p;
-  const Tensor grad_mixed = grad_mixed_.stride(3) == 1 ? grad_mixed_ : grad_mixed_.contiguous();
+  const Tensor grad_mixed = with_contiguous_rows(grad_mixed_);
   p.grad_mixed = view_of(grad_mixed, segments, dim);
   Tensor grad_mean, columns, partial_weight, partial_bias;
   if (grad_mean_) {

@@ -5,7 +5,7 @@
 
 namespace tokenfusion {
 
-constexpr int kDynamicMixingTargets = 16;  // of a tile
+constexpr int kDynamicMixingTargets = 16;  // targets of a tile
 
 // A tensor [batch, lines, tokens, channels] seen along the direction of mixing. Strides are in elements, that of the
 // channels is 1.

@@ -1,3 +1,4 @@
+#include "dynamic_mixing_backward.cuh"
 #include "dynamic_mixing_launch.cuh"
 
 namespace tokenfusion {

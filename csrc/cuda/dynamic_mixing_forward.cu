@@ -1,3 +1,4 @@
+#include "dynamic_mixing_forward.cuh"
 #include "dynamic_mixing_launch.cuh"
 
 namespace tokenfusion {

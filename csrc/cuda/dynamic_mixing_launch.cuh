@@ -1,8 +1,8 @@
 // How the files that instantiate dynamic_mixing's kernels launch them.
 #pragma once
 
-#include "dynamic_mixing_kernels.cuh"
 #include "dynamic_mixing_launch.h"
+#include "dynamic_mixing_plan.h"
 
 namespace tokenfusion {
 namespace dynamic_mixing {

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "dtype.h"
+#include "common/dtype.h"
 #include "dynamic_mixing.h"
 
 namespace tokenfusion {

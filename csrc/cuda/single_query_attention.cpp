@@ -1,4 +1,3 @@
-
 #include <ATen/ceil_div.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -10,25 +9,20 @@
 #include <algorithm>
 #include <array>
 #include <limits>
-#include <optional>
 #include <tuple>
 
-#include "limits.h"
+#include "../common/single_query_attention_checks.h"
+#include "common/limits.h"
+#include "common/tensors.h"
 #include "single_query_attention_launch.h"
-#include "tensors.h"
 
 namespace tokenfusion {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 constexpr int64_t kMinRowsPerBlock = 64;    // a block does not pay for less
 constexpr int64_t kMaxRowsPerBlock = 8192;  // a longer sum would lose precision
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
-
-Tensor with_contiguous_rows(const Tensor& small) { return small.stride(-1) == 1 ? small : small.contiguous(); }
 
 OptionalTensor with_aligned_rows(const OptionalTensor& small) {
   if (!small || has_aligned_rows(*small)) return small;
@@ -42,7 +36,7 @@ int64_t count_splits(int64_t batch, int64_t rows, int device) {
       {int64_t(1), std::min(blocks / batch, rows / kMinRowsPerBlock), at::ceil_div(rows, kMaxRowsPerBlock)});
 }
 
-// Of tensors that hold something.
+// The tensors hold at least one element each.
 SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
                                        bool normalize, double eps) {
   TORCH_CHECK_VALUE(has_aligned_rows(tokens), "tokens: got strides ", tokens.strides(), " and address ",
@@ -79,6 +73,7 @@ SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, const OptionalTensor& extra_token_,
                                    bool normalize, double eps) {
+  single_query_attention::check_operands(query_, tokens, extra_token_);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Dtype dtype = dtype_of("tokens", tokens);
   const Tensor query = with_contiguous_rows(query_);
@@ -106,18 +101,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
                                             const OptionalTensor& extra_token_, const Tensor& context_,
                                             const Tensor& log_sum_exp_, bool normalize, double eps,
                                             std::array<bool, 3> needed) {
+  single_query_attention::check_operands(query_, tokens, extra_token_);
+  single_query_attention::check_results(grad_context_, context_, log_sum_exp_, query_);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Dtype dtype = dtype_of("tokens", tokens);
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = with_aligned_rows(extra_token_);
   const Tensor grad_context = grad_context_.contiguous(), context = context_.contiguous();
   const Tensor log_sum_exp = log_sum_exp_.contiguous();
-  const auto gradient = [](bool wanted, const Tensor& like) {
-    return wanted ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
-  };
-  Tensor grad_query = gradient(needed[0], query);
-  Tensor grad_tokens = gradient(needed[1], tokens);
-  Tensor grad_extra_token = gradient(needed[2], extra_token.value_or(query));
+  Tensor grad_query = empty_gradient(needed[0], query);
+  Tensor grad_tokens = empty_gradient(needed[1], tokens);
+  Tensor grad_extra_token = empty_gradient(needed[2], extra_token.value_or(query));
   if (query.numel() == 0) {
     for (const Tensor& grad : {grad_query, grad_tokens, grad_extra_token}) grad.zero_();
     return {grad_query, grad_tokens, grad_extra_token};

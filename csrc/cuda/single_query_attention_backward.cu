@@ -1,3 +1,4 @@
+#include "single_query_attention_backward.cuh"
 #include "single_query_attention_launch.cuh"
 
 namespace tokenfusion {

@@ -1,3 +1,4 @@
+#include "single_query_attention_forward.cuh"
 #include "single_query_attention_launch.cuh"
 
 namespace tokenfusion {

@@ -1,8 +1,8 @@
 // How the files that instantiate single_query_attention's kernels launch them.
 #pragma once
 
-#include "single_query_attention_kernels.cuh"
 #include "single_query_attention_launch.h"
+#include "single_query_attention_plan.h"
 
 namespace tokenfusion {
 namespace single_query_attention {

@@ -1,6 +1,7 @@
-// The kernels of csrc/cuda/dynamic_mixing_kernels.cuh in emulated blocks, for tests to call from Python.
+// The kernels of dynamic_mixing in emulated blocks, for tests to call from Python.
 #include "blocks.h"
-#include "dynamic_mixing_kernels.cuh"
+#include "dynamic_mixing_backward.cuh"
+#include "dynamic_mixing_forward.cuh"
 
 using namespace tokenfusion;
 using namespace tokenfusion::dynamic_mixing;

@@ -1,6 +1,6 @@
-// A GPU's block on a CPU, for tests: each of its threads is a fiber, and every name of csrc/cuda/device.cuh is here
-// with the same meaning. Fibers change over at collectives only, in an order that the test chooses, so that a missing
-// barrier shows in the results; asynchronous copies happen as early or as late as they may.
+// A GPU's block on a CPU, for tests: each of its threads is a fiber, and every name of csrc/cuda/common/device.cuh is
+// here with the same meaning. Fibers change over at collectives only, in an order that the test chooses, so that a
+// missing barrier shows in the results; asynchronous copies happen as early or as late as they may.
 #pragma once
 
 #include <math.h>

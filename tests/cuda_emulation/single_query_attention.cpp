@@ -1,6 +1,7 @@
-// The kernels of csrc/cuda/single_query_attention_kernels.cuh in emulated blocks, for tests to call from Python.
+// The kernels of single_query_attention in emulated blocks, for tests to call from Python.
 #include "blocks.h"
-#include "single_query_attention_kernels.cuh"
+#include "single_query_attention_backward.cuh"
+#include "single_query_attention_forward.cuh"
 
 using namespace tokenfusion;
 using namespace tokenfusion::single_query_attention;

@@ -52,7 +52,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def own_product_dtypes() -> tuple[torch.dtype, ...]:
-    """Where the matrix product in csrc/cpu/product.h is faster than PyTorch's: not without vectors, nor beside AMX."""
+    """Where the product of csrc/cpu/common/gemm.h is faster than PyTorch's: not without vectors, nor beside AMX."""
     if _error is not None:
         return ()
     from tokenfusion import _C

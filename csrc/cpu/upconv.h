@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "common/isa.h"
+
 namespace tokenfusion {
 
 // Moves a block of rows of the coarse map, numbered over the batch (row = image * height + y), between a tile, in which
@@ -39,14 +41,6 @@ struct UpconvKernels {
   ForDtype float32, bfloat16, float64;
 };
 
-namespace isa_default {
-extern const UpconvKernels upconv;
-}
-namespace isa_avx2 {
-extern const UpconvKernels upconv;
-}
-namespace isa_avx512 {
-extern const UpconvKernels upconv;
-}
+TOKENFUSION_DECLARE_KERNELS(UpconvKernels, upconv)
 
 }  // namespace tokenfusion

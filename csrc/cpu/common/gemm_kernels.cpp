@@ -1,4 +1,4 @@
-#include "product.h"
+#include "gemm.h"
 #include "vec.h"
 
 #if TF_VECTOR_BYTES == 64
@@ -12,14 +12,15 @@ namespace {
 constexpr int kLanes = VecOf<float>::lanes;
 constexpr int kVectors = 2;
 constexpr int64_t kPanel = kVectors * kLanes;
-constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;  // whose sums of a panel fill the registers
+constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;  // rows whose sums of a panel fill the registers
 constexpr int64_t kUnroll = 4;
 constexpr int64_t kDepth = 384;  // words; a longer sum would lose precision
 
-// What is packed, a word: a float, or a pair of bf16 along k. Rounded up to whole steps of the loop.
+// Elements of a word, which is what is packed: a float, or a pair of bf16 along k.
 template <typename T>
 constexpr int64_t kPerWord = sizeof(float) / sizeof(T);
 
+// Rounded up to whole steps of the loop.
 template <typename T>
 TF_INLINE int64_t words_of(int64_t depth) {
   return round_up((depth + kPerWord<T> - 1) / kPerWord<T>, kUnroll);
@@ -41,7 +42,7 @@ TF_INLINE Vec<float> broadcast_word(const float* p) {
   return (Vec<float>)(VecOf<float>::bits{} + bits);
 }
 
-// The words of a line from p on, where `count` elements are left.
+// The words of a line from p on, where it has `count` more elements.
 template <typename T>
 TF_INLINE Vec<float> load_words(const T* p, int64_t count) {
   Vec<float> v{};
@@ -54,7 +55,7 @@ TF_INLINE Vec<float> load_words(const T* p, int64_t count) {
 
 TF_INLINE Vec<float> words_across(const float* p, int64_t, int64_t, int64_t count) { return load_lanes(p, count); }
 
-// The same words of `count` neighbouring lines, of which `left` elements are left.
+// The same word of `count` neighbouring lines, each of which has `left` more elements.
 TF_INLINE Vec<float> words_across(const bf16* p, int64_t depth_stride, int64_t left, int64_t count) {
   const Vec<float> second = left > 1 ? load_lanes(p + depth_stride, count) : Vec<float>{};
   return (Vec<float>)((U32)load_lanes(p, count) >> 16 | (U32)second);
@@ -64,10 +65,10 @@ TF_INLINE int64_t offset_of(int64_t i, int64_t stride, const int64_t* offsets) {
   return offsets ? offsets[i] : i * stride;
 }
 
-// Word k of line first + i to out[k * pitch + i], for kLanes lines, of which `count` are there. Further words are
-// written in order: they may overwrite those of lines that are not there.
+// Writes word k of line first + i to out[k * pitch + i], for kLanes lines, of which `count` exist. Words are written in
+// order: they may overwrite those of lines that do not exist.
 template <typename T>
-void pack_lines(const ProductLines& m, int64_t first, int64_t count, int64_t depth, int64_t pitch, float* out) {
+void pack_lines(const GemmLines& m, int64_t first, int64_t count, int64_t depth, int64_t pitch, float* out) {
   const T* const data = static_cast<const T*>(m.data);
   const int64_t words = words_of<T>(depth);
   if (m.depth_stride != 1) {
@@ -97,7 +98,7 @@ int64_t packed_bytes(int64_t columns, int64_t depth) {
 }
 
 template <typename T>
-void pack(const ProductLines& b, int64_t columns, int64_t depth, void* packed) {
+void pack(const GemmLines& b, int64_t columns, int64_t depth, void* packed) {
   for (int64_t j = 0; j < columns; j += kPanel) {
     float* const panel = static_cast<float*>(packed) + j * words_of<T>(depth);
     for (int64_t v = 0; v < kPanel; v += kLanes) pack_lines<T>(b, j + v, columns - j - v, depth, kPanel, panel + v);
@@ -109,8 +110,8 @@ int64_t scratch_bytes(int64_t depth, int64_t terms) {
   return (kRows * (words_of<T>(depth) + terms * kUnroll) + kLanes) * sizeof(float);
 }
 
-// total[i] += scale * (row i of a times a panel of b), for packed a. On its own: beside anything else, the compiler
-// would not leave all registers to the sums.
+// total[i] += scale * (row i of a times a panel of b), for packed a. Not inlined: beside other code, the
+// compiler would not leave all registers to the sums.
 template <typename T, int rows>
 __attribute__((noinline)) void add_product(const float* a, const float* b, int64_t words, const Vec<float>* scale,
                                            Vec<float> (*total)[kVectors]) {
@@ -132,10 +133,10 @@ __attribute__((noinline)) void add_product(const float* a, const float* b, int64
     for (int v = 0; v < kVectors; ++v) total[i][v] += scale[v] * sums[i][v];
 }
 
-// `rows` rows of a, packed; of the rows of out, `count` are there.
+// `rows` rows of a, packed; `count` of the rows of out exist.
 template <typename T, int rows>
 struct Strip {
-  const ProductCall& call;
+  const GemmCall& call;
   const float* a;
   T* out[rows];
   int64_t count;
@@ -152,7 +153,7 @@ struct Strip {
     for (int64_t i = 0; i < count; ++i)
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out[i] + run_offset + j + v * kLanes, 1);
     const float* left = a;
-    for (const ProductTerm* term = call.terms; term < call.terms + call.count; ++term) {
+    for (const GemmTerm* term = call.terms; term < call.terms + call.count; ++term) {
       const int64_t words = words_of<T>(term->depth);
       const float* const right =
           static_cast<const float*>(term->b) + (run * round_up(call.columns, kPanel) + j) * words;
@@ -173,11 +174,12 @@ struct Strip {
   }
 };
 
-// Of the kRows rows of a from `first` on, the share that has to be in the cache once column j of `columns` is done.
+// Fetches the share of the kRows rows of a from `first` on that has to be in the cache once column j of `columns` is
+// done.
 template <typename T>
-TF_INLINE void prefetch(const ProductCall& call, int64_t first, int64_t j, int64_t columns) {
+TF_INLINE void prefetch(const GemmCall& call, int64_t first, int64_t j, int64_t columns) {
   const int64_t count = call.rows - first < kRows ? call.rows - first : kRows;
-  for (const ProductTerm* term = call.terms; term < call.terms + call.count; ++term) {
+  for (const GemmTerm* term = call.terms; term < call.terms + call.count; ++term) {
     if (term->a.depth_stride != 1) continue;
     const int64_t begin = j * term->depth / columns, end = (j + kPanel) * term->depth / columns;
     for (int64_t i = 0; i < count; ++i) {
@@ -189,12 +191,12 @@ TF_INLINE void prefetch(const ProductCall& call, int64_t first, int64_t j, int64
 }
 
 template <typename T, int rows>
-void run_strip(const ProductCall& call, int64_t first) {
+void run_strip(const GemmCall& call, int64_t first) {
   const int64_t left = call.rows - first;
   float* const a = static_cast<float*>(call.scratch);
   Strip<T, rows> strip{call, a, {}, left < rows ? left : rows};
   float* next = a;
-  for (const ProductTerm* term = call.terms; term < call.terms + call.count; ++term) {
+  for (const GemmTerm* term = call.terms; term < call.terms + call.count; ++term) {
     pack_lines<T>(term->a, first, strip.count, term->depth, rows, next);
     next += words_of<T>(term->depth) * rows;
   }
@@ -209,7 +211,7 @@ void run_strip(const ProductCall& call, int64_t first) {
 }
 
 template <typename T>
-void run(const ProductCall& call) {
+void run(const GemmCall& call) {
   int64_t row = 0;
   for (; row + kRows <= call.rows; row += kRows) run_strip<T, kRows>(call, row);
   if (call.rows - row > kRows / 2)
@@ -219,7 +221,7 @@ void run(const ProductCall& call) {
 }
 
 template <typename T>
-constexpr ProductKernels::ForDtype for_dtype() {
+constexpr GemmKernels::ForDtype for_dtype() {
   return {kRows, kPanel, packed_bytes<T>, pack<T>, scratch_bytes<T>, run<T>};
 }
 
@@ -236,7 +238,7 @@ bool takes_bfloat16() {
 
 }  // namespace
 
-const ProductKernels product = {for_dtype<float>(), for_dtype<bf16>(), takes_bfloat16};
+const GemmKernels gemm = {for_dtype<float>(), for_dtype<bf16>(), takes_bfloat16};
 
 }  // namespace TOKENFUSION_ISA_NAMESPACE
 }  // namespace tokenfusion

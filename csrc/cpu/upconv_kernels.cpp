@@ -1,5 +1,5 @@
-#include "upconv_concat.h"
-#include "vec.h"
+#include "common/vec.h"
+#include "upconv.h"
 
 namespace tokenfusion {
 namespace TOKENFUSION_ISA_NAMESPACE {
@@ -177,14 +177,13 @@ void transpose(const void* in_, int64_t rows, int64_t columns, void* out_, int64
 }
 
 template <typename T>
-constexpr UpconvKernels::ForDtype kernels_for() {
+constexpr UpconvKernels::ForDtype for_dtype() {
   return {scatter_planes<T>, gather_planes<T>, scatter_pixels<T>, gather_pixels<T>, transpose<T>};
 }
 
 }  // namespace
 
-extern const UpconvKernels upconv;
-const UpconvKernels upconv = {kernels_for<float>(), kernels_for<bf16>(), kernels_for<double>()};
+const UpconvKernels upconv = {for_dtype<float>(), for_dtype<bf16>(), for_dtype<double>()};
 
 }  // namespace TOKENFUSION_ISA_NAMESPACE
 }  // namespace tokenfusion

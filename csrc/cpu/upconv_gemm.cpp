@@ -1,4 +1,4 @@
-#include "upconv_product.h"
+#include "upconv_gemm.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -7,62 +7,19 @@
 #include <algorithm>
 #include <vector>
 
-#include "isa.h"
-#include "product.h"
+#include "common/packed_b.h"
 
 namespace tokenfusion {
 namespace {
 
-constexpr int64_t kPixels = 112;  // of x in a block, about
+constexpr int64_t kPixels = 112;  // pixels of x in a block, about
 
-const ProductKernels::ForDtype& kernels_for(at::ScalarType dtype) {
-  const ProductKernels& kernels = TOKENFUSION_KERNELS(product);
-  return dtype == at::kFloat ? kernels.float32 : kernels.bfloat16;
+std::optional<PackedB> packed(const GemmKernels::ForDtype& kernels, const OptionalTensor& matrix) {
+  return matrix ? std::optional<PackedB>(std::in_place, kernels, *matrix) : std::nullopt;
 }
 
-// [columns, depth] as the right side of a product, in runs of columns.
-class Right {
- public:
-  Right(const ProductKernels::ForDtype& kernels, const Tensor& matrix_, int64_t run)
-      : kernels_(kernels), run_(run), runs_(matrix_.size(0) / run), depth_(matrix_.size(1)) {
-    const Tensor matrix = matrix_.stride(0) == 1 || matrix_.stride(1) == 1 ? matrix_ : matrix_.contiguous();
-    const int64_t bytes = kernels.bytes(run, depth_), panels = at::divup(run, kernels.panel);
-    packed_ = in_huge_pages(at::empty({runs_ * bytes}, matrix.options().dtype(at::kByte)));
-    at::parallel_for(0, runs_ * panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % panels * kernels.panel, column = i / panels * run + first;
-        const void* data =
-            static_cast<const char*>(matrix.const_data_ptr()) + column * matrix.stride(0) * matrix.element_size();
-        kernels.pack({data, matrix.stride(0), matrix.stride(1), nullptr}, std::min(run - first, kernels.panel), depth_,
-                     packed_.mutable_data_ptr<uint8_t>() + i / panels * bytes + kernels.bytes(first, depth_));
-      }
-    });
-  }
-
-  // call has the rest.
-  void multiply(const ProductLines& lines, ProductCall call) const {
-    const ProductTerm term{lines, depth_, packed_.const_data_ptr(), nullptr};
-    call.terms = &term;
-    call.count = 1;
-    call.columns = run_;
-    call.runs = runs_;
-    kernels_.run(call);
-  }
-
- private:
-  const ProductKernels::ForDtype& kernels_;
-  int64_t run_, runs_, depth_;
-  Tensor packed_;
-};
-
-// A projection, of which one run is made.
-std::optional<Right> right_of(const ProductKernels::ForDtype& kernels, const OptionalTensor& projection) {
-  if (!projection) return std::nullopt;
-  return Right(kernels, *projection, projection->size(0));
-}
-
-// The map itself, or a copy, so that its pixels follow each other in equal steps. contiguous() would keep odd strides of
-// sizes of 1.
+// The map itself, or a copy, so that its pixels follow each other in equal steps. contiguous() would keep odd strides
+// of sizes of 1.
 Tensor with_pixel_lines(const Tensor& map) {
   const bool even = map.stride(2) == map.size(3) * map.stride(3);
   return even && (map.stride(1) == 1 || map.stride(3) == 1) ? map : map.clone(at::MemoryFormat::Contiguous);
@@ -72,7 +29,7 @@ Tensor with_pixel_lines(const Tensor& map) {
 bool images_follow(const Tensor& map) { return map.stride(0) == map.size(2) * map.stride(2); }
 
 // The pixels from this row on, which is numbered over the batch.
-ProductLines pixel_lines(const Tensor& map, int64_t row) {
+GemmLines pixel_lines(const Tensor& map, int64_t row) {
   const int64_t offset = row / map.size(2) * map.stride(0) + row % map.size(2) * map.stride(2);
   return {static_cast<const char*>(map.const_data_ptr()) + offset * map.element_size(), map.stride(3), map.stride(1),
           nullptr};
@@ -101,17 +58,16 @@ int64_t run_of(const Tensor& out, int64_t scale) {
 
 }  // namespace
 
-bool product_pays(const Tensor& out, int64_t scale) {
-  const ProductKernels& kernels = TOKENFUSION_KERNELS(product);
+bool gemm_pays(const Tensor& out, int64_t scale) {
   const at::ScalarType dtype = out.scalar_type();
-  if (dtype != at::kFloat && !(dtype == at::kBFloat16 && kernels.takes_bfloat16())) return false;
-  const int64_t run = run_of(out, scale), panel = kernels_for(dtype).panel;
+  if (!gemm_takes(dtype)) return false;
+  const int64_t run = run_of(out, scale), panel = gemm_kernels(dtype).panel;
   return at::divup(run, panel) * panel <= run + run / 8;
 }
 
 void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_,
                   const OptionalTensor& skip_, const OptionalTensor& proj_up, const OptionalTensor& proj_skip) {
-  const auto& kernels = kernels_for(x_.scalar_type());
+  const auto& kernels = gemm_kernels(x_.scalar_type());
   const Tensor x = with_pixel_lines(x_), skip = skip_ ? with_pixel_lines(*skip_) : Tensor();
   const int64_t scale = weight.size(2), up_channels = weight.size(1), channels = out.size(1);
   const int64_t height = x.size(2), width = x.size(3), fine_width = width * scale;
@@ -121,8 +77,8 @@ void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, con
   // The columns of the product, (i, j, channel), in runs that stay together.
   const int64_t all = scale * scale * up_channels;
   const int64_t run = proj_up ? all : run_of(out, scale);
-  const Right right(kernels, weight.permute({0, 2, 3, 1}).reshape({weight.size(0), all}).t(), run);
-  const std::optional<Right> right_up = right_of(kernels, proj_up), right_skip = right_of(kernels, proj_skip);
+  const PackedB b(kernels, weight.permute({0, 2, 3, 1}).reshape({weight.size(0), all}).t(), all / run);
+  const std::optional<PackedB> b_up = packed(kernels, proj_up), b_skip = packed(kernels, proj_skip);
   std::vector<int64_t> run_offsets;
   for (int64_t first = 0; first < all; first += run) {
     const int64_t i = first / up_channels / scale, j = first / up_channels % scale;
@@ -156,37 +112,37 @@ void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, con
       const Tensor place = rows_of(out, first * scale, count * scale);
       const Tensor target =
           planes ? tile.narrow(0, 0, place.numel()).view({count * scale, fine_width, channels}) : place;
-      ProductCall call{};
+      GemmCall call{};
       call.scratch = scratch.data_ptr();
       call.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
-      if (right_skip) {
+      if (b_skip) {
         call.rows = count * scale * fine_width;
         call.out = target.data_ptr();
         call.out_stride = column;
-        right_skip->multiply(pixel_lines(skip, first * scale), call);
+        b_skip->multiply(pixel_lines(skip, first * scale), call);
         call.bias = nullptr;
       } else if (skip.defined()) {
         target.copy_(rows_of(skip, first * scale, count * scale));
       }
-      ProductLines lines = pixel_lines(x, first);
+      GemmLines lines = pixel_lines(x, first);
       call.rows = count * width;
-      if (right_up) {
-        ProductCall to_up = call;
+      if (b_up) {
+        GemmCall to_up = call;
         to_up.bias = nullptr;
         to_up.out = up.data_ptr();
         to_up.out_stride = all;
-        right.multiply(lines, to_up);
+        b.multiply(lines, to_up);
         lines = {up.const_data_ptr(), up_channels, 1, nullptr};
         call.rows *= scale * scale;
       }
       call.out = target.data_ptr();
       call.out_offsets = offsets.data();
       call.accumulate = skip.defined();
-      if (right_up) {
-        right_up->multiply(lines, call);
+      if (b_up) {
+        b_up->multiply(lines, call);
       } else {
         call.run_offsets = run_offsets.data();
-        right.multiply(lines, call);
+        b.multiply(lines, call);
       }
       if (planes) to_planes(target, place);
     }

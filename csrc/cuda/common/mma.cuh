@@ -93,7 +93,7 @@ struct Matrix {
     load_matrices(a.x, rows + i % 16 * pitch + i / 16 * 8);
     return a;
   }
-  // a of which memory has the transpose
+  // a, whose transpose is in memory
   static TF_DEVICE A load_a_transposed(const T* rows, int pitch) {
     const int i = lane_index();
     A a;

@@ -1,4 +1,4 @@
-#include "upconv_gradients.h"
+#include "upconv_backward.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -52,8 +52,8 @@ void set_parameter_gradients(const Tensor& grad_up, const Tensor& x, const Tenso
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> upconv_gradients(const Tensor& grad_up, const Tensor& x, const Tensor& weight,
-                                                    std::array<bool, 3> needed) {
+std::tuple<Tensor, Tensor, Tensor> upconv_backward(const Tensor& grad_up, const Tensor& x, const Tensor& weight,
+                                                   std::array<bool, 3> needed) {
   const Tensor none = at::empty({0}, x.options());
   const Tensor grad_x = needed[0] ? input_gradient(grad_up, x, weight) : none;
   const Tensor grad_weight = needed[1] ? at::empty_like(weight) : none;

@@ -6,7 +6,7 @@
 namespace tokenfusion {
 
 // Whether that product takes the dtype on this processor, and the channels that lie together fill its panels.
-bool product_pays(const Tensor& out, int64_t scale);
+bool gemm_pays(const Tensor& out, int64_t scale);
 
 // out = proj_up up(x) + proj_skip skip + bias, where a projection that is absent is 1 and a skip that is absent 0.
 // Either the channels or the pixels of a row of out are contiguous.

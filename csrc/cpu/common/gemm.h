@@ -1,5 +1,5 @@
-// A matrix product with packed operands, for operators that read or write rows where others lie. No torch headers here:
-// see vec.h.
+// A matrix product with packed operands, for operators that sum several products, or whose rows lie scattered in
+// memory. No torch headers here: see vec.h.
 //
 //     out[i][j] (+)= bias[j] + sum over terms of scale[j] * (sum over k of a(i, k) b(j, k))
 //
@@ -10,25 +10,27 @@
 
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace tokenfusion {
 
-// Element (i, k) is at i * line_stride + k * depth_stride, in elements; one of both is 1. With line_offsets (and a
-// depth_stride of 1), line i begins at line_offsets[i] instead.
-struct ProductLines {
+// Element (i, k) is at i * line_stride + k * depth_stride, in elements; one of the two strides is 1. With line_offsets
+// (and a depth_stride of 1), line i begins at line_offsets[i] instead.
+struct GemmLines {
   const void* data;
   int64_t line_stride, depth_stride;
   const int64_t* line_offsets;  // or null
 };
 
-struct ProductTerm {
-  ProductLines a;
+struct GemmTerm {
+  GemmLines a;
   int64_t depth;
   const void* b;       // packed
   const float* scale;  // [columns], or null for ones
 };
 
-struct ProductCall {
-  const ProductTerm* terms;
+struct GemmCall {
+  const GemmTerm* terms;
   int64_t count, rows, columns;
   const float* bias;  // [columns], or null for zeros
   void* out;          // row i at i * out_stride, or at out_offsets[i]
@@ -42,27 +44,19 @@ struct ProductCall {
   void* scratch;  // scratch_bytes(the sum of the terms' depths, count), aligned to 64 bytes
 };
 
-struct ProductKernels {
+struct GemmKernels {
   struct ForDtype {
-    int64_t rows;   // that are computed together
-    int64_t panel;  // columns that are packed together: b from column j on, a multiple of it, begins at bytes(j, depth)
-    int64_t (*bytes)(int64_t columns, int64_t depth);                                   // of b packed
-    void (*pack)(const ProductLines& b, int64_t columns, int64_t depth, void* packed);  // aligned to 64 bytes
+    int64_t rows;   // rows that are computed together
+    int64_t panel;  // columns that are packed together: where j is a multiple, b from column j on is at bytes(j, depth)
+    int64_t (*bytes)(int64_t columns, int64_t depth);                                // of b packed
+    void (*pack)(const GemmLines& b, int64_t columns, int64_t depth, void* packed);  // aligned to 64 bytes
     int64_t (*scratch_bytes)(int64_t depth, int64_t terms);
-    void (*run)(const ProductCall&);
+    void (*run)(const GemmCall&);
   };
   ForDtype float32, bfloat16;
   bool (*takes_bfloat16)();  // whether there are instructions for pairs, and no tiles (AMX), which PyTorch uses
 };
 
-namespace isa_default {
-extern const ProductKernels product;
-}
-namespace isa_avx2 {
-extern const ProductKernels product;
-}
-namespace isa_avx512 {
-extern const ProductKernels product;
-}
+TOKENFUSION_DECLARE_KERNELS(GemmKernels, gemm)
 
 }  // namespace tokenfusion

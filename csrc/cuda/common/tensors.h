@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../../common/tensors.h"
 #include "dtype.h"
 
 namespace tokenfusion {
@@ -16,7 +17,7 @@ inline int64_t attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-inline Dtype dtype_of(const char* name, const at::Tensor& tensor) {
+inline Dtype dtype_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
       return Dtype::kFloat32;
@@ -30,7 +31,7 @@ inline Dtype dtype_of(const char* name, const at::Tensor& tensor) {
 }
 
 // Whether what lies along the innermost dimension is contiguous and begins at multiples of 16 bytes.
-inline bool has_aligned_rows(const at::Tensor& tensor) {
+inline bool has_aligned_rows(const Tensor& tensor) {
   bool aligned = tensor.stride(-1) == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   for (int64_t i = 0; i < tensor.dim() - 1; ++i)
     aligned = aligned && (tensor.size(i) == 1 || tensor.stride(i) * tensor.element_size() % 16 == 0);

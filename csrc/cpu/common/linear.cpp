@@ -11,9 +11,6 @@
 namespace tokenfusion {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 // The operator that torch.compile calls for oneDNN's product; there is no header of it.
 typedef Tensor OneDnnProduct(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view,
                              c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
@@ -30,12 +27,12 @@ const c10::TypedOperatorHandle<OneDnnProduct>* onednn_product() {
 }  // namespace
 
 Tensor linear(Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  // oneDNN's operator reads a bias as contiguous, whatever its strides. In bfloat16 PyTorch's own product is oneDNN's, too. A weight in oneDNN's own order would be faster by some per
-  // cent, but other numbers of rows than it was made for get oneDNN's reference code, which is slower by orders of
-  // magnitude.
-  const bool onednn = x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() && onednn_product();
-  const OptionalTensor contiguous = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
-  if (onednn) return onednn_product()->call(x, weight, contiguous, "none", c10::List<std::optional<at::Scalar>>(), "");
+  // In bfloat16 PyTorch's own product is oneDNN's, too. A weight in oneDNN's own order would be a few percent faster,
+  // but other numbers of rows than it was made for get oneDNN's reference code, which is slower by orders of magnitude.
+  if (x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() && onednn_product()) {
+    const OptionalTensor read = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;  // whatever its strides
+    return onednn_product()->call(x, weight, read, "none", c10::List<std::optional<at::Scalar>>(), "");
+  }
   return bias ? at::addmm_out(out, *bias, x, weight.t()) : at::mm_out(out, x, weight.t());
 }
 
