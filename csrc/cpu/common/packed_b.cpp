@@ -8,6 +8,11 @@
 #include "huge_pages.h"
 
 namespace tokenfusion {
+namespace {
+
+constexpr int64_t kWorkPerThread = 1 << 14;  // elements below which threads do not pay
+
+}  // namespace
 
 bool gemm_takes(at::ScalarType dtype) {
   return dtype == at::kFloat || (dtype == at::kBFloat16 && TOKENFUSION_KERNELS(gemm).takes_bfloat16());
@@ -27,7 +32,8 @@ PackedB::PackedB(const GemmKernels::ForDtype& kernels, const Tensor& matrix_, in
   const Tensor matrix = with_lines(matrix_);
   const int64_t bytes = kernels.bytes(columns_, depth_), panels = at::divup(columns_, kernels.panel);
   packed_ = in_huge_pages(at::empty({runs * bytes}, matrix.options().dtype(at::kByte)));
-  at::parallel_for(0, runs * panels, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = at::divup(kWorkPerThread, std::max<int64_t>(kernels.panel * depth_, 1));
+  at::parallel_for(0, runs * panels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % panels * kernels.panel, column = i / panels * columns_ + first;
       const void* data =
