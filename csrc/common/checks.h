@@ -1,5 +1,5 @@
 // What the operators ask of tensors whose memory they read by themselves, on every device. The public functions have
-// checked all of it; who calls an operator directly gets an error, too.
+// checked all of it; whoever calls an operator directly gets an error, too.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -48,7 +48,8 @@ void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor&
 
 Tensor flat(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
 
-// Tokens a block, so that every thread gets as many blocks; all tokens where the matrix products have to be shared.
+// Tokens of a block, such that all threads get equally many blocks; all tokens where threads have to share the
+// products.
 int64_t block_of(int64_t tokens) {
   tokens = std::max<int64_t>(tokens, 1);
   const int64_t threads = at::get_num_threads(), per_thread = at::divup(tokens, threads);
@@ -120,8 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   const int64_t sums = at::divup(block, kRowsPerSum);  // of a block
   Tensor grad_bias_in = at::zeros({at::divup(tokens, block) * sums, features}, accumulation);
 
-  // For a chunk of tokens, inner holds the gradient of the hidden layer, then the activated hidden layer; outer holds x,
-  // then the gradient of y.
+  // For a chunk of tokens, inner holds the gradient of the hidden layer, then the activated hidden layer; outer holds
+  // x, then the gradient of y.
   const Tensor inner = at::empty({2 * chunk, features}, x.options());
   const Tensor outer = at::empty({needed[1] ? 2 * chunk : 0, channels}, x.options());
   const Tensor product = at::empty_like(grad_weight, x.options());

@@ -13,8 +13,9 @@ TF_INLINE void put(T* p, Vec<A> v, int64_t count) {
   store_lanes(p, v, count);
 }
 
-// A fine row of `scale` rows of the tile. Of group rows, the vector i holds, where group == scale, the values from
-// i * lanes on of the fine row from x * scale on; where it does not, group == lanes, and those of coarse pixel x + i.
+// A fine row is made of `scale` rows of the tile, `group` at a time, which give as many vectors. Where group == scale,
+// vector i holds the values from i * lanes on of the fine row from x * scale on; elsewhere group == lanes, and vector i
+// holds values of coarse pixel x + i.
 template <typename A, int scale>
 struct FineRow {
   static constexpr int lanes = VecOf<A>::lanes;

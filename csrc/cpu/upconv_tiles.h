@@ -71,7 +71,7 @@ class UpconvTiles {
   // Fine pixels of the block's rows as matrices [pixels, channels]; of a map like this one, they are views of it.
   std::vector<Tensor> fine_matrices(const Tensor& map, const UpconvBlock& block) const;
 
-  // A gradient of x, whose blocks set_pixels fills with a b.
+  // A gradient of x, whose blocks set_pixels fills with the products a b.
   Tensor empty_pixels() const;
   void set_pixels(const Tensor& pixels, const UpconvBlock& block, const Tensor& a, const Tensor& b) const;
 

@@ -4,7 +4,7 @@
 // products with its tokens. All products are made by the tensor cores. Logits and probabilities never reach memory; the
 // backward kernels make them again.
 //
-// Numbers that move and operations, per row, with w = D / S; each kernel also reads the K of compressed and, from the
+// Numbers moved and operations, per row, with w = D / S; each kernel also reads the K of compressed and, from the
 // cache, K N^2 / 16 of the weight, and generates, 2 K N^2 operations:
 //   forward          reads N w of x, writes N w (once for 16 targets where a segment does not fit into shared memory);
 //                    mixes, 2 N^2 w
@@ -20,7 +20,7 @@
 namespace tokenfusion {
 namespace dynamic_mixing {
 
-// What all kernels do, by a block and, in it, by the warp of a row.
+// What all kernels share: the work of a block and, in it, of each row's warp.
 template <typename T>
 struct Block {
   typedef Matrix<T> M;
@@ -170,8 +170,8 @@ struct Block {
     }
   }
 
-  // Turns the logits of this warp's row into exponentials, whose sum over the sources goes to scale(). Half of the
-  // sources each for two lanes a target.
+  // Turns the logits of this warp's row into exponentials, the inverse of whose sum over the sources goes to scale().
+  // Two lanes share a target, with half of the sources each.
   TF_DEVICE void weigh() {
     float* const column = logits() + lane % kTargets;
     float maximum = -kInfinity, sum = 0;

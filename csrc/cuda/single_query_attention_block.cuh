@@ -88,8 +88,8 @@ struct Kernel {
     commit_copies();
   }
 
-  // Copies rows [queries, channels] to s.operands, padded with zeros, and takes their sums. Of every 8 rows in
-  // `interleave` times 8 the first 8 from `first` on are filled.
+  // Copies rows [queries, channels] to s.operands, padded with zeros, and takes their sums. Of every
+  // 8 * interleave rows of s.operands it fills 8, from `first` on.
   TF_DEVICE void fill_operands(const void* rows, int64_t stride, int first, int interleave) {
     const int all_warps = warps * groups;
     for (int q = group * warps + warp; q < kQueries; q += all_warps) {
@@ -238,8 +238,8 @@ struct Kernel {
     }
   }
 
-  // The frame of both directions: before() with the block's operands, the steps of every tile, after() with the results
-  // of all groups in shared memory.
+  // The frame of both directions: begin(), which fills in the block's operands; the steps of every tile; finish(), with
+  // the results of all groups in shared memory.
   template <typename Direction>
   TF_DEVICE void run(Direction& direction) {
     float sums[kUnits][kQueryTiles][4] = {};

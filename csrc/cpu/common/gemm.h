@@ -36,7 +36,7 @@ struct GemmCall {
   void* out;          // row i at i * out_stride, or at out_offsets[i]
   int64_t out_stride;
   const int64_t* out_offsets;  // or null
-  // With run_offsets, `runs` matrices b of as many columns are packed one after the other, at multiples of
+  // With run_offsets, `runs` matrices b of that many columns each are packed one after the other, at multiples of
   // bytes(columns, depth), and the product with b number r is written at run_offsets[r] from there.
   int64_t runs;
   const int64_t* run_offsets;  // or null

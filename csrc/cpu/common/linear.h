@@ -1,4 +1,5 @@
-// x W^T + b by whichever of PyTorch's libraries is the faster one for it.
+// x W^T + b by whichever of PyTorch's libraries is the faster one for it. The package's `linear` does the same for
+// whole layers in Python, where this extension may be missing.
 #pragma once
 
 #include "../../common/tensors.h"

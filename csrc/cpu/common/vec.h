@@ -282,7 +282,7 @@ TF_INLINE void deinterleave(Vec<A> (&v)[n]) {
 
 TF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// f(channel, how many lanes of the vector there are real) over the vectors of a row.
+// f(channel, how many lanes of its vector are in the row) over the vectors of a row.
 template <typename A, typename F>
 TF_INLINE void each_vector(int64_t channels, F f) {
   constexpr int lanes = VecOf<A>::lanes;

@@ -73,7 +73,7 @@ struct Matrix {
     return {{upper.x[2 * step], lower.x[2 * step], upper.x[2 * step + 1], lower.x[2 * step + 1]}};
   }
   static TF_DEVICE B vector_b(const Vector& column, int step) { return {{column.x[2 * step], column.x[2 * step + 1]}}; }
-  // a of numbers (i, k) -> float, that in row lane / 4 + 8 i and column k
+  // a with number(i, k) in row lane / 4 + 8 i and column k
   template <typename Number>
   static TF_DEVICE A make_a(Number number) {
     const int column = lane_index() % 4 * 2;
