@@ -84,14 +84,9 @@ class DynaMixerOp(OwnLayer, nn.Module):
         Raises:
             ValueError: another number of tokens or channels than the layer was made for.
         """
-        if not symbolic(x) and (x.shape[dim] != self.seq_len or x.shape[3] != self.dim):
-            raise ValueError(
-                f"x: got shape {list(x.shape)}, expected N = {self.seq_len} tokens along dimension {dim} and "
-                f"D = {self.dim} channels"
-            )
         if self.generator == "dynamic" and self.fuses():
-            weights = self.compress.weight, self.compress.bias, self.generate.weight, self.generate.bias
-            return dynamic_mixing(x, *weights, segments=self.num_head, dim=dim)
+            return self._mix_fused(x, dim)
+        self._check(x, dim)
         x = x.movedim(dim, 2)
         return apply_mixing(x, self.matrices(x)).movedim(2, dim)
 
@@ -114,6 +109,21 @@ class DynaMixerOp(OwnLayer, nn.Module):
         if torch.jit.is_scripting():
             return self.plain_forward(x)
         return self.out(self.mix(x.unsqueeze(1), 2).squeeze(1))
+
+    def _fused(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self._mix_fused(x.unsqueeze(1), 2).squeeze(1))
+
+    def _mix_fused(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        self._check(x, dim)
+        weights = self.compress.weight, self.compress.bias, self.generate.weight, self.generate.bias
+        return dynamic_mixing(x, *weights, segments=self.num_head, dim=dim)
+
+    def _check(self, x: torch.Tensor, dim: int) -> None:
+        if not symbolic(x) and (x.shape[dim] != self.seq_len or x.shape[3] != self.dim):
+            raise ValueError(
+                f"x: got shape {list(x.shape)}, expected N = {self.seq_len} tokens along dimension {dim} and "
+                f"D = {self.dim} channels"
+            )
 
 
 class DynaMixerBlock(OwnLayer, nn.Module):
@@ -185,8 +195,10 @@ class DynaMixerBlock(OwnLayer, nn.Module):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x)
+        if self.fuses():
+            return self._fused(x)
         self._check(x)
-        return self._fused(x) if self.fuses() else self.plain_forward(x)
+        return self.plain_forward(x)
 
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
@@ -227,6 +239,7 @@ class DynaMixerBlock(OwnLayer, nn.Module):
             )
 
     def _fused(self, x: torch.Tensor) -> torch.Tensor:
+        self._check(x)
         x, *tensors = autocast(x, *self._tensors())
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._run(x, *tensors)
