@@ -1,6 +1,8 @@
 """Registration with PyTorch's dispatcher, in the one shape that every operator of the package has."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch._library.autograd import Info, make_autograd_impl
@@ -11,21 +13,68 @@ from torch.utils.flop_counter import register_flop_formula
 LIBRARY = torch.library.Library("tokenfusion", "DEF")
 
 
-def define(
-    name: str, schema: str, *, fake: Callable, setup_context: Callable, backward: Callable, flops: Callable[..., int]
-) -> Callable:
-    """Declare tokenfusion::name with its shapes (fake) and its gradient; devices add their kernels to it.
+@dataclass(frozen=True)
+class Form:
+    """What is the same for an operator on every backend, and for its backward, which is an operator, too.
 
-    Args:
-        schema: arguments and results, as in "(Tensor x) -> Tensor".
-        fake: returns empty results with the shapes, strides and dtypes of the real ones.
-        setup_context, backward: as in torch.library.register_autograd.
-        flops: as of `define_without_gradient`.
+    schema: arguments and results, as in "(Tensor x) -> Tensor". The last argument of a backward is bool[n] needed: which
+        of its n results are wanted; the others are empty.
+    fake: returns empty results with the shapes, strides and dtypes of the real ones.
+    flops: of the shapes of the arguments, how many floating-point operations the matrix products take; see
+        torch.utils.flop_counter.register_flop_formula.
+    save: keeps in a context what `gradients` takes, as setup_context in torch.library.register_autograd.
+    gradients: those of the first arguments, in their order. An operator's takes its context, its backward as a function
+        of the arguments in its schema, and the gradients of its results, None for one that has none and never all
+        None; a backward's takes its context and the gradients of its results.
+    """
+
+    schema: str
+    fake: Callable
+    flops: Callable[..., int]
+    save: Callable
+    gradients: Callable
+
+
+def define_differentiable(name: str, backends: Sequence[str], forward: Form, backward: Form) -> dict[str, Callable]:
+    """Declares tokenfusion::<name>_<backend> and <name>_backward_<backend> for each backend; devices add kernels to them.
 
     Returns:
-        The operator, to be called.
+        The operators by backend, to be called.
     """
-    call, op = _declare(name, schema, fake, flops)
+    return {backend: _define_pair(name, backend, forward, backward) for backend in backends}
+
+
+def _define_pair(name: str, backend: str, forward: Form, backward: Form) -> Callable:
+    def save_backward(ctx, inputs, output):
+        *arguments, ctx.needed = inputs
+        ctx.set_materialize_grads(False)
+        backward.save(ctx, arguments, output)
+
+    def second_gradients(ctx, *grad_grads):
+        wanted = [grad if needed else None for grad, needed in zip(grad_grads, ctx.needed, strict=True)]
+        return _of_all_arguments(ctx, backward.gradients(ctx, *wanted))
+
+    def save_forward(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        forward.save(ctx, inputs, output)
+
+    def gradients(ctx, *grads):
+        absent = all(grad is None for grad in grads)
+        return _of_all_arguments(ctx, () if absent else forward.gradients(ctx, run_backward, *grads))
+
+    backward_name = f"{name}_backward_{backend}"
+    _define(backward_name, backward, save_backward, second_gradients)
+    run_backward = getattr(torch.ops.tokenfusion, backward_name).default
+    return _define(f"{name}_{backend}", forward, save_forward, gradients)
+
+
+def _of_all_arguments(ctx, grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+    """None for those that none is wanted of, and for the arguments that are no tensors."""
+    return tuple(grad if wanted else None for grad, wanted in zip_longest(grads, ctx.needs_input_grad))
+
+
+def _define(name: str, form: Form, setup_context: Callable, backward: Callable) -> Callable:
+    call, op = _declare(name, form.schema, form.fake, form.flops)
     differentiate = make_autograd_impl(op, Info(backward, setup_context))
 
     def autograd(keyset, *args):
@@ -39,11 +88,10 @@ def define(
 def define_without_gradient(
     name: str, schema: str, *, flops: Callable[..., int], fake: Callable = lambda *args: None
 ) -> Callable:
-    """`define` for an operator that no gradient can be recorded of, such as one that writes to its arguments.
+    """Declares tokenfusion::name, of which no gradient can be recorded, such as one that writes to its arguments.
 
     Args:
-        flops: of the shapes of the arguments, how many floating-point operations the matrix products take; see
-            torch.utils.flop_counter.register_flop_formula.
+        schema, fake, flops: as of a `Form`.
     """
     call, op = _declare(name, schema, fake, flops)
 

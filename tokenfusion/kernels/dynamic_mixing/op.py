@@ -10,7 +10,7 @@ from tokenfusion.kernels.checks import autocast, check_floating, check_rank, che
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.dynamic_mixing import flops, reference
 from tokenfusion.kernels.dynamic_mixing.shapes import empty_gradients, empty_mean
-from tokenfusion.kernels.library import define, second_order
+from tokenfusion.kernels.library import Form, define_differentiable, second_order
 
 MAX_TOKENS = 64
 MAX_REDUCED = 16
@@ -43,65 +43,37 @@ def _fake_backward(grad_mixed, grad_mean, x, compressed, generate_weight, genera
     return empty_gradients((x, compressed, generate_weight, generate_bias), needed)
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     *tensors, ctx.segments, ctx.dim, ctx.with_mean = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
 
-def _backward_through(backend: str):
-    def backward(ctx, grad_mixed, grad_mean):
-        tensors = ctx.saved_tensors
-        grad_mean = grad_mean if ctx.with_mean else None
-        if grad_mixed is None and grad_mean is None:
-            return (None,) * 7
-        if grad_mixed is None:
-            grad_mixed = torch.zeros((), dtype=tensors[0].dtype, device=tensors[0].device).expand_as(tensors[0])
-        needed = ctx.needs_input_grad[:4]
-        run_backward = getattr(torch.ops.tokenfusion, f"dynamic_mixing_backward_{backend}").default
-        grads = run_backward(grad_mixed, grad_mean, *tensors, ctx.segments, ctx.dim, needed)
-        return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None, None, None
-
-    return backward
+def _gradients(ctx, run_backward, grad_mixed, grad_mean):
+    x, *rest = ctx.saved_tensors
+    grad_mean = grad_mean if ctx.with_mean else None
+    if grad_mixed is None:
+        grad_mixed = torch.zeros((), dtype=x.dtype, device=x.device).expand_as(x)
+    return run_backward(grad_mixed, grad_mean, x, *rest, ctx.segments, ctx.dim, ctx.needs_input_grad[:4])
 
 
-def _setup_double_backward(ctx, inputs, output):
-    grad_mixed, grad_mean, *tensors, ctx.segments, ctx.dim, ctx.needed = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_mixed, grad_mean, *tensors)
+def _save_backward(ctx, inputs, output):
+    *tensors, ctx.segments, ctx.dim = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _double_backward(ctx, *grad_grads):
+def _second_gradients(ctx, *grad_grads):
     grad_mixed, grad_mean, *inputs = ctx.saved_tensors
-
-    def definition(*tensors):
-        return reference.mix(*tensors, segments=ctx.segments, dim=ctx.dim)
-
     tokens = grad_mixed.shape[1] * grad_mixed.shape[2]
     total = grad_mixed if grad_mean is None else grad_mixed + grad_mean[:, None, None] / tokens
-    wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
-    of_total, *grads = second_order(definition, total, inputs, wanted)
+    definition = functools.partial(reference.mix, segments=ctx.segments, dim=ctx.dim)
+    of_total, *grads = second_order(definition, total, inputs, grad_grads)
     of_mean = None if grad_mean is None or of_total is None else of_total.mean(dim=(1, 2))
-    return of_total, of_mean, *grads, None, None, None
+    return of_total, of_mean, *grads
 
 
-def _define(backend: str):
-    define(
-        f"dynamic_mixing_backward_{backend}",
-        _BACKWARD_SCHEMA,
-        fake=_fake_backward,
-        setup_context=_setup_double_backward,
-        backward=_double_backward,
-        flops=flops.backward,
-    )
-    return define(
-        f"dynamic_mixing_{backend}",
-        _SCHEMA,
-        fake=_fake,
-        setup_context=_setup_context,
-        backward=_backward_through(backend),
-        flops=flops.forward,
-    )
+_FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
+_BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
+_KERNELS = define_differentiable("dynamic_mixing", ("cpu", "triton", "cuda"), _FORWARD, _BACKWARD)
 
 
 def _run_reference(x, compressed, generate_weight, generate_bias, segments, dim, with_mean):
@@ -169,9 +141,9 @@ def _cuda_can_run(x, compressed, generate_weight, generate_bias, segments, dim) 
 
 OPERATOR = register(
     "dynamic_mixing",
-    Implementation("cuda", _define("cuda"), _cuda_can_run, automatic=False),
-    Implementation("triton", _define("triton"), _triton_can_run, automatic=False),
-    Implementation("cpu", _define("cpu"), _cpu_can_run),
+    Implementation("cuda", _KERNELS["cuda"], _cuda_can_run, automatic=False),
+    Implementation("triton", _KERNELS["triton"], _triton_can_run, automatic=False),
+    Implementation("cpu", _KERNELS["cpu"], _cpu_can_run),
     Implementation("reference", _run_reference, lambda *call: None),
 )
 triton_support.implement("dynamic_mixing")

@@ -7,7 +7,7 @@ import torch
 from tokenfusion.kernels import extension, triton_support
 from tokenfusion.kernels.checks import autocast_like, check_floating, check_rank, check_same, symbolic
 from tokenfusion.kernels.dispatch import Implementation, register
-from tokenfusion.kernels.library import define, second_order
+from tokenfusion.kernels.library import Form, define_differentiable, second_order
 from tokenfusion.kernels.single_query_attention import flops, reference
 from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, statistics_dtype
 
@@ -37,64 +37,36 @@ def _fake_backward(grad_context, query, tokens, extra_token, context, log_sum_ex
     return empty_gradients(query, tokens, extra_token, needed)
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     query, tokens, extra_token, ctx.normalize, ctx.eps = inputs
     context, log_sum_exp = output
     ctx.mark_non_differentiable(log_sum_exp)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, tokens, extra_token, context, log_sum_exp)
 
 
-def _backward_through(backend: str):
-    def backward(ctx, grad_context, _):
-        if grad_context is None:
-            return None, None, None, None, None
-        needed = ctx.needs_input_grad[:3]
-        run_backward = getattr(torch.ops.tokenfusion, f"single_query_attention_backward_{backend}").default
-        query, tokens, extra_token, context, log_sum_exp = ctx.saved_tensors
-        grads = run_backward(
-            grad_context, query, tokens, extra_token, context, log_sum_exp, ctx.normalize, ctx.eps, needed
-        )
-        return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None, None
-
-    return backward
+def _gradients(ctx, run_backward, grad_context, _):
+    return run_backward(grad_context, *ctx.saved_tensors, ctx.normalize, ctx.eps, ctx.needs_input_grad[:3])
 
 
-def _setup_double_backward(ctx, inputs, output):
-    grad_context, query, tokens, extra_token, _, _, ctx.normalize, ctx.eps, ctx.needed = inputs
-    ctx.set_materialize_grads(False)
+def _save_backward(ctx, inputs, output):
+    grad_context, query, tokens, extra_token, _, _, ctx.normalize, ctx.eps = inputs
     ctx.save_for_backward(grad_context, query, tokens, extra_token)
 
 
-def _double_backward(ctx, *grad_grads):
-    def definition(query, tokens, extra_token):
-        return reference.single_query_attention(query, tokens, extra_token, normalize=ctx.normalize, eps=ctx.eps)
-
+def _second_gradients(ctx, *grad_grads):
+    definition = functools.partial(reference.single_query_attention, normalize=ctx.normalize, eps=ctx.eps)
     grad_context, *inputs = ctx.saved_tensors
-    wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
-    return *second_order(definition, grad_context, inputs, wanted), None, None, None, None, None
+    return second_order(definition, grad_context, inputs, grad_grads)
 
 
-def _define(backend: str):
-    define(
-        f"single_query_attention_backward_{backend}",
-        _BACKWARD_SCHEMA,
-        fake=_fake_backward,
-        setup_context=_setup_double_backward,
-        backward=_double_backward,
-        flops=flops.backward,
-    )
-    forward = define(
-        f"single_query_attention_{backend}",
-        _SCHEMA,
-        fake=_fake,
-        setup_context=_setup_context,
-        backward=_backward_through(backend),
-        flops=flops.forward,
-    )
+_FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
+_BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
+_KERNELS = define_differentiable("single_query_attention", ("cpu", "triton", "cuda"), _FORWARD, _BACKWARD)
 
-    def run(query, tokens, extra_token, normalize, eps):
-        return forward(query, tokens, extra_token, normalize, eps)[0]
+
+def _run_on(backend: str):
+    def run(*call):
+        return _KERNELS[backend](*call)[0]
 
     return run
 
@@ -177,9 +149,9 @@ def _cuda_can_run(query, tokens, extra_token) -> str | None:
 
 OPERATOR = register(
     "single_query_attention",
-    Implementation("cuda", _define("cuda"), _cuda_can_run, automatic=False),
-    Implementation("triton", _define("triton"), _triton_can_run, automatic=False),
-    Implementation("cpu", _define("cpu"), _cpu_can_run),
+    Implementation("cuda", _run_on("cuda"), _cuda_can_run, automatic=False),
+    Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
+    Implementation("cpu", _run_on("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda query, tokens, extra_token: None),
 )
 triton_support.implement("single_query_attention")

@@ -1,11 +1,13 @@
 """tied_ffn: argument checks, registration, autograd and the public function."""
 
+import functools
+
 import torch
 
 from tokenfusion.kernels import extension, triton_support
 from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
 from tokenfusion.kernels.dispatch import Implementation, register
-from tokenfusion.kernels.library import define, second_order
+from tokenfusion.kernels.library import Form, define_differentiable, second_order
 from tokenfusion.kernels.tied_ffn import flops, reference
 from tokenfusion.kernels.tied_ffn.shapes import empty_gradients, empty_outputs
 
@@ -31,65 +33,39 @@ def _fake_backward(grad_y, x, weight, bias_in, hidden, activation, needed):
     return empty_gradients(x, weight, needed)
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, weight, bias_in, _, ctx.activation, _ = inputs
     hidden = output[1]
     ctx.mark_non_differentiable(hidden)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias_in, hidden)
 
 
-def _backward_through(backend: str):
-    def backward(ctx, grad_y, _):
-        if grad_y is None:
-            return (None,) * 6
-        needed = ctx.needs_input_grad[:4]
-        run_backward = getattr(torch.ops.tokenfusion, f"tied_ffn_backward_{backend}").default
-        grads = run_backward(grad_y, *ctx.saved_tensors, ctx.activation, needed)
-        return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None, None
-
-    return backward
+def _gradients(ctx, run_backward, grad_y, _):
+    return run_backward(grad_y, *ctx.saved_tensors, ctx.activation, ctx.needs_input_grad[:4])
 
 
-def _setup_double_backward(ctx, inputs, output):
-    grad_y, x, weight, bias_in, _, ctx.activation, ctx.needed = inputs
-    ctx.set_materialize_grads(False)
+def _save_backward(ctx, inputs, output):
+    grad_y, x, weight, bias_in, _, ctx.activation = inputs
     ctx.save_for_backward(grad_y, x, weight, bias_in)
 
 
-def _double_backward(ctx, *grad_grads):
-    def definition(x, weight, bias_in, bias_out):
-        return reference.tied_ffn(x, weight, bias_in, bias_out, activation=ctx.activation)
-
+def _second_gradients(ctx, *grad_grads):
     grad_y, x, weight, bias_in = ctx.saved_tensors
     bias_out = x.new_zeros(x.shape[-1])  # no gradient depends on its value
-    wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
-    *grads, _ = second_order(definition, grad_y, (x, weight, bias_in, bias_out), wanted)
-    return *grads, None, None, None
+    definition = functools.partial(reference.tied_ffn, activation=ctx.activation)
+    return second_order(definition, grad_y, (x, weight, bias_in, bias_out), grad_grads)[:4]
 
 
-def _define(backend: str):
-    define(
-        f"tied_ffn_backward_{backend}",
-        _BACKWARD_SCHEMA,
-        fake=_fake_backward,
-        setup_context=_setup_double_backward,
-        backward=_double_backward,
-        flops=flops.backward,
-    )
-    forward = define(
-        f"tied_ffn_{backend}",
-        _SCHEMA,
-        fake=_fake,
-        setup_context=_setup_context,
-        backward=_backward_through(backend),
-        flops=flops.forward,
-    )
+_FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
+_BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
+_KERNELS = define_differentiable("tied_ffn", ("cpu", "triton"), _FORWARD, _BACKWARD)
 
+
+def _run_on(backend: str):
     def run(x, weight, bias_in, bias_out, activation, recompute):
         tensors = (x, weight, bias_in, bias_out)
         hold = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return forward(*tensors, activation, hold)[0]
+        return _KERNELS[backend](*tensors, activation, hold)[0]
 
     return run
 
@@ -117,8 +93,8 @@ def _triton_can_run(x, weight, bias_in, bias_out) -> str | None:
 
 OPERATOR = register(
     "tied_ffn",
-    Implementation("triton", _define("triton"), _triton_can_run, automatic=False),
-    Implementation("cpu", _define("cpu"), _cpu_can_run),
+    Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
+    Implementation("cpu", _run_on("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda x, weight, bias_in, bias_out: None),
 )
 triton_support.implement("tied_ffn")

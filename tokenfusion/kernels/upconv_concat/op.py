@@ -5,7 +5,7 @@ import torch
 from tokenfusion.kernels import extension, triton_support
 from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
 from tokenfusion.kernels.dispatch import Implementation, register
-from tokenfusion.kernels.library import define, define_without_gradient, second_order
+from tokenfusion.kernels.library import Form, define_differentiable, define_without_gradient, second_order
 from tokenfusion.kernels.upconv_concat import flops, reference
 from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
 
@@ -33,7 +33,7 @@ def _fake_backward(grad_up, x, weight, needed):
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, weight, _, skip, skip_first, _ = inputs
     up_channels, skip_channels = weight.shape[1], 0 if skip is None else skip.shape[1]
     ctx.up = (skip_channels if skip_first else 0, up_channels)
@@ -41,55 +41,35 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight)
 
 
-def _backward_through(backend: str):
-    def backward(ctx, grad_out):
-        needed = ctx.needs_input_grad[:3]
-        grad_skip = grad_out.narrow(1, *ctx.skip) if ctx.needs_input_grad[3] else None
-        grads = (None, None, None)
-        if any(needed):
-            run_backward = getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{backend}").default
-            grads = run_backward(grad_out.narrow(1, *ctx.up), *ctx.saved_tensors, needed)
-            grads = tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
-        return *grads, grad_skip, None, None
-
-    return backward
+def _gradients(ctx, run_backward, grad_out):
+    *needed, needs_skip = ctx.needs_input_grad[:4]
+    grads = (None, None, None)
+    if any(needed):
+        grads = run_backward(grad_out.narrow(1, *ctx.up), *ctx.saved_tensors, needed)
+    return *grads, grad_out.narrow(1, *ctx.skip) if needs_skip else None
 
 
-def _setup_double_backward(ctx, inputs, output):
-    grad_up, x, weight, ctx.needed = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_up, x, weight)
+def _save_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
 
 
-def _double_backward(ctx, *grad_grads):
+def _second_gradients(ctx, *grad_grads):
     grad_up, x, weight = ctx.saved_tensors
     inputs = x, weight, x.new_zeros(weight.shape[1])  # the bias, whose value does not matter
-    wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
-    return *second_order(reference.up_as_product, grad_up, inputs, wanted)[:3], None
+    return second_order(reference.up_as_product, grad_up, inputs, grad_grads)[:3]
 
 
-def _define(backend: str):
-    define(
-        f"upconv_concat_backward_{backend}",
-        _BACKWARD_SCHEMA,
-        fake=_fake_backward,
-        setup_context=_setup_double_backward,
-        backward=_double_backward,
-        flops=flops.backward,
-    )
-    forward = define(
-        f"upconv_concat_{backend}",
-        _SCHEMA,
-        fake=_fake,
-        setup_context=_setup_context,
-        backward=_backward_through(backend),
-        flops=flops.forward,
-    )
+_FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
+_BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
+_KERNELS = define_differentiable("upconv_concat", ("cpu", "triton"), _FORWARD, _BACKWARD)
+
+
+def _run_on(backend: str):
     write = define_without_gradient(f"upconv_concat_out_{backend}", _OUT_SCHEMA, flops=flops.forward)
 
     def run(x, weight, bias, skip, skip_first, out):
         if out is None:
-            return forward(x, weight, bias, skip, skip_first, gives_channels_last(x, skip))
+            return _KERNELS[backend](x, weight, bias, skip, skip_first, gives_channels_last(x, skip))
         write(x, weight, bias, skip, skip_first, out)
         return out
 
@@ -124,8 +104,8 @@ def triton_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
 
 OPERATOR = register(
     "upconv_concat",
-    Implementation("triton", _define("triton"), triton_can_run, automatic=False),
-    Implementation("cpu", _define("cpu"), cpu_can_run),
+    Implementation("triton", _run_on("triton"), triton_can_run, automatic=False),
+    Implementation("cpu", _run_on("cpu"), cpu_can_run),
     Implementation("reference", _run_reference, lambda x, weight: None),
 )
 triton_support.implement("upconv_concat", "out")

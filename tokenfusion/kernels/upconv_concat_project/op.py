@@ -5,7 +5,7 @@ import torch
 from tokenfusion.kernels import triton_support
 from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
 from tokenfusion.kernels.dispatch import Implementation, register, transform
-from tokenfusion.kernels.library import define, second_order
+from tokenfusion.kernels.library import Form, define_differentiable, second_order
 from tokenfusion.kernels.upconv_concat.op import check_upconv, cpu_can_run, triton_can_run
 from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
 from tokenfusion.kernels.upconv_concat_project import flops, reference
@@ -35,74 +35,50 @@ def _fake_backward(grad_out, x, weight, skip, proj_up, proj_skip, needed):
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, weight, _, skip, proj_up, proj_skip, _ = inputs
     ctx.adds_skip = skip is not None and proj_skip is None
     ctx.save_for_backward(x, weight, None if ctx.adds_skip else skip, proj_up, proj_skip)
 
 
-def _backward_through(backend: str):
-    def backward(ctx, grad_out):
-        needed = list(ctx.needs_input_grad[:6])
-        grad_skip = grad_out if ctx.adds_skip and needed[3] else None
-        if ctx.adds_skip:
-            needed[3] = False
-        grads = [None] * 6
-        if any(needed):
-            name = f"upconv_concat_project_backward_{backend}"
-            grads = getattr(torch.ops.tokenfusion, name).default(grad_out, *ctx.saved_tensors, needed)
-            grads = [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
-        if grad_skip is not None:
-            grads[3] = grad_skip
-        return *grads, None
-
-    return backward
+def _gradients(ctx, run_backward, grad_out):
+    needed, grads = list(ctx.needs_input_grad[:6]), [None] * 6
+    if ctx.adds_skip:
+        needed[3] = False
+    if any(needed):
+        grads = list(run_backward(grad_out, *ctx.saved_tensors, needed))
+    if ctx.adds_skip:
+        grads[3] = grad_out
+    return grads
 
 
-def _setup_double_backward(ctx, inputs, output):
-    *tensors, ctx.needed = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+def _save_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
 
 
-def _double_backward(ctx, *grad_grads):
+def _second_gradients(ctx, *grad_grads):
     grad_out, x, weight, *others = ctx.saved_tensors
     inputs = x, weight, x.new_zeros(grad_out.shape[1]), *others  # the bias, whose value does not matter
-    wanted = [gg if needed else None for gg, needed in zip(grad_grads, ctx.needed, strict=True)]
-    grad_grad_out, grad_x, grad_weight, _, *rest = second_order(
-        reference.projected_sum_as_products, grad_out, inputs, wanted
-    )
-    return grad_grad_out, grad_x, grad_weight, *rest, None
+    grads = second_order(reference.projected_sum_as_products, grad_out, inputs, grad_grads)
+    return *grads[:3], *grads[4:]
 
 
-def _define(backend: str):
-    define(
-        f"upconv_concat_project_backward_{backend}",
-        _BACKWARD_SCHEMA,
-        fake=_fake_backward,
-        setup_context=_setup_double_backward,
-        backward=_double_backward,
-        flops=flops.backward,
-    )
-    forward = define(
-        f"upconv_concat_project_{backend}",
-        _SCHEMA,
-        fake=_fake,
-        setup_context=_setup_context,
-        backward=_backward_through(backend),
-        flops=flops.forward,
-    )
+_FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
+_BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
+_KERNELS = define_differentiable("upconv_concat_project", ("cpu", "triton"), _FORWARD, _BACKWARD)
 
+
+def _run_on(backend: str):
     def run(x, weight, bias, skip, proj_up, proj_skip):
-        return forward(x, weight, bias, skip, proj_up, proj_skip, gives_channels_last(x, skip))
+        return _KERNELS[backend](x, weight, bias, skip, proj_up, proj_skip, gives_channels_last(x, skip))
 
     return run
 
 
 OPERATOR = register(
     "upconv_concat_project",
-    Implementation("triton", _define("triton"), triton_can_run, automatic=False),
-    Implementation("cpu", _define("cpu"), cpu_can_run),
+    Implementation("triton", _run_on("triton"), triton_can_run, automatic=False),
+    Implementation("cpu", _run_on("cpu"), cpu_can_run),
     Implementation("reference", reference.upconv_projected_sum, lambda x, weight: None),
 )
 triton_support.implement("upconv_concat_project")
