@@ -13,7 +13,7 @@ TESTS = [
     "tests/models/test_crossvit.py::test_gradients_are_those_of_timm",
     "tests/surgery/test_families.py::test_drop_in[dtype0-False-cait]",
     "tests/single_query_attention/test_cpu.py::test_any_channels",
-    "tests/upconv_concat/test_cpu.py::test_both_orders_of_the_projection",
+    "tests/upconv/test_cpu.py::test_both_orders_of_the_projection",
     "tests/dynamic_mixing/test_cpu.py::test_any_segments",
     "tests/tied_ffn/test_cpu.py::test_any_widths",
 ]

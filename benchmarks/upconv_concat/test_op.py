@@ -6,8 +6,7 @@ from benchmarks import problem
 from benchmarks.problem import Problem, Variant
 from benchmarks.upconv_concat import cases
 from tokenfusion.kernels import upconv_concat, upconv_concat_project
-from tokenfusion.kernels.upconv_concat import reference
-from tokenfusion.kernels.upconv_concat_project import reference as project_reference
+from tokenfusion.kernels.upconv import reference
 
 CASES = {profile: [*cases.CASES[profile], *cases.PROJECTED[profile]] for profile in cases.CASES}
 
@@ -19,7 +18,7 @@ def test_op(case: cases.Case, run, request):
 def _problem(case: cases.Case, with_compile: bool) -> Problem:
     name = "upconv_concat_project" if case.Cp else "upconv_concat"
     op, definition = (
-        (upconv_concat_project, project_reference.upconv_concat_project)
+        (upconv_concat_project, reference.upconv_concat_project)
         if case.Cp
         else (upconv_concat, reference.upconv_concat)
     )

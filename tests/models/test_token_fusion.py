@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenfusion
 from tests.models.small import TOKEN_FUSION as SMALL
 from tests.parity import assert_runs
-from tokenfusion.kernels.upconv_concat_project import op as project_op
+from tokenfusion.kernels.upconv.project import op as project_op
 
 NAMES = ("late", "early", "layerwise")
 VARIANTS = [

@@ -3,7 +3,6 @@
 import functools
 import pickle
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from unittest import mock
 

@@ -3,8 +3,7 @@
 from tokenfusion.kernels.dynamic_mixing.op import dynamic_mixing
 from tokenfusion.kernels.single_query_attention.op import single_query_attention
 from tokenfusion.kernels.tied_ffn.op import tied_ffn
-from tokenfusion.kernels.upconv_concat.op import upconv_concat
-from tokenfusion.kernels.upconv_concat_project.op import upconv_add, upconv_concat_project
+from tokenfusion.kernels.upconv import upconv_add, upconv_concat, upconv_concat_project
 
 __all__ = [
     "dynamic_mixing",

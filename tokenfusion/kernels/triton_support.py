@@ -35,13 +35,13 @@ def why_not_tensor(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def implement(operator: str, *others: str) -> None:
+def implement(package: str, operator: str, *others: str) -> None:
     """Have tokenfusion::<operator>_triton and <operator>_backward_triton run run_forward and run_backward of its host.
 
-    The host, tokenfusion/kernels/<operator>/triton_host.py, is imported by the first call: it needs Triton. For each
-    name in others, <operator>_<name>_triton runs its run_<name>.
+    The host, <package>.triton_host, is imported by the first call: it needs Triton. For each name in others,
+    <operator>_<name>_triton runs its run_<name>.
     """
-    host = f"tokenfusion.kernels.{operator}.triton_host"
+    host = f"{package}.triton_host"
 
     def run(function: str, *args):
         return getattr(importlib.import_module(host), function)(*args)

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from tokenfusion.kernels.upconv_concat.op import OPERATOR, SCALES
+from tokenfusion.kernels.upconv.arguments import SCALES
+from tokenfusion.kernels.upconv.concat.op import OPERATOR
 from tokenfusion.layers.deferred import defer, only_runs
 from tokenfusion.layers.drop_in import DropIn, why_not_part
 

@@ -21,8 +21,8 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map_only
 
 from tokenfusion.kernels import dispatch, upconv_concat
-from tokenfusion.kernels.upconv_concat.op import OPERATOR
-from tokenfusion.kernels.upconv_concat.shapes import gives_channels_last
+from tokenfusion.kernels.upconv.concat.op import OPERATOR
+from tokenfusion.kernels.upconv.shapes import gives_channels_last
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)

@@ -11,7 +11,7 @@ from tokenfusion.kernels import dynamic_mixing
 from tokenfusion.kernels.checks import autocast, symbolic
 from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
-from tokenfusion.layers.drop_in import remember_forwards, why_not_linear, why_not_part, within
+from tokenfusion.layers.drop_in import why_not_linear, why_not_part, within
 from tokenfusion.layers.linear import linear
 from tokenfusion.layers.own_layer import OwnLayer
 from tokenfusion.layers.weighted_parts import project_weighted_parts, weighted_parts

@@ -16,7 +16,6 @@ from tokenfusion.kernels.tied_ffn.reference import ACTIVATIONS
 from tokenfusion.layers.drop_in import remember_forwards, why_not_part
 from tokenfusion.layers.own_layer import OwnLayer
 
-
 _ACTIVATIONS = {GELUTanh: "gelu_tanh", nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity", nn.GELU: "gelu"}
 remember_forwards(*_ACTIVATIONS)
 

@@ -13,7 +13,6 @@ from tokenfusion.kernels.checks import symbolic
 from tokenfusion.layers.drop_in import remember_forwards, why_not_part
 from tokenfusion.layers.own_layer import OwnLayer
 
-
 remember_forwards(nn.ConvTranspose2d, nn.Conv2d)
 
 

@@ -146,7 +146,7 @@ OPERATOR = register(
     Implementation("cpu", _KERNELS["cpu"], _cpu_can_run),
     Implementation("reference", _run_reference, lambda *call: None),
 )
-triton_support.implement("dynamic_mixing")
+triton_support.implement(__package__, "dynamic_mixing")
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: list[int], because: str) -> None:

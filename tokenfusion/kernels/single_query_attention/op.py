@@ -154,7 +154,7 @@ OPERATOR = register(
     Implementation("cpu", _run_on("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda query, tokens, extra_token: None),
 )
-triton_support.implement("single_query_attention")
+triton_support.implement(__package__, "single_query_attention")
 
 
 def _check(query, tokens, extra_token) -> None:

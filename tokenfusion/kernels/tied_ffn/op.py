@@ -97,7 +97,7 @@ OPERATOR = register(
     Implementation("cpu", _run_on("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda x, weight, bias_in, bias_out: None),
 )
-triton_support.implement("tied_ffn")
+triton_support.implement(__package__, "tied_ffn")
 
 
 def _check(x, weight, bias_in, bias_out, activation) -> None:

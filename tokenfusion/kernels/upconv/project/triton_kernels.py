@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tokenfusion.kernels.upconv_concat.triton_kernels import coarse_offsets
+from tokenfusion.kernels.upconv.concat.triton_kernels import coarse_offsets
 
 
 @triton.jit(do_not_specialize=["P", "height", "width", "blocks_c"])

@@ -3,8 +3,8 @@
 import torch
 import triton
 
-from tokenfusion.kernels.upconv_concat import triton_kernels
-from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map
+from tokenfusion.kernels.upconv.concat import triton_kernels
+from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map
 
 _COPIED_PER_PROGRAM = 2048
 _PROGRAMS = 264  # two for each multiprocessor of an H100

@@ -6,14 +6,13 @@ import torch
 
 from tests.parity import assert_parity
 from tokenfusion.kernels import upconv_add, upconv_concat, upconv_concat_project
-from tokenfusion.kernels.upconv_concat import reference
-from tokenfusion.kernels.upconv_concat_project import reference as project_reference
+from tokenfusion.kernels.upconv import reference
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 OPS = {
     "concat": (upconv_concat, reference.upconv_concat),
-    "project": (upconv_concat_project, project_reference.upconv_concat_project),
-    "add": (upconv_add, project_reference.upconv_add),
+    "project": (upconv_concat_project, reference.upconv_concat_project),
+    "add": (upconv_add, reference.upconv_add),
 }
 NAMES = ("x", "weight", "bias", "skip", "proj_weight", "proj_bias")
 

@@ -4,11 +4,12 @@ import torch
 
 from tokenfusion.kernels import triton_support
 from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
-from tokenfusion.kernels.dispatch import Implementation, register, transform
+from tokenfusion.kernels.dispatch import Implementation, Operator, register, transform
 from tokenfusion.kernels.library import Form, define_differentiable, second_order
-from tokenfusion.kernels.upconv_concat.op import check_upconv, cpu_can_run, triton_can_run
-from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
-from tokenfusion.kernels.upconv_concat_project import flops, reference
+from tokenfusion.kernels.upconv import reference
+from tokenfusion.kernels.upconv.arguments import check_upconv, cpu_can_run, triton_can_run
+from tokenfusion.kernels.upconv.project import flops
+from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
 
 _TENSORS = "Tensor x, Tensor weight, {}Tensor? skip, Tensor? proj_up, Tensor? proj_skip"
 _SCHEMA = f"({_TENSORS.format('Tensor? bias, ')}, bool channels_last) -> Tensor"
@@ -81,7 +82,8 @@ OPERATOR = register(
     Implementation("cpu", _run_on("cpu"), cpu_can_run),
     Implementation("reference", reference.upconv_projected_sum, lambda x, weight: None),
 )
-triton_support.implement("upconv_concat_project")
+_ADD = Operator("upconv_add", OPERATOR.implementations)
+triton_support.implement(__package__, "upconv_concat_project")
 
 
 def _check_projection(proj_weight, proj_bias, x, weight, skip) -> None:
@@ -118,13 +120,6 @@ def _composing_pays(x: torch.Tensor, weight: torch.Tensor, projected: int, train
     composed = channels * up_channels * projected + pixels * channels * projected
     composed += 3 * _MULTIPLICATIONS_PER_MOVE * channels * projected
     return passes * composed < passes * pixels * up_channels * (channels + projected) + again
-
-
-def compose(weight: torch.Tensor, proj_up: torch.Tensor) -> torch.Tensor:
-    """P_up U: [Cin, Cout, k, k] -> [Cin, Cp, k, k], channels_last."""
-    by_pixel = weight.permute(0, 2, 3, 1)
-    rows = by_pixel.reshape(-1, weight.shape[1])  # one product; F.linear would make one for each k of a strided weight
-    return (rows @ proj_up.t()).unflatten(0, by_pixel.shape[:3]).permute(0, 3, 1, 2)
 
 
 def upconv_concat_project(
@@ -173,7 +168,7 @@ def upconv_concat_project(
         bias = proj_bias
     trains = torch.is_grad_enabled() and proj_weight.requires_grad
     if _composing_pays(x, weight, proj_weight.shape[0], trains):
-        weight, proj_up = compose(weight, proj_up), None
+        weight, proj_up = reference.compose(weight, proj_up), None
     return OPERATOR.select(x, weight).run(x, weight, bias, skip, proj_up, proj_skip)
 
 
@@ -198,4 +193,4 @@ def upconv_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     if skip is None or (not symbolic(skip, weight) and skip.shape[1] != weight.shape[1]):
         got = None if skip is None else list(skip.shape)
         raise ValueError(f"skip: got {got}, expected a tensor of the {weight.shape[1]} channels of weight")
-    return OPERATOR.select(x, weight).run(x, weight, bias, skip, None, None)
+    return _ADD.select(x, weight).run(x, weight, bias, skip, None, None)

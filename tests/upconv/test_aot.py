@@ -11,7 +11,6 @@ from tests.conftest import ROOT
 
 pytest.importorskip("triton")
 
-HOSTS = {name: f"tokenfusion.kernels.{name}.triton_host" for name in ("upconv_concat", "upconv_concat_project")}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 CASES = [(90, "bfloat16"), (90, "float32"), (80, "bfloat16"), (100, "bfloat16")]
 SHAPES = [(2, 768, 768, 768, 14), (16, 1024, 4, 0, 14)]  # k, Cin, Cout, skip, size
@@ -29,13 +28,18 @@ def calls(capability: int, dtype: str, shape: tuple[int, ...]) -> list[dict]:
     skip = tensor(8, skipped, fine, fine) if skipped else None
     proj_skip = tensor(channels, skipped) if skipped else None
     wanted = [
-        ("upconv_concat", "run_forward", [x, weight, bias, skip, False, False]),
-        ("upconv_concat", "run_forward", [x, weight, bias, skip, False, True]),
-        ("upconv_concat", "run_backward", [tensor(8, channels, fine, fine), x, weight, [True] * 3]),
-        ("upconv_concat_project", "run_forward", [x, weight, bias, skip, None, proj_skip, False]),
+        ("concat", "run_forward", [x, weight, bias, skip, False, False]),
+        ("concat", "run_forward", [x, weight, bias, skip, False, True]),
+        ("concat", "run_backward", [tensor(8, channels, fine, fine), x, weight, [True] * 3]),
+        ("project", "run_forward", [x, weight, bias, skip, None, proj_skip, False]),
     ]
     return [
-        {"host": HOSTS[op], "call": call, "capability": capability, "arguments": arguments}
+        {
+            "host": f"tokenfusion.kernels.upconv.{op}.triton_host",
+            "call": call,
+            "capability": capability,
+            "arguments": arguments,
+        }
         for op, call, arguments in wanted
     ]
 

@@ -10,10 +10,10 @@ pytest.importorskip("triton")
 import tokenfusion
 from tests.interpreter import DEVICE, DTYPES
 from tests.parity import assert_runs
-from tests.upconv_concat import cases
-from tests.upconv_concat.cases import FORMATS, OPS, check_parity, with_gradients
+from tests.upconv import cases
+from tests.upconv.cases import FORMATS, OPS, check_parity, with_gradients
 from tokenfusion.kernels import upconv_concat
-from tokenfusion.kernels.upconv_concat_project import op as project_op
+from tokenfusion.kernels.upconv.project import op as project_op
 
 make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
 UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]

@@ -8,11 +8,11 @@ import torch
 
 import tokenfusion
 from tests.parity import assert_parity, assert_runs
-from tests.upconv_concat.cases import FORMATS, OPS, check_parity, make_inputs, with_gradients
+from tests.upconv.cases import FORMATS, OPS, check_parity, make_inputs, with_gradients
 from tokenfusion.kernels import upconv_concat, upconv_concat_project
-from tokenfusion.kernels.upconv_concat import reference
-from tokenfusion.kernels.upconv_concat_project import op as project_op
-from tokenfusion.kernels.upconv_concat_project.reference import projected_sum_as_products, upconv_projected_sum
+from tokenfusion.kernels.upconv import reference
+from tokenfusion.kernels.upconv.project import op as project_op
+from tokenfusion.kernels.upconv.reference import projected_sum_as_products, upconv_projected_sum
 from tokenfusion.measure import peak_extra_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

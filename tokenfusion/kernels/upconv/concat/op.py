@@ -2,16 +2,14 @@
 
 import torch
 
-from tokenfusion.kernels import extension, triton_support
-from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
+from tokenfusion.kernels import triton_support
+from tokenfusion.kernels.checks import autocast, check_floating, check_same
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.library import Form, define_differentiable, define_without_gradient, second_order
-from tokenfusion.kernels.upconv_concat import flops, reference
-from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
-
-SCALES = (2, 4, 8, 16, 32)
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from tokenfusion.kernels.upconv import reference
+from tokenfusion.kernels.upconv.arguments import check_upconv, cpu_can_run, triton_can_run
+from tokenfusion.kernels.upconv.concat import flops
+from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? skip, bool skip_first"
 _SCHEMA = f"({_TENSORS}, bool channels_last) -> Tensor"
@@ -81,69 +79,13 @@ def _run_reference(x, weight, bias, skip, skip_first, out):
     return result if out is None else out.copy_(result)
 
 
-def why_not_kernel(x: torch.Tensor, weight: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """What the kernels of every backend ask of an up-convolution."""
-    if x.dtype not in dtypes:
-        return f"dtype {x.dtype} is not supported"
-    if weight.shape[2] not in SCALES:
-        return f"k = {weight.shape[2]} is not one of {', '.join(map(str, SCALES))}"
-    return None
-
-
-def cpu_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    if extension.why_not() is not None:
-        return extension.why_not()
-    if x.device.type != "cpu":
-        return f"tensors are on {x.device.type}, expected cpu"
-    return why_not_kernel(x, weight, CPU_DTYPES)
-
-
-def triton_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    return triton_support.why_not_tensor(x) or why_not_kernel(x, weight, TRITON_DTYPES)
-
-
 OPERATOR = register(
     "upconv_concat",
     Implementation("triton", _run_on("triton"), triton_can_run, automatic=False),
     Implementation("cpu", _run_on("cpu"), cpu_can_run),
     Implementation("reference", _run_reference, lambda x, weight: None),
 )
-triton_support.implement("upconv_concat", "out")
-
-
-def check_upconv(x, weight, bias, skip) -> None:
-    """What both operators ask of their common arguments."""
-    if symbolic(x, weight, bias, skip):
-        return
-    check_floating("x", x)
-    check_floating("weight", weight)
-    check_rank("x", x, "[B, Cin, h, w]")
-    check_rank("weight", weight, "[Cin, Cout, k, k]")
-    check_same("weight", weight, "x", x)
-    channels, out_channels, scale, other = weight.shape
-    if scale != other:
-        raise ValueError(f"weight: got a kernel of {scale} x {other}, expected a square one, k x k with stride k")
-    if x.shape[1] != channels:
-        raise ValueError(
-            f"weight: got shape {list(weight.shape)}, expected [{x.shape[1]}, Cout, k, k] to match x {list(x.shape)}"
-        )
-    if 0 in (channels, out_channels, scale, x.shape[2], x.shape[3]):
-        raise ValueError(f"x, weight: got shapes {list(x.shape)}, {list(weight.shape)}, expected no size of 0 but B")
-    if bias is not None:
-        check_floating("bias", bias)
-        check_same("bias", bias, "x", x)
-        if bias.shape != (out_channels,):
-            raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{out_channels}], the channels of weight")
-    if skip is not None:
-        check_floating("skip", skip)
-        check_rank("skip", skip, "[B, Cs, k h, k w]")
-        check_same("skip", skip, "x", x)
-        batch, _, height, width = x.shape
-        if (skip.shape[0], *skip.shape[2:]) != (batch, scale * height, scale * width):
-            raise ValueError(
-                f"skip: got shape {list(skip.shape)}, expected [{batch}, Cs, {scale * height}, {scale * width}], "
-                f"{scale} times the size of x {list(x.shape)}"
-            )
+triton_support.implement(__package__, "upconv_concat", "out")
 
 
 def _check_out(out, x, weight, bias, skip) -> None:

@@ -7,10 +7,10 @@ projections are plain products.
 import torch
 import triton
 
-from tokenfusion.kernels.upconv_concat import triton_host
-from tokenfusion.kernels.upconv_concat.shapes import empty_gradient, empty_map
-from tokenfusion.kernels.upconv_concat_project import triton_kernels
-from tokenfusion.kernels.upconv_concat_project.op import compose
+from tokenfusion.kernels.upconv.concat import triton_host
+from tokenfusion.kernels.upconv.project import triton_kernels
+from tokenfusion.kernels.upconv.reference import compose
+from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map
 
 
 def run_forward(x, weight, bias, skip, proj_up, proj_skip, channels_last):

@@ -2,7 +2,7 @@
 
 from math import prod
 
-from tokenfusion.kernels.upconv_concat.flops import of_one_product
+from tokenfusion.kernels.upconv.concat.flops import of_one_product
 
 
 def _of_projecting(proj, x, weight) -> int:

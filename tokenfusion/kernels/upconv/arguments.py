@@ -1,0 +1,66 @@
+"""What the up-convolutions have in common: checks of their arguments, and which backend can take them."""
+
+import torch
+
+from tokenfusion.kernels import extension, triton_support
+from tokenfusion.kernels.checks import check_floating, check_rank, check_same, symbolic
+
+SCALES = (2, 4, 8, 16, 32)
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_upconv(x, weight, bias, skip) -> None:
+    """What both operators ask of their common arguments."""
+    if symbolic(x, weight, bias, skip):
+        return
+    check_floating("x", x)
+    check_floating("weight", weight)
+    check_rank("x", x, "[B, Cin, h, w]")
+    check_rank("weight", weight, "[Cin, Cout, k, k]")
+    check_same("weight", weight, "x", x)
+    channels, out_channels, scale, other = weight.shape
+    if scale != other:
+        raise ValueError(f"weight: got a kernel of {scale} x {other}, expected a square one, k x k with stride k")
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"weight: got shape {list(weight.shape)}, expected [{x.shape[1]}, Cout, k, k] to match x {list(x.shape)}"
+        )
+    if 0 in (channels, out_channels, scale, x.shape[2], x.shape[3]):
+        raise ValueError(f"x, weight: got shapes {list(x.shape)}, {list(weight.shape)}, expected no size of 0 but B")
+    if bias is not None:
+        check_floating("bias", bias)
+        check_same("bias", bias, "x", x)
+        if bias.shape != (out_channels,):
+            raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{out_channels}], the channels of weight")
+    if skip is not None:
+        check_floating("skip", skip)
+        check_rank("skip", skip, "[B, Cs, k h, k w]")
+        check_same("skip", skip, "x", x)
+        batch, _, height, width = x.shape
+        if (skip.shape[0], *skip.shape[2:]) != (batch, scale * height, scale * width):
+            raise ValueError(
+                f"skip: got shape {list(skip.shape)}, expected [{batch}, Cs, {scale * height}, {scale * width}], "
+                f"{scale} times the size of x {list(x.shape)}"
+            )
+
+
+def _why_not_kernel(x: torch.Tensor, weight: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """What the kernels of every backend ask of an up-convolution."""
+    if x.dtype not in dtypes:
+        return f"dtype {x.dtype} is not supported"
+    if weight.shape[2] not in SCALES:
+        return f"k = {weight.shape[2]} is not one of {', '.join(map(str, SCALES))}"
+    return None
+
+
+def cpu_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    if extension.why_not() is not None:
+        return extension.why_not()
+    if x.device.type != "cpu":
+        return f"tensors are on {x.device.type}, expected cpu"
+    return _why_not_kernel(x, weight, _CPU_DTYPES)
+
+
+def triton_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    return triton_support.why_not_tensor(x) or _why_not_kernel(x, weight, _TRITON_DTYPES)
