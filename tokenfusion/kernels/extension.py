@@ -50,6 +50,11 @@ def why_not() -> str | None:
     return _error
 
 
+def why_not_tensor(tensor: torch.Tensor) -> str | None:
+    """None when the extension's kernels can take a tensor where this one is, otherwise the reason."""
+    return _error or _why_not_on("cpu", tensor)
+
+
 @functools.cache
 def own_product_dtypes() -> tuple[torch.dtype, ...]:
     """Where the product of csrc/cpu/common/gemm.h is faster than PyTorch's: not without vectors, nor beside AMX."""
@@ -69,3 +74,12 @@ def why_not_cuda() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device is available"
     return None
+
+
+def why_not_cuda_tensor(tensor: torch.Tensor) -> str | None:
+    """`why_not_tensor` of the CUDA kernels."""
+    return why_not_cuda() or _why_not_on("cuda", tensor)
+
+
+def _why_not_on(device: str, tensor: torch.Tensor) -> str | None:
+    return None if tensor.device.type == device else f"tensors are on {tensor.device.type}, expected {device}"

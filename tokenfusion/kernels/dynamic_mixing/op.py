@@ -95,16 +95,11 @@ def _why_not_kernel(x, compressed, segments, dim, dtypes) -> str | None:
 
 
 def _cpu_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
-    if extension.why_not() is not None:
-        return extension.why_not()
-    if x.device.type != "cpu":
-        return f"tensors are on {x.device.type}, expected cpu"
-    return _why_not_kernel(x, compressed, segments, dim, _CPU_DTYPES)
+    return extension.why_not_tensor(x) or _why_not_kernel(x, compressed, segments, dim, _CPU_DTYPES)
 
 
 def _triton_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
-    reason = triton_support.why_not_tensor(x)
-    return reason or _why_not_kernel(x, compressed, segments, dim, _GPU_DTYPES)
+    return triton_support.why_not_tensor(x) or _why_not_kernel(x, compressed, segments, dim, _GPU_DTYPES)
 
 
 @functools.cache
@@ -130,13 +125,11 @@ def _why_not_cuda_kernel(x, compressed, segments, dim) -> str | None:
 
 
 def _cuda_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
-    reason = extension.why_not_cuda()
-    if reason is not None:
-        return reason
-    if x.device.type != "cuda":
-        return f"tensors are on {x.device.type}, expected cuda"
-    reason = _why_not_kernel(x, compressed, segments, dim, _GPU_DTYPES)
-    return reason or _why_not_cuda_kernel(x, compressed, segments, dim)
+    return (
+        extension.why_not_cuda_tensor(x)
+        or _why_not_kernel(x, compressed, segments, dim, _GPU_DTYPES)
+        or _why_not_cuda_kernel(x, compressed, segments, dim)
+    )
 
 
 OPERATOR = register(

@@ -90,16 +90,11 @@ def _why_not_kernel(query, tokens, dtypes, max_channels) -> str | None:
 
 
 def _cpu_can_run(query, tokens, extra_token) -> str | None:
-    if extension.why_not() is not None:
-        return extension.why_not()
-    if tokens.device.type != "cpu":
-        return f"tensors are on {tokens.device.type}, expected cpu"
-    return _why_not_kernel(query, tokens, _CPU_DTYPES, _CPU_MAX_CHANNELS)
+    return extension.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _CPU_DTYPES, _CPU_MAX_CHANNELS)
 
 
 def _triton_can_run(query, tokens, extra_token) -> str | None:
-    reason = triton_support.why_not_tensor(tokens)
-    return reason or _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS)
+    return triton_support.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS)
 
 
 def _why_not_aligned(tokens) -> str | None:
@@ -139,12 +134,11 @@ def _why_not_cuda_kernel(query, tokens) -> str | None:
 
 
 def _cuda_can_run(query, tokens, extra_token) -> str | None:
-    reason = extension.why_not_cuda()
-    if reason is not None:
-        return reason
-    if tokens.device.type != "cuda":
-        return f"tensors are on {tokens.device.type}, expected cuda"
-    return _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS) or _why_not_cuda_kernel(query, tokens)
+    return (
+        extension.why_not_cuda_tensor(tokens)
+        or _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS)
+        or _why_not_cuda_kernel(query, tokens)
+    )
 
 
 OPERATOR = register(

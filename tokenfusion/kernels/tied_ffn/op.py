@@ -74,21 +74,16 @@ def _run_reference(x, weight, bias_in, bias_out, activation, recompute):
     return reference.tied_ffn(x, weight, bias_in, bias_out, activation=activation)
 
 
+def _why_not_dtype(x, dtypes) -> str | None:
+    return None if x.dtype in dtypes else f"dtype {x.dtype} is not supported"
+
+
 def _cpu_can_run(x, weight, bias_in, bias_out) -> str | None:
-    if extension.why_not() is not None:
-        return extension.why_not()
-    if x.device.type != "cpu":
-        return f"tensors are on {x.device.type}, expected cpu"
-    if x.dtype not in _CPU_DTYPES:
-        return f"dtype {x.dtype} is not supported"
-    return None
+    return extension.why_not_tensor(x) or _why_not_dtype(x, _CPU_DTYPES)
 
 
 def _triton_can_run(x, weight, bias_in, bias_out) -> str | None:
-    reason = triton_support.why_not_tensor(x)
-    if reason is None and x.dtype not in _TRITON_DTYPES:
-        reason = f"dtype {x.dtype} is not supported"
-    return reason
+    return triton_support.why_not_tensor(x) or _why_not_dtype(x, _TRITON_DTYPES)
 
 
 OPERATOR = register(

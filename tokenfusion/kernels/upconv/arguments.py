@@ -55,11 +55,7 @@ def _why_not_kernel(x: torch.Tensor, weight: torch.Tensor, dtypes: tuple[torch.d
 
 
 def cpu_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    if extension.why_not() is not None:
-        return extension.why_not()
-    if x.device.type != "cpu":
-        return f"tensors are on {x.device.type}, expected cpu"
-    return _why_not_kernel(x, weight, _CPU_DTYPES)
+    return extension.why_not_tensor(x) or _why_not_kernel(x, weight, _CPU_DTYPES)
 
 
 def triton_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
