@@ -8,7 +8,6 @@ from torch import nn
 
 from tokenfusion import kernels, layers
 from tokenfusion.layers.attention_pool import AttentionPoolLatent
-from tokenfusion.layers.weighted_parts import weighted_parts
 
 
 class Case(NamedTuple):
@@ -31,8 +30,8 @@ def _mix(x, compress_weight, compress_bias, generate_weight, generate_bias):
     return kernels.dynamic_mixing(x, compress_weight, compress_bias, generate_weight, generate_bias, segments=2, dim=1)
 
 
-def _sum_of_two(part, other_part, weight, other_weight, bias, shares):
-    return weighted_parts([part, other_part], [weight, other_weight], [bias, None], shares)
+def _sum_of_two(branch, other_branch, weight, other_weight, bias, gates):
+    return kernels.gated_sum([branch, other_branch], [weight, other_weight], [bias, None], gates)
 
 
 def _upconv_concat_project(x, weight, bias, skip, proj_weight, proj_bias):
@@ -48,7 +47,7 @@ OPERATORS = {
     "upconv_concat": Case(kernels.upconv_concat, _normal(*_UP, (2, 1, 4, 4))),
     "upconv_concat_project": Case(_upconv_concat_project, _normal(*_UP, (2, 2, 4, 4), (2, 5), (2,))),
     "upconv_add": Case(kernels.upconv_add, _normal(*_UP, (2, 3, 4, 4))),
-    "weighted_parts": Case(_sum_of_two, _normal((2, 5, 6), (2, 5, 6), (4, 6), (4, 6), (4,), (2, 2, 4))),
+    "gated_sum": Case(_sum_of_two, _normal((2, 5, 6), (2, 5, 6), (4, 6), (4, 6), (4,), (2, 2, 4))),
 }
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from tokenfusion import kernels
-from tokenfusion.layers import linear, weighted_parts
+from tokenfusion.kernels import gated_sum
+from tokenfusion.kernels.linear import linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 LAYOUTS = ("contiguous", "offset", "sliced", "stepped", "permuted", "expanded")
@@ -151,7 +152,7 @@ def _linear(pick):
     activation = pick.choice((None, "gelu"))
 
     def run(x, weight, bias):
-        return linear.linear(x, weight, bias, activation)
+        return linear(x, weight, bias, activation)
 
     bias = (features,) if pick.random() < 0.8 else None
     return Call(run, ((rows, channels), (features, channels), bias), differentiable=False)
@@ -164,27 +165,24 @@ def _gated(pick):
     return count, tuple(shapes), (batch, count, outputs), outputs
 
 
-def _weighted_parts(pick):
-    count, shapes, shares, _ = _gated(pick)
+def _gated_sum(pick):
+    count, shapes, gates, _ = _gated(pick)
 
-    def run(shares, *tensors):
-        return weighted_parts.weighted_parts(
-            tensors[:count], tensors[count : 2 * count], tensors[2 * count :], shares
-        )
+    def run(gates, *tensors):
+        return gated_sum(tensors[:count], tensors[count : 2 * count], tensors[2 * count :], gates)
 
-    return Call(run, (shares, *shapes), differentiable=pick.random() < 0.7)
+    return Call(run, (gates, *shapes), differentiable=pick.random() < 0.7)
 
 
-def _project_weighted_parts(pick):
-    count, shapes, shares, outputs = _gated(pick)
+def _gated_sum_out(pick):
+    count, shapes, gates, outputs = _gated(pick)
 
-    def run(shares, proj_weight, proj_bias, *tensors):
+    def run(gates, proj_weight, proj_bias, *tensors):
         out = tensors[0].new_full((*tensors[0].shape[:2], outputs), float("nan"))
-        parts = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        weighted_parts.project_weighted_parts(*parts, shares, proj_weight, proj_bias, out=out)
-        return out
+        layers = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        return gated_sum(*layers, gates, proj_weight, proj_bias, out=out)
 
-    return Call(run, (shares, (outputs, outputs), (outputs,), *shapes), differentiable=False)
+    return Call(run, (gates, (outputs, outputs), (outputs,), *shapes), differentiable=False)
 
 
 _OPERATORS = {
@@ -196,7 +194,7 @@ _OPERATORS = {
     "upconv_concat_project": _upconv_concat_project,
     "upconv_add": _upconv_add,
     "linear": _linear,
-    "weighted_parts": _weighted_parts,
-    "project_weighted_parts": _project_weighted_parts,
+    "gated_sum": _gated_sum,
+    "gated_sum, out": _gated_sum_out,
 }
 OPERATORS = tuple(_OPERATORS)

@@ -9,12 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenfusion
 from tests.parity import assert_runs
 from tests.public import LAYERS, OPERATORS, layer
-from tokenfusion.kernels import extension, tied_ffn, upconv_concat
-from tokenfusion.layers.linear import linear
-from tokenfusion.layers.weighted_parts import project_weighted_parts, weighted_parts
+from tokenfusion.kernels import extension, gated_sum, tied_ffn, upconv_concat
+from tokenfusion.kernels.linear import linear
 
 needs_kernel = pytest.mark.skipif(
-    torch.float32 not in extension.own_product_dtypes(), reason="weighted_parts has no kernel for this processor"
+    torch.float32 not in extension.own_product_dtypes(), reason="gated_sum has no kernel for this processor"
 )
 
 
@@ -54,7 +53,7 @@ def test_an_operator_counts_as_its_definition(name):
         assert flops(call, *tensors) == forward
 
 
-@pytest.mark.parametrize("name", sorted(OPERATORS.keys() - {"upconv_concat_project", "weighted_parts"}))
+@pytest.mark.parametrize("name", sorted(OPERATORS.keys() - {"upconv_concat_project", "gated_sum"}))
 def test_a_frozen_input_saves_its_products(name):
     call, tensors = OPERATORS[name]
 
@@ -83,28 +82,28 @@ def test_a_result_that_is_written_to():
 
 
 @needs_kernel
-def test_weighted_parts():
-    call, tensors = OPERATORS["weighted_parts"]
+def test_gated_sum():
+    call, tensors = OPERATORS["gated_sum"]
     tensors = [tensor.float() for tensor in tensors]
-    part, other_part, weight, other_weight, bias, shares = tensors
+    part, other_part, weight, other_weight, bias, gates = tensors
     out, projection = part.new_empty(2, 5, 4), torch.randn(4, 4)
 
     def project():
         layers = [part, other_part], [weight, other_weight], [bias, None]
-        project_weighted_parts(*layers, shares, projection, bias, out=out)
+        gated_sum(*layers, gates, projection, bias, out=out)
 
     with torch.no_grad():
-        with assert_runs("weighted_parts"):
+        with assert_runs("gated_sum_out_cpu"):
             call(*tensors)
         assert flops(call, *tensors) == 2 * product(2, 5, 6, 4)
         assert flops(project) == 2 * product(2, 5, 6, 4) + product(2, 5, 4, 4)
 
 
 @needs_kernel
-def test_weighted_parts_backward():
+def test_gated_sum_backward():
     part, weight = torch.randn(2, 3, 256, requires_grad=True), torch.randn(256, 256, requires_grad=True)
-    out = weighted_parts([part], [weight], [None], torch.rand(2, 1, 256))
-    with assert_runs("weighted_parts_backward"):
+    out = gated_sum([part], [weight], [None], torch.rand(2, 1, 256))
+    with assert_runs("gated_sum_backward_cpu"):
         out.sum().backward(retain_graph=True)
     assert flops(lambda: out.sum().backward()) == 2 * product(2, 3, 256, 256)
 

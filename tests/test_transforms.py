@@ -247,7 +247,7 @@ def test_ensemble(name, recording):
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap(grad)", "jvp"])
-@pytest.mark.parametrize("name", ["single_query_attention", "tied_ffn", "weighted_parts"])
+@pytest.mark.parametrize("name", ["single_query_attention", "tied_ffn", "gated_sum"])
 def test_a_transform_within_compiled_code(name, transform):
     call, tensors = case_of(name)
     transformed, plain = TRANSFORMS[transform]
@@ -272,7 +272,7 @@ def test_a_transform_of_a_compiled_function(transform, backend):
     torch.testing.assert_close(actual, plain(call, tensors), rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "weighted_parts"])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "gated_sum"])
 def test_a_recorded_operator_refuses_tangents_in_its_backward_pass(name):
     call, tensors = OPERATORS[name]
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]

@@ -10,13 +10,14 @@ from tests.crossvit import randomize
 from tests.golden import check_golden
 from tests.parity import assert_parity, assert_runs
 from tokenfusion import layers
-from tokenfusion.kernels import extension
+from tokenfusion.kernels import extension, gated_sum
 from tokenfusion.kernels.dynamic_mixing import reference
-from tokenfusion.layers import dynamixer, weighted_parts
+from tokenfusion.kernels.gated_sum import op as gated_sum_op
+from tokenfusion.layers import dynamixer
 
 GOLDEN = "dynamixer_official.safetensors"
 FORWARD, BACKWARD = "dynamic_mixing_cpu", "dynamic_mixing_backward_cpu"
-SUM = ["weighted_parts"] if torch.float32 in extension.own_product_dtypes() else []  # not on every processor
+SUM = ["gated_sum_out_cpu"] if torch.float32 in extension.own_product_dtypes() else []  # not on every processor
 ABLATIONS = [
     dict(),
     dict(row_mixing=False),
@@ -102,7 +103,7 @@ def test_parameters_of_the_ablations(options, printed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("by_kernel", [False, True])
 def test_training_obeys_the_parity_rule(options, dtype, by_kernel, monkeypatch):
-    monkeypatch.setattr(weighted_parts, "_LARGE_MATRIX", 0 if by_kernel else 1 << 60)
+    monkeypatch.setattr(gated_sum_op, "_LARGE_MATRIX", 0 if by_kernel else 1 << 60)
     block = block_of(**options).to(dtype)
     x = torch.randn(3, 7, 7, 24).to(dtype)
     exact = copy.deepcopy(block).double()
@@ -191,10 +192,10 @@ def test_second_order():
 
 
 def test_batched_gradients(monkeypatch):
-    monkeypatch.setattr(weighted_parts, "_LARGE_MATRIX", 0)
-    part, weight, bias, shares = torch.randn(2, 5, 4), torch.randn(4, 4), torch.randn(4), torch.rand(2, 1, 4)
-    leaves = [tensor.requires_grad_() for tensor in (part, weight, bias, shares)]
-    out = weighted_parts.weighted_parts([part], [weight], [bias], shares)
+    monkeypatch.setattr(gated_sum_op, "_LARGE_MATRIX", 0)
+    part, weight, bias, gates = torch.randn(2, 5, 4), torch.randn(4, 4), torch.randn(4), torch.rand(2, 1, 4)
+    leaves = [tensor.requires_grad_() for tensor in (part, weight, bias, gates)]
+    out = gated_sum([part], [weight], [bias], gates)
     grads = torch.randn(3, *out.shape)
     together = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
     one_by_one = zip(*(torch.autograd.grad(out, leaves, grad, retain_graph=True) for grad in grads))

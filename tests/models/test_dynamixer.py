@@ -13,7 +13,7 @@ from tokenfusion.models.dynamixer import DynaMixer
 from tokenfusion.models.dynamixer_plain import plain
 
 SMALL = dict(layers=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), num_heads=(4, 8, 8, 8), img_size=56, num_classes=11)
-SUM = ["weighted_parts"] if torch.float32 in extension.own_product_dtypes() else []  # not on every processor
+SUM = ["gated_sum_out_cpu"] if torch.float32 in extension.own_product_dtypes() else []  # not on every processor
 
 
 def small(**options) -> DynaMixer:

@@ -36,7 +36,7 @@ def block(resolution=(6, 5), **parts: nn.Module) -> SomebodysBlock:
 
 
 def sums(dtype: torch.dtype) -> list[str]:
-    return ["weighted_parts"] if dtype in extension.own_product_dtypes() else []
+    return ["gated_sum_out_cpu"] if dtype in extension.own_product_dtypes() else []
 
 
 def tokens(batch: int = 3, dtype=torch.float32) -> torch.Tensor:

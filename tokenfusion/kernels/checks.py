@@ -1,5 +1,7 @@
 """Argument checks shared by the operators: each error names the argument, what came and what was expected."""
 
+from collections.abc import Iterable
+
 import torch
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -29,6 +31,19 @@ def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
         raise ValueError(f"{name}: is on {tensor.device}, expected {other.device}, where {other_name} is")
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {other.dtype}, the dtype of {other_name}")
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: list[int], because: str) -> None:
+    if list(tensor.shape) != expected:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {expected} {because}")
+
+
+def check_not_recorded(name: str, out: torch.Tensor | None, tensors: Iterable[torch.Tensor | None]) -> None:
+    """That no gradient is recorded of what is written to `out`."""
+    if out is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(
+            f"{name}: a gradient would be recorded, which needs a result of its own; expected torch.no_grad()"
+        )
 
 
 def autocast_like(leader: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -49,10 +49,13 @@ class Operator:
     """An operator's implementations, fastest first; the reference is last and takes every valid call.
 
     Under a transform it alone runs: PyTorch's own operators can be exported, traced, batched and differentiated anyhow.
+    supporting says that the operator is a step of a layer rather than the reason to choose a backend: its reference
+    runs where the backend asked for by name cannot.
     """
 
     name: str
     implementations: tuple[Implementation, ...]
+    supporting: bool = False
 
     def select(self, *tensors) -> Implementation:
         """The implementation to run for these tensors under the backend in force.
@@ -70,6 +73,8 @@ class Operator:
                         _log_once(self.name, implementation.backend, reasons)
                     return implementation
                 reasons.append(f"{implementation.backend}: {reason}")
+        if self.supporting:
+            return self.implementations[-1]
         if not reasons:
             reasons.append(f"{choice}: {self.name} has no {choice} implementation")
         raise CannotRun(f"tokenfusion.{self.name}: backend {choice!r} cannot run here: {'; '.join(reasons)}")
@@ -97,8 +102,8 @@ def _unguarded_transform() -> str | None:
 OPERATORS: dict[str, Operator] = {}
 
 
-def register(name: str, *implementations: Implementation) -> Operator:
-    OPERATORS[name] = Operator(name, implementations)
+def register(name: str, *implementations: Implementation, supporting: bool = False) -> Operator:
+    OPERATORS[name] = Operator(name, implementations, supporting)
     return OPERATORS[name]
 
 

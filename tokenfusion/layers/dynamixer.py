@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import nn
 
-from tokenfusion.kernels import dynamic_mixing
+from tokenfusion.kernels import dynamic_mixing, gated_sum
 from tokenfusion.kernels.checks import autocast, symbolic
 from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
+from tokenfusion.kernels.linear import linear
 from tokenfusion.layers.drop_in import why_not_linear, why_not_part, within
-from tokenfusion.layers.linear import linear
 from tokenfusion.layers.own_layer import OwnLayer
-from tokenfusion.layers.weighted_parts import project_weighted_parts, weighted_parts
 
 GENERATORS = ("dynamic", "random", "dense")
 _PIECE_BYTES = 4 << 20  # of the input of a block in inference, whose parts then stay in the cache
@@ -246,11 +245,11 @@ class DynaMixerBlock(OwnLayer, nn.Module):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         images = max(1, _PIECE_BYTES // max(1, x[:1].nbytes)) if self.reweight else max(1, len(x))
         for piece, target in zip(x.split(images), out.split(images)):
-            self._run(piece, *tensors, out=target)
+            self._run(piece, *tensors, out=target.flatten(1, 2))
         return out
 
     def _tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """The projection's weight and bias, then those of the parts' linear layers, first all weights."""
+        """The projection's weight and bias, then those of the branches' linear layers, first all weights."""
         linears = [op.out for op, _ in self._directions()] + ([] if self.mlp_c is None else [self.mlp_c])
         weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
         return self.proj.weight, self.proj.bias, *weights, *biases
@@ -260,33 +259,21 @@ class DynaMixerBlock(OwnLayer, nn.Module):
         along_w = self.mix_h if self.shared else self.mix_w
         return [(op, dim) for op, dim in ((self.mix_h, 1), (along_w, 2)) if op is not None]
 
-    def _run(self, x, proj_weight, proj_bias, *of_parts, out=None) -> torch.Tensor | None:
+    def _run(self, x, proj_weight, proj_bias, *of_branches, out=None) -> torch.Tensor:
         """The block in the dtype of x; where no gradient is recorded, into `out`."""
-        parts, means = self._parts(x)
-        weights, biases = of_parts[: len(parts)], of_parts[len(parts) :]
-        if self.reweight is None:
-            parts = [part.flatten(0, 1)[None] for part in parts]
-            shares = x.new_ones(1, len(parts), self.dim)
-        else:
-            shares = self._shares(means, weights, biases)
-        if out is None:
-            y = weighted_parts(parts, weights, biases, shares)
-            return F.linear(y.view(x.shape), proj_weight, proj_bias)
-        project_weighted_parts(parts, weights, biases, shares, proj_weight, proj_bias, out=out.view(parts[0].shape))
-
-    def _parts(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What the linear layers of the parts are applied to, [B, H * W, D], and its means [B, D]."""
-        with_mean = self.reweight is not None
-        mixed = _mix_all(self._directions(), x, with_mean)
+        branches = _mix_all(self._directions(), x, self.reweight is not None)
         if self.mlp_c is not None:
-            mixed.append((x, _mean(x) if with_mean else None))
-        return [part.flatten(1, 2) for part, _ in mixed], [mean for _, mean in mixed]
-
-    def _shares(self, means, weights, biases) -> torch.Tensor:
-        """[B, parts, D]: the softmax over the parts. The mean of a linear layer's output is that of its mean input."""
-        mean = sum(map(F.linear, means, weights, biases))
-        shares = self.reweight(mean).unflatten(-1, (self.dim, len(means)))
-        return shares.softmax(dim=-1).transpose(1, 2).to(mean.dtype).contiguous()
+            branches.append((x, None if self.reweight is None else _mean(x)))
+        count = len(branches)
+        weights, biases = of_branches[:count], of_branches[count:]
+        if self.reweight is None:
+            gates = x.new_ones(1, count, self.dim)
+        else:  # the mean of a linear layer's output is that of its mean input
+            mean = sum(map(F.linear, (mean for _, mean in branches), weights, biases))
+            gates = self.reweight(mean).unflatten(-1, (self.dim, count)).softmax(dim=-1)
+            gates = gates.transpose(1, 2).to(mean.dtype).contiguous()
+        inputs = [branch.flatten(1, 2) for branch, _ in branches]
+        return gated_sum(inputs, weights, biases, gates, proj_weight, proj_bias, out=out).view(x.shape)
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:

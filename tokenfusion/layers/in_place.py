@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenfusion.kernels import dispatch
+from tokenfusion.kernels.linear import linear
 from tokenfusion.layers.drop_in import remember_forwards, why_not_part
-from tokenfusion.layers.linear import linear
 
 _PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.GELU, nn.ReLU)
 _PARTS += (Attention, Block, DropPath, LayerNorm, LayerScale, Mlp)

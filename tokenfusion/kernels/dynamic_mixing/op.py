@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenfusion.kernels import extension, triton_support
-from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
+from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, check_shape, symbolic
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.dynamic_mixing import flops, reference
 from tokenfusion.kernels.dynamic_mixing.shapes import empty_gradients, empty_mean
@@ -142,11 +142,6 @@ OPERATOR = register(
 triton_support.implement(__package__, "dynamic_mixing")
 
 
-def _check_shape(name: str, tensor: torch.Tensor, expected: list[int], because: str) -> None:
-    if list(tensor.shape) != expected:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {expected} {because}")
-
-
 def _check(x, weights: dict[str, torch.Tensor], segments: int, dim: int) -> None:
     if symbolic(x, *weights.values()):
         return
@@ -172,10 +167,10 @@ def _check(x, weights: dict[str, torch.Tensor], segments: int, dim: int) -> None
     reduced = rows // segments
     for_x = f"for D = {channels} of x and S * d = {segments} * {reduced}"
     for_length = f"for N = {length} tokens along dimension {dim} of x {list(x.shape)} and d = {reduced}"
-    _check_shape("compress_weight", weights["compress_weight"], [rows, channels], for_x)
-    _check_shape("compress_bias", weights["compress_bias"], [rows], for_x)
-    _check_shape("generate_weight", weights["generate_weight"], [length**2, length * reduced], for_length)
-    _check_shape("generate_bias", weights["generate_bias"], [length**2], for_length)
+    check_shape("compress_weight", weights["compress_weight"], [rows, channels], for_x)
+    check_shape("compress_bias", weights["compress_bias"], [rows], for_x)
+    check_shape("generate_weight", weights["generate_weight"], [length**2, length * reduced], for_length)
+    check_shape("generate_bias", weights["generate_bias"], [length**2], for_length)
 
 
 def mix(

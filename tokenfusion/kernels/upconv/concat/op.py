@@ -3,7 +3,7 @@
 import torch
 
 from tokenfusion.kernels import triton_support
-from tokenfusion.kernels.checks import autocast, check_floating, check_same
+from tokenfusion.kernels.checks import autocast, check_floating, check_not_recorded, check_same
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.library import Form, define_differentiable, define_without_gradient, second_order
 from tokenfusion.kernels.upconv import reference
@@ -101,9 +101,7 @@ def _check_out(out, x, weight, bias, skip) -> None:
         raise ValueError(
             f"out: got strides {list(out.stride())}, expected 1 for the channels or for the last dimension"
         )
-    recorded = [t for t in (x, weight, bias, skip, out) if t is not None and t.requires_grad]
-    if recorded and torch.is_grad_enabled():
-        raise ValueError("out: a gradient would be recorded, which needs a result of its own; expected torch.no_grad()")
+    check_not_recorded("out", out, (x, weight, bias, skip, out))
 
 
 def upconv_concat(

@@ -25,17 +25,17 @@ GemmLines transposed(const GemmLines& m) { return {m.data, m.depth_stride, m.lin
 
 at::DataPtr allocate(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
 
-void check_operands(const Tensor& out, at::TensorList parts, at::TensorList weights, const Tensor& shares) {
+void check_operands(const Tensor& out, at::TensorList branches, at::TensorList weights, const Tensor& gates) {
   check_rank("out", out, 3);
-  check_rank("shares", shares, 3);
-  TORCH_CHECK_VALUE(parts.size() == weights.size() && !parts.empty(), "parts, weights: got ", parts.size(), " and ",
+  check_rank("gates", gates, 3);
+  TORCH_CHECK_VALUE(branches.size() == weights.size() && !branches.empty(), "branches, weights: got ", branches.size(), " and ",
                     weights.size(), ", expected the same number of each, and at least one");
-  const int64_t batch = out.size(0), tokens = out.size(1), channels = shares.size(2), count = parts.size();
-  check("shares", shares, {batch, count, channels}, out.options());
+  const int64_t batch = out.size(0), tokens = out.size(1), channels = gates.size(2), count = branches.size();
+  check("gates", gates, {batch, count, channels}, out.options());
   for (int64_t k = 0; k < count; ++k) {
     check_rank("weights", weights[k], 2);
     check("weights", weights[k], {channels, weights[k].size(1)}, out.options());
-    check("parts", parts[k], {batch, tokens, weights[k].size(1)}, out.options());
+    check("branches", branches[k], {batch, tokens, weights[k].size(1)}, out.options());
   }
 }
 
@@ -46,48 +46,48 @@ GemmLines lines_of(const Tensor& tokens, int64_t image, int64_t first) {
           tokens.stride(2), nullptr};
 }
 
-void forward(const Tensor& out, at::TensorList parts_, at::TensorList weights, const Tensor& shares_,
-             const Tensor& bias_, const OptionalTensor& proj_weight, const OptionalTensor& proj_bias) {
+void forward(at::TensorList branches_, at::TensorList weights, const Tensor& gates_, const Tensor& bias_,
+             const OptionalTensor& proj_weight, const OptionalTensor& proj_bias, const Tensor& out) {
   const auto dtype = out.scalar_type();
   TORCH_CHECK_TYPE(gemm_takes(dtype), "out: got dtype ", dtype,
                    ", expected float32, or bfloat16 where the processor multiplies it");
   const auto& kernels = gemm_kernels(dtype);
-  check_operands(out, parts_, weights, shares_);
-  check("bias", bias_, {out.size(0), shares_.size(2)}, out.options());
-  check("proj_weight", proj_weight, {out.size(2), shares_.size(2)}, out.options());
+  check_operands(out, branches_, weights, gates_);
+  check("bias", bias_, {out.size(0), gates_.size(2)}, out.options());
+  check("proj_weight", proj_weight, {out.size(2), gates_.size(2)}, out.options());
   check("proj_bias", proj_bias, {out.size(2)}, out.options());
-  TORCH_CHECK_VALUE(proj_weight || out.size(2) == shares_.size(2), "out: got shape ", out.sizes(), ", expected ",
-                    shares_.size(2), " channels");
+  TORCH_CHECK_VALUE(proj_weight || out.size(2) == gates_.size(2), "out: got shape ", out.sizes(), ", expected ",
+                    gates_.size(2), " channels");
   check_contiguous_rows("out", out);
-  std::vector<Tensor> parts;
+  std::vector<Tensor> branches;
   std::vector<PackedB> layers;
   int64_t depth = 0;
-  for (size_t k = 0; k < parts_.size(); ++k) {
-    parts.push_back(with_lines(parts_[k]));
+  for (size_t k = 0; k < branches_.size(); ++k) {
+    branches.push_back(with_lines(branches_[k]));
     layers.emplace_back(kernels, weights[k]);
     depth += layers[k].depth();
   }
-  const Tensor shares = shares_.to(at::kFloat).contiguous(), bias = bias_.to(at::kFloat).contiguous();
+  const Tensor gates = gates_.to(at::kFloat).contiguous(), bias = bias_.to(at::kFloat).contiguous();
   const std::optional<PackedB> projection =
       proj_weight ? std::optional<PackedB>(std::in_place, kernels, *proj_weight) : std::nullopt;
   const OptionalTensor projection_bias =
       proj_bias ? OptionalTensor(proj_bias->to(at::kFloat).contiguous()) : std::nullopt;
 
-  const int64_t tokens = out.size(1), channels = shares.size(2), bytes = out.element_size();
+  const int64_t tokens = out.size(1), channels = gates.size(2), bytes = out.element_size();
   const int64_t rows = kStrips * kernels.rows, blocks = at::divup(tokens, rows);
   at::parallel_for(0, out.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
     const at::DataPtr sums = allocate(projection ? rows * channels * bytes : 0);
     const at::DataPtr scratch =
-        allocate(std::max(kernels.scratch_bytes(depth, parts.size()), kernels.scratch_bytes(channels, 1)));
-    std::vector<GemmTerm> terms(parts.size());
+        allocate(std::max(kernels.scratch_bytes(depth, branches.size()), kernels.scratch_bytes(channels, 1)));
+    std::vector<GemmTerm> terms(branches.size());
     for (int64_t block = begin; block < end; ++block) {
       const int64_t image = block / blocks, first = block % blocks * rows;
-      for (size_t k = 0; k < parts.size(); ++k)
-        terms[k] = layers[k].term(lines_of(parts[k], image, first),
-                                  shares.const_data_ptr<float>() + image * shares.stride(0) + k * channels);
+      for (size_t k = 0; k < branches.size(); ++k)
+        terms[k] = layers[k].term(lines_of(branches[k], image, first),
+                                  gates.const_data_ptr<float>() + image * gates.stride(0) + k * channels);
       GemmCall call{};
       call.terms = terms.data();
-      call.count = parts.size();
+      call.count = branches.size();
       call.rows = std::min(rows, tokens - first);
       call.columns = channels;
       call.bias = bias.const_data_ptr<float>() + image * channels;
@@ -107,22 +107,22 @@ void forward(const Tensor& out, at::TensorList parts_, at::TensorList weights, c
 
 typedef std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> Gradients;
 
-// The gradients of shares, weights and parts, in float32. Items are images times parts; each worker has its own sums of
+// The gradients of gates, weights and branches, in float32. Items are images times branches; each worker has its own sums of
 // the weights' gradients.
-Gradients backward(const Tensor& grad_, const Tensor& shares, at::TensorList parts_, at::TensorList weights) {
+Gradients backward(const Tensor& grad_, const Tensor& gates, at::TensorList branches_, at::TensorList weights) {
   const auto& kernels = gemm_kernels(at::kFloat);
   TORCH_CHECK_TYPE(grad_.scalar_type() == at::kFloat, "grad: got dtype ", grad_.scalar_type(), ", expected float32");
-  check_operands(grad_, parts_, weights, shares);
+  check_operands(grad_, branches_, weights, gates);
   const Tensor grad = with_contiguous_rows(grad_);
-  const int64_t count = parts_.size(), items = grad.size(0) * count, tokens = grad.size(1), outputs = grad.size(2);
+  const int64_t count = branches_.size(), items = grad.size(0) * count, tokens = grad.size(1), outputs = grad.size(2);
   const int64_t workers = std::max<int64_t>(std::min<int64_t>(at::get_num_threads(), items), 1);
-  const Tensor grad_shares = at::empty(shares.sizes(), shares.options());
-  std::vector<Tensor> parts, grad_parts, sums;
+  const Tensor grad_gates = at::empty(gates.sizes(), gates.options());
+  std::vector<Tensor> branches, grad_branches, sums;
   std::vector<PackedB> layers;
   for (int64_t k = 0; k < count; ++k) {
-    parts.push_back(with_lines(parts_[k]));
+    branches.push_back(with_lines(branches_[k]));
     layers.emplace_back(kernels, weights[k].t());
-    grad_parts.push_back(at::empty(parts[k].sizes(), grad.options()));
+    grad_branches.push_back(at::empty(branches[k].sizes(), grad.options()));
     sums.push_back(at::zeros({workers, outputs, weights[k].size(1)}, grad.options()));
   }
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -131,17 +131,17 @@ Gradients backward(const Tensor& grad_, const Tensor& shares, at::TensorList par
     Tensor scaled = at::empty({tokens, outputs}, grad.options());
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t item = items * worker / workers; item < items * (worker + 1) / workers; ++item) {
-        const int64_t image = item / count, k = item % count, inputs = parts[k].size(2);
-        at::mul_out(scaled, grad[image], shares[image][k]);
+        const int64_t image = item / count, k = item % count, inputs = branches[k].size(2);
+        at::mul_out(scaled, grad[image], gates[image][k]);
         GemmCall call{};
         call.rows = tokens;
-        call.out = grad_parts[k][image].data_ptr();
+        call.out = grad_branches[k][image].data_ptr();
         call.out_stride = inputs;
         call.scratch = scratch.get();
         layers[k].multiply({scaled.const_data_ptr(), outputs, 1, nullptr}, call);
 
         const at::DataPtr packed = allocate(kernels.bytes(inputs, tokens));
-        kernels.pack(transposed(lines_of(parts[k], image, 0)), inputs, tokens, packed.get());
+        kernels.pack(transposed(lines_of(branches[k], image, 0)), inputs, tokens, packed.get());
         Tensor product = at::empty({outputs, inputs}, grad.options());
         const GemmTerm term{transposed(lines_of(grad, image, 0)), tokens, packed.get(), nullptr};
         call.terms = &term;
@@ -150,21 +150,21 @@ Gradients backward(const Tensor& grad_, const Tensor& shares, at::TensorList par
         call.columns = inputs;
         call.out = product.data_ptr();
         kernels.run(call);
-        sums[k][worker].addcmul_(product, shares[image][k].unsqueeze(1));
-        Tensor grad_share = grad_shares[image][k];
-        at::sum_out(grad_share, product.mul_(weights[k]), at::IntArrayRef{1});
+        sums[k][worker].addcmul_(product, gates[image][k].unsqueeze(1));
+        Tensor grad_gate = grad_gates[image][k];
+        at::sum_out(grad_gate, product.mul_(weights[k]), at::IntArrayRef{1});
       }
   });
   std::vector<Tensor> grad_weights;
   for (const Tensor& sum : sums) grad_weights.push_back(sum.sum(0));
-  return {grad_shares, grad_weights, grad_parts};
+  return {grad_gates, grad_weights, grad_branches};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tokenfusion, CPU, library) {
-  library.impl("weighted_parts", forward);
-  library.impl("weighted_parts_backward", backward);
+  library.impl("gated_sum_out_cpu", forward);
+  library.impl("gated_sum_backward_cpu", backward);
 }
 
 }  // namespace tokenfusion

@@ -1,4 +1,4 @@
-"""The sum of weighted linear layers: the C++ kernel, and with it the CPU kernels' own matrix product."""
+"""gated_sum: the C++ kernel, and with it the CPU kernels' own matrix product."""
 
 import pytest
 import torch
@@ -7,16 +7,14 @@ from torch.autograd import forward_ad
 
 import tokenfusion
 from tests.parity import assert_parity, assert_runs
-from tokenfusion.kernels import extension
-from tokenfusion.layers import weighted_parts as sum_module
-from tokenfusion.layers.weighted_parts import project_weighted_parts, weighted_parts
+from tokenfusion.kernels import extension, gated_sum
+from tokenfusion.kernels.gated_sum import op
 
-KERNEL = "weighted_parts"
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def problem(dtype, batch=2, tokens=37, inputs=51, outputs=45, count=2):
-    """parts, weights, biases, shares, proj_weight, proj_bias."""
+    """branches, weights, biases, gates, proj_weight, proj_bias."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*sizes):
@@ -32,8 +30,8 @@ def problem(dtype, batch=2, tokens=37, inputs=51, outputs=45, count=2):
     )
 
 
-def plain(parts, weights, biases, shares, *projection):
-    y = sum(F.linear(*layer) * share.unsqueeze(1) for *layer, share in zip(parts, weights, biases, shares.unbind(1)))
+def plain(branches, weights, biases, gates, *projection):
+    y = sum(F.linear(*layer) * gate.unsqueeze(1) for *layer, gate in zip(branches, weights, biases, gates.unbind(1)))
     return F.linear(y, *projection) if projection else y
 
 
@@ -50,10 +48,9 @@ def exactly(*arguments):
     return plain(*map(wide, arguments))
 
 
-def projected(parts, weights, biases, shares, *projection):
-    out = parts[0].new_empty(*parts[0].shape[:2], len(projection[0]))
-    project_weighted_parts(parts, weights, biases, shares, *projection, out=out)
-    return out
+def projected(branches, weights, biases, gates, *projection):
+    out = branches[0].new_empty(*branches[0].shape[:2], len(projection[0]))
+    return gated_sum(branches, weights, biases, gates, *projection, out=out)
 
 
 def runs(dtype) -> bool:
@@ -62,8 +59,8 @@ def runs(dtype) -> bool:
 
 def check(*arguments):
     dtype = arguments[0][0].dtype
-    with torch.no_grad(), assert_runs(*[KERNEL] if runs(dtype) else []):
-        with_projection, alone = projected(*arguments), weighted_parts(*arguments[:4])
+    with torch.no_grad(), assert_runs(*["gated_sum_out_cpu"] if runs(dtype) else []):
+        with_projection, alone = projected(*arguments), gated_sum(*arguments[:4])
     summands = sum(weight.shape[1] for weight in arguments[1])
     assert_parity(with_projection, plain(*arguments), exactly(*arguments), "projected", summands=summands)
     assert_parity(alone, plain(*arguments[:4]), exactly(*arguments[:4]), "alone", summands=summands)
@@ -90,13 +87,13 @@ def test_obeys_the_parity_rule(dtype, sizes):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype):
     """Tokens that are contiguous, or the inputs; slices; transposed weights; neither innermost."""
-    parts, weights, *others = problem(dtype, count=3)
-    parts[0] = parts[0].mT.contiguous().mT
-    parts[1] = torch.cat([parts[1]] * 2, dim=2)[:, :, 51:]
-    parts[2] = torch.stack([parts[2]] * 2, dim=3)[..., 1]
+    branches, weights, *others = problem(dtype, count=3)
+    branches[0] = branches[0].mT.contiguous().mT
+    branches[1] = torch.cat([branches[1]] * 2, dim=2)[:, :, 51:]
+    branches[2] = torch.stack([branches[2]] * 2, dim=3)[..., 1]
     weights[0] = weights[0].t().contiguous().t()
     weights[1] = torch.stack([weights[1]] * 2, dim=2)[..., 1]
-    check(parts, weights, *others)
+    check(branches, weights, *others)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +101,7 @@ def test_strides(dtype):
 )
 @pytest.mark.parametrize("expanded", [False, True])
 def test_gradients_obey_the_parity_rule(sizes, expanded, monkeypatch):
-    monkeypatch.setattr(sum_module, "_LARGE_MATRIX", 0)
+    monkeypatch.setattr(op, "_LARGE_MATRIX", 0)
     *arguments, _, _ = problem(torch.float32, **sizes)
     arguments[0][0] = arguments[0][0].mT.contiguous().mT
 
@@ -113,14 +110,14 @@ def test_gradients_obey_the_parity_rule(sizes, expanded, monkeypatch):
             [None if t is None else t.to(dtype).requires_grad_() for t in group] if isinstance(group, list) else group
             for group in (*arguments[:3], [arguments[3]])
         ]
-        *groups, (shares,) = leaves
-        out = function(*groups, shares)
+        *groups, (gates,) = leaves
+        out = function(*groups, gates)
         torch.manual_seed(1)
         grad = torch.randn(out.shape[2]).to(dtype).expand_as(out) if expanded else torch.randn(out.shape).to(dtype)
         return torch.autograd.grad(out, [t for group in leaves for t in group if t is not None], grad)
 
-    with assert_runs(*[KERNEL, f"{KERNEL}_backward"] if runs(torch.float32) else []):
-        actual = gradients(weighted_parts, torch.float32)
+    with assert_runs(*["gated_sum_out_cpu", "gated_sum_backward_cpu"] if runs(torch.float32) else []):
+        actual = gradients(gated_sum, torch.float32)
     unfused, exact = gradients(plain, torch.float32), gradients(plain, torch.float64)
     for got, plainly, expected in zip(actual, unfused, exact, strict=True):
         assert_parity(got, plainly, expected)
@@ -161,12 +158,12 @@ def test_another_backend_is_left_to_pytorch():
 
 
 def test_transforms_are_left_to_pytorch():
-    parts, *others = problem(torch.float32)
+    branches, *others = problem(torch.float32)
     with torch.no_grad(), assert_runs():
-        batched = torch.func.vmap(lambda *parts: projected(list(parts), *others))(*(p.unsqueeze(0) for p in parts))
+        batched = torch.func.vmap(lambda *branches: projected(list(branches), *others))(*(p.unsqueeze(0) for p in branches))
         with forward_ad.dual_level():
-            duals = [forward_ad.make_dual(part, part) for part in parts]
+            duals = [forward_ad.make_dual(branch, branch) for branch in branches]
             tangent = forward_ad.unpack_dual(projected(duals, *others)).tangent
-    expected = plain(parts, *others)
+    expected = plain(branches, *others)
     torch.testing.assert_close(batched[0], expected, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(tangent, expected - plain([0 * part for part in parts], *others), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(tangent, expected - plain([0 * branch for branch in branches], *others), rtol=1e-4, atol=1e-3)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import tokenfusion
 from tests.parity import assert_parity
-from tokenfusion.layers.linear import linear
+from tokenfusion.kernels.linear import linear
 
 ONEDNN = "mkldnn::_linear_pointwise"
 
