@@ -148,6 +148,21 @@ def test_intermediates(key):
 
 
 @every_model
+def test_pruned_model_runs(key):
+    """Whatever was removed, the final features fit the norm, the pool and a new head."""
+    whole, images = small_model(key), small_images(key)
+    for index, info in enumerate(whole.feature_info):
+        model = copy.deepcopy(whole)
+        model.prune_intermediate_layers([index])
+        final, features = model.forward_intermediates(images, [index])
+        torch.testing.assert_close(model.forward_features(images), final)
+        assert features[0].shape[1] == info["num_chs"]
+        model.reset_classifier(7, OTHER_POOL.get(key, "avg"))
+        assert model(images).shape == (2, 7)
+        assert model.forward_head(final, pre_logits=True).shape == (2, model.head_hidden_size)
+
+
+@every_model
 def test_features_only(key):
     name, settings = SMALL[key]
     extractor = tokenfusion.create_model(name, features_only=True, **settings).eval()

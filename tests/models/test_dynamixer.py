@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.models._features import FeatureGetterNet
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion
@@ -128,6 +129,37 @@ def test_a_hook_keeps_what_it_saw():
     with torch.no_grad():
         model(images(model))
     assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_norm_of_the_last_stage_alone(stage):
+    """As in timm's models of stages: there is no norm for the others, though some have as many channels."""
+    model = small().eval()
+    x = images(model)
+    (plain_tokens,) = model.forward_intermediates(x, [stage], intermediates_only=True)
+    (tokens,) = model.forward_intermediates(x, [stage], norm=True, stop_early=True, intermediates_only=True)
+    expected = model.forward_features(x).permute(0, 3, 1, 2) if stage == 3 else plain_tokens
+    torch.testing.assert_close(tokens, expected)
+
+
+def test_features_of_a_pruned_model_are_counted_anew():
+    model = small().eval()
+    x = images(model)
+    expected = model.forward_intermediates(x, [0, 1], intermediates_only=True)
+    model.prune_intermediate_layers([1])
+    for got, feature in zip(model.forward_intermediates(x, intermediates_only=True), expected, strict=True):
+        torch.testing.assert_close(got, feature)
+    torch.testing.assert_close(model.forward_intermediates(x, [-1], intermediates_only=True), expected[-1:])
+
+
+@pytest.mark.parametrize("options", [{"out_indices": (0,)}, {"out_indices": (1, 3), "norm": True}], ids=str)
+def test_features_in_torchscript(options):
+    extractor = FeatureGetterNet(small().eval(), **options)
+    x = images(extractor.model)
+    features, scripted = extractor(x), torch.jit.script(extractor)(x)
+    assert len(scripted) == len(options["out_indices"])
+    for got, expected in zip(scripted, features, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_resolutions_of_the_official_code():

@@ -155,11 +155,13 @@ class DynaMixer(CheckedModel):
 
         self.patch_embed = PatchEmbed(in_chans, embed_dims[0], patch_size, **dd)
         self.network = nn.ModuleList()
+        self.stage_places: list[int] = []  # of each stage in the network
         self.feature_info = []
         reduction = patch_size
         for stage, rates in enumerate(calculate_drop_path_rates(drop_path_rate, layers, stagewise=True)):
             self.network.append(nn.Sequential(*(layer(stage, rate) for rate in rates)))
-            module = f"network.{len(self.network) - 1}"
+            self.stage_places.append(len(self.network) - 1)
+            module = f"network.{self.stage_places[-1]}"
             self.feature_info.append({"num_chs": embed_dims[stage], "reduction": reduction, "module": module})
             if stage == stages - 1:
                 break
@@ -244,7 +246,7 @@ class DynaMixer(CheckedModel):
         Args:
             x: images, [B, in_chans, H, W].
             indices: of the stages: the last n, or all (None).
-            norm: normalise them by the model's last norm, which fits the channels of the last stage alone.
+            norm: normalise those of the last stage by the model's norm, which is made for them alone.
             stop_early: leave out what comes after the last one asked for, where the final tokens are not asked for.
             output_fmt: "NCHW" or "NLC".
             intermediates_only: without the final tokens.
@@ -253,35 +255,47 @@ class DynaMixer(CheckedModel):
             (final normalised tokens [B, H', W', D], the features), or the features alone.
 
         Raises:
-            ValueError: another output_fmt; norm for a stage of other channels than the last.
+            ValueError: another output_fmt.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
-        taken, last = feature_take_indices(len(self.feature_info), indices)
-        stages = [int(info["module"].removeprefix("network.")) for info in self.feature_info]
-        wanted = {stages[index] for index in taken}
-        if norm and any(self.embed_dims[index] != self.num_features for index in taken):
-            raise ValueError(f"norm: got True, expected False for stages {taken} of {self.embed_dims} channels")
-        x, features = self._embed(x), []
-        needed = self.network[: stages[last] + 1] if stop_early and intermediates_only else self.network
-        for place, module in enumerate(needed):
-            x = self._run(module, x)
-            if place in wanted:
-                tokens = self.norm(x) if norm else x
-                features.append(
-                    tokens.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else tokens.flatten(1, 2)
-                )
-        return features if intermediates_only else (self.norm(x), features)
+        if not torch.jit.is_scripting():
+            _check_output_fmt(output_fmt)
+        taken, last = feature_take_indices(len(self.stage_places), indices)
+        wanted = [self.stage_places[index] for index in taken]
+        end = len(self.network) - 1
+        needed = self.stage_places[last] if stop_early and intermediates_only else end
+        x = self._embed(x)
+        features: list[torch.Tensor] = []
+        for place, module in enumerate(self.network):
+            if place <= needed:
+                if torch.jit.is_scripting():
+                    x = module(x)
+                else:
+                    x = self._run(module, x)
+                if place in wanted:
+                    tokens = self.norm(x) if norm and place == end else x
+                    features.append(
+                        tokens.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else tokens.flatten(1, 2)
+                    )
+        if intermediates_only:
+            return features
+        return self.norm(x), features
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what comes after the last of these stages, and the norm and the head; returns the indices."""
-        taken, last = feature_take_indices(len(self.feature_info), indices)
-        self.network = self.network[: int(self.feature_info[last]["module"].removeprefix("network.")) + 1]
-        if prune_norm:
+        """Remove what comes after the last of these stages, and the norm and the head; returns the indices.
+
+        The norm and the head are made for the last stage, and go with it whatever the arguments say.
+        """
+        taken, last = feature_take_indices(len(self.stage_places), indices)
+        cut = last < len(self.stage_places) - 1
+        self.stage_places = self.stage_places[: last + 1]
+        self.network = self.network[: self.stage_places[-1] + 1]
+        if cut:
+            self.num_features = self.head_hidden_size = self.embed_dims[last]
+        if prune_norm or cut:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or cut:
             self.reset_classifier(0, "")
         return taken
 
@@ -292,6 +306,11 @@ class DynaMixer(CheckedModel):
     def checkpoint_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint of this model or of the official code; generators of another resolution are resampled."""
         return resampled(super().checkpoint_filter(state_dict.get("model", state_dict)), self)
+
+
+def _check_output_fmt(output_fmt: str) -> None:
+    if output_fmt not in ("NCHW", "NLC"):
+        raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
 
 
 def _check_images(x: torch.Tensor, expected: list[int]) -> None:
