@@ -3,14 +3,12 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from torch import nn
 
 from tokenfusion import measure
 from tokenfusion.cli.errors import first_line
-from tokenfusion.kernels import dispatch
 
 EAGER = "eager"
 COMPILED = "eager + compile"
@@ -65,32 +63,6 @@ def innermost(names: Iterable[str]) -> list[str]:
 
 def _contains(name: str, other: str) -> bool:
     return name == "" or other.startswith(f"{name}.")
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """How many calls of an operator ran on each backend, and why each backend could not take the latest of them."""
-
-    calls: dict[str, int]
-    why_not: dict[str, str | None]
-
-
-def dispatched(call: Callable[[], object]) -> dict[str, Dispatched]:
-    """Operator name -> what the dispatcher chose during the call."""
-    chosen: dict[str, Dispatched] = {}
-    select = dispatch.Operator.select
-
-    def noting(operator: dispatch.Operator, *tensors) -> dispatch.Implementation:
-        implementation = select(operator, *tensors)
-        backends = [each.backend for each in operator.implementations]
-        note = chosen.setdefault(operator.name, Dispatched(dict.fromkeys(backends, 0), {}))
-        note.calls[implementation.backend] += 1
-        note.why_not.update({each.backend: each.can_run(*tensors) for each in operator.implementations})
-        return implementation
-
-    with mock.patch.object(dispatch.Operator, "select", noting):
-        call()
-    return chosen
 
 
 def time_variants(

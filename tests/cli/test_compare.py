@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import tokenfusion
-from tokenfusion.cli import compare, images, main, timm_models, variants
+from tokenfusion.cli import main
 
 TINY = "crossvit_tiny_240"
 NOTHING_TO_FUSE = "test_resnet"

@@ -5,7 +5,7 @@ from collections import Counter
 
 from rich.console import Console
 
-from tokenfusion.cli import variants
+from tokenfusion.cli.compare import facts, timing
 from tokenfusion.cli.display import table
 from tokenfusion.kernels import dispatch
 from tokenfusion.surgery import FuseReport
@@ -30,16 +30,18 @@ def print_conditions(out: Console, facts: dict) -> None:
 
 
 def print_top(out: Console, classified: list[dict], pretrained: bool) -> None:
+    remarks = [entry["remark"] for entry in classified if entry["remark"]]
     if not any(entry["top"] for entry in classified):
-        _print(out, "The model has no classifier: its features are compared.")
+        _print(out, "The model has no classifier: its features are compared.", *remarks)
         return
     rows = []
     for entry in classified:
         for i, guess in enumerate(entry["top"]):
             rows.append(("" if i else entry["image"], guess["label"], f"{guess['probability']:.1%}"))
     columns = ("image", "label", "probability")
-    remark = [] if pretrained else ["The weights are random, so these labels mean nothing."]
-    _print(out, table("What the model sees", columns, rows, numbers=columns[2:]), *remark)
+    if not pretrained:
+        remarks.append("The weights are random, so these labels mean nothing.")
+    _print(out, table("What the model sees", columns, rows, numbers=columns[2:]), *remarks)
 
 
 def print_modules(out: Console, report: FuseReport) -> None:
@@ -64,11 +66,12 @@ def print_differences(out: Console, difference: dict, dtype: str, images: int) -
         (text, f"{difference[name]['absolute']:.1e}", f"{difference[name]['relative']:.1e}")
         for name, text in described.items()
     ]
-    agreement = f"The same top-1 class in {difference['same_top_1']} of {_count(images, 'image')}."
-    _print(out, table("Outputs", columns, rows, numbers=columns[1:]), agreement)
+    same = difference["same_top_1"]
+    agreement = [] if same is None else [f"The same top-1 class in {same} of {_count(images, 'image')}."]
+    _print(out, table("Outputs", columns, rows, numbers=columns[1:]), *agreement)
 
 
-def print_backends(out: Console, chosen: dict[str, variants.Dispatched]) -> None:
+def print_backends(out: Console, chosen: dict[str, facts.Dispatched]) -> None:
     for name, choice in chosen.items():
         rows = [
             (implementation.backend, _backend_state(implementation, choice))
@@ -77,7 +80,7 @@ def print_backends(out: Console, chosen: dict[str, variants.Dispatched]) -> None
         _print(out, table(f"Backends of {name} (asked for: {dispatch.get_backend()})", ("", ""), rows))
 
 
-def _backend_state(implementation: dispatch.Implementation, choice: variants.Dispatched) -> str:
+def _backend_state(implementation: dispatch.Implementation, choice: facts.Dispatched) -> str:
     backend = implementation.backend
     if choice.calls[backend]:
         return f"runs {choice.calls[backend]} of {sum(choice.calls.values())} calls"
@@ -86,20 +89,20 @@ def _backend_state(implementation: dispatch.Implementation, choice: variants.Dis
 
 
 def print_timings(out: Console, title: str, timings: dict[str, dict]) -> None:
-    compiled = variants.COMPILED in timings
+    compiled = timing.COMPILED in timings
     columns = ["", "time [ms]", "fastest", "vs eager", "vs compile", "peak [MB]", "note"]
     if not compiled:
         columns = [column for column in columns if column not in ("vs compile", "note")]
     rows = []
-    for name, timing in timings.items():
+    for name, timed in timings.items():
         cells = {
             "": name,
-            "time [ms]": _number(timing["median_seconds"], 1e3, ".2f"),
-            "fastest": _number(timing["fastest_seconds"], 1e3, ".2f"),
-            "vs eager": _number(timing["vs_eager"], 1, ".2f", "x"),
-            "vs compile": _number(timing["vs_compile"], 1, ".2f", "x"),
-            "peak [MB]": _number(timing["peak_extra_bytes"], 1e-6, ".2f"),
-            "note": _note(name, timing),
+            "time [ms]": _number(timed["median_seconds"], 1e3, ".2f"),
+            "fastest": _number(timed["fastest_seconds"], 1e3, ".2f"),
+            "vs eager": _number(timed["vs_eager"], 1, ".2f", "x"),
+            "vs compile": _number(timed["vs_compile"], 1, ".2f", "x"),
+            "peak [MB]": _number(timed["peak_extra_bytes"], 1e-6, ".2f"),
+            "note": _note(name, timed),
         }
         rows.append([cells[column] for column in columns])
     _print(out, table(title, columns, rows, numbers=columns[1:6]))
@@ -109,10 +112,10 @@ def _number(value: float | None, scale: float, form: str, unit: str = "") -> str
     return "-" if value is None else f"{value * scale:{form}}{unit}"
 
 
-def _note(name: str, timing: dict) -> str:
-    if timing["unavailable"]:
-        return f"not available: {timing['unavailable']}"
-    return f"first call {timing['first_call_seconds']:.1f} s" if name in variants.THAT_COMPILE else ""
+def _note(name: str, timed: dict) -> str:
+    if timed["unavailable"]:
+        return f"not available: {timed['unavailable']}"
+    return f"first call {timed['first_call_seconds']:.1f} s" if name in timing.THAT_COMPILE else ""
 
 
 def print_legend(out: Console) -> None:
