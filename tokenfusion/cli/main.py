@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tokenfusion", description=tokenfusion.__doc__)
     parser.add_argument("--version", action="version", version=f"tokenfusion {tokenfusion.__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    subparsers = parser.add_subparsers(dest="command", required=True)
     modules = {name: importlib.import_module(f"tokenfusion.cli.{name}") for name in COMMANDS}
     for module in modules.values():
         module.add_parser(subparsers)

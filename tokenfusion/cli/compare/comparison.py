@@ -101,7 +101,7 @@ def _compare_time(
         tables.print_timings(out, title, timings["fused modules"])
     timings["whole model"] = _timings(args, "whole model", model, fused if report.replaced else None, batch)
     tables.print_timings(out, "The whole model", timings["whole model"])
-    tables.print_legend(out)
+    tables.print_legend(out, args.compile)
     return timings
 
 

@@ -70,10 +70,7 @@ def _rgb(name: str, image: Image.Image) -> tuple[Image.Image, str | None]:
         white = 0xFFFF if certain else _white(name, shades)
         remark = None if certain else f"{name}: grey in 32 bits, up to {shades.max():g}; {white} is taken for white."
         image = Image.fromarray((shades * (255 / white)).round().astype(np.uint8))
-    try:
-        return image.convert("RGB"), remark
-    except ValueError:
-        raise UsageError(f"IMAGE: {name}: colours in {image.mode}, which Pillow cannot turn into RGB") from None
+    return image.convert("RGB"), remark
 
 
 def _white(name: str, shades: np.ndarray) -> int:

@@ -10,10 +10,11 @@ from torch import nn
 from tokenfusion import measure
 from tokenfusion.cli.errors import first_line
 
+AND_COMPILE = "+ compile"
 EAGER = "eager"
-COMPILED = "eager + compile"
+COMPILED = f"{EAGER} {AND_COMPILE}"
 FUSED = "tokenfusion"
-FUSED_COMPILED = "tokenfusion + compile"
+FUSED_COMPILED = f"{FUSED} {AND_COMPILE}"
 THAT_COMPILE = (COMPILED, FUSED_COMPILED)
 
 
@@ -90,7 +91,7 @@ def time_variants(
     seconds = measure.interleaved_seconds(running, rounds=rounds, after_each=lambda: step(advance=1))
     timings = {name: Timing(unavailable=reason) for name, reason in failures.items()}
     for name, call in running.items():
-        step(f"peak memory of {name}")
+        step(f"memory of {name}")
         timings[name] = Timing(seconds[name], measure.peak_extra_bytes(call, device=device), first_calls[name])
         step(advance=1)
     return {name: timings[name] for name in modules}
