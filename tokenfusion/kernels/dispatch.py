@@ -110,7 +110,8 @@ class Observation:
 def observe() -> Iterator[Observation]:
     """Sees which backends run in a with-block, in this thread or task; `ran` is filled at its end.
 
-    By PyTorch's profiler, which sees kernels whoever calls them. Without an observer nothing is recorded.
+    By PyTorch's profiler, which sees kernels whoever calls them; where code compiles, those of the compiler's trials.
+    Without an observer nothing is recorded.
     """
     seen = Observation()
     token = _noted.set(seen.choices)
