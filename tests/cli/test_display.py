@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+
 from tokenfusion.cli.display import console, show, table
 
 

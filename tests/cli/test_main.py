@@ -30,6 +30,12 @@ def test_an_output_that_takes_nothing(output, arguments):
     assert done.stderr == expected
 
 
+def test_a_closed_output_is_none(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main.main(["info"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_characters_that_a_terminal_lacks_are_escaped(capfdbinary, monkeypatch):
     with open(1, "w", encoding="ascii", closefd=False) as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
@@ -41,12 +47,7 @@ def test_characters_that_a_terminal_lacks_are_escaped(capfdbinary, monkeypatch):
 
 def test_nothing_is_said_of_a_missing_gpu(tmp_path):
     """torch.utils.cpp_extension, which torch.compile imports, looks for a GPU where it finds CUDA's tools."""
-    program = (
-        "import sys\n"
-        "from tokenfusion.cli.main import main\n"
-        "main(['info'])\n"
-        "import torch.utils.cpp_extension\n"
-    )
+    program = "from tokenfusion.cli.main import main\nmain(['info'])\nimport torch.utils.cpp_extension\n"
     environ = os.environ | {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

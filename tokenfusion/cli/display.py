@@ -10,7 +10,6 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-
 _UNLIMITED = 10_000
 
 
@@ -21,7 +20,7 @@ def console(width: int | None = None) -> Console:
 
 
 def show(out: Console, *parts: Table | str) -> None:
-    """Lines and tables, and an empty line. Where a terminal is too narrow for the words of a table, its lines run on."""
+    """Lines and tables, then an empty line. On a terminal too narrow for the words of a table its lines run on."""
     for part in parts:
         needed = 0
         if isinstance(part, Table):
@@ -51,13 +50,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 def progress_bar(subject: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Yields step(stage=None, advance=0), which names the stage and moves the bar; total None has no end.
 
-    Nothing is shown where standard error is not a terminal. Nothing may be printed on standard output meanwhile.
+    Nothing is shown where standard error is no terminal, or one that cannot take a line back. Nothing may be printed on standard output meanwhile.
     """
     terminal = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
-    with Progress(
-        *columns, console=terminal, transient=True, redirect_stdout=False, disable=not terminal.is_terminal
-    ) as progress:
+    disable = not terminal.is_terminal or terminal.is_dumb_terminal
+    with Progress(*columns, console=terminal, transient=True, redirect_stdout=False, disable=disable) as progress:
         task = progress.add_task(subject, total=total)
 
         def step(stage: str | None = None, advance: int = 0) -> None:

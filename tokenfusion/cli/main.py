@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns where CUDA is without a GPU
     name = " ".join(["tokenfusion", *(command for command in argv[:1] if command in COMMANDS)])
+    if sys.stdout is None:  # closed, as by >&-
+        sys.stdout = open(os.devnull, "w")
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character gets its number
         status = _run(argv)

@@ -25,5 +25,8 @@ def test_without_a_classifier_there_is_no_top_1():
 
 
 def test_choices_are_counted():
-    choices = [Choice("op", "cpu", {"cpu": None, "reference": None}), Choice("op", "reference", {"cpu": "no", "reference": None})]
+    choices = [
+        Choice("op", "cpu", {"cpu": None, "reference": None}),
+        Choice("op", "reference", {"cpu": "no", "reference": None}),
+    ]
     assert facts.dispatched(choices) == {"op": facts.Dispatched({"cpu": 1, "reference": 1}, choices[1].why_not)}

@@ -1,5 +1,6 @@
 import tokenfusion
 from tests.cli.compare.test_comparison import NOTHING_TO_FUSE, random_weights  # noqa: F401
+from tests.models.small import small_model
 from tokenfusion.cli.compare import models
 
 
@@ -12,3 +13,10 @@ def test_counterparts():
     assert type(plain) is type(own) and "tokenfusion.layers.crossvit" not in {
         type(m).__module__ for m in plain.modules()
     }
+
+
+def test_a_model_that_only_the_package_has_is_set_beside_itself_unfused():
+    model = small_model("token_fusion_late")
+    plain, own, eager = models._with_own(model)
+    assert own is model and plain is not model
+    assert eager == "the same model, its modules not fused"

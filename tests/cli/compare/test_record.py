@@ -33,7 +33,10 @@ def test_an_interrupted_run_leaves_what_was_there(tmp_path, before):
 
 
 def test_a_full_device_is_known_before_the_work():
-    with pytest.raises(UsageError, match="--json: /dev/full: No space left on device"), record.opened(Path("/dev/full")):
+    with (
+        pytest.raises(UsageError, match="--json: /dev/full: No space left on device"),
+        record.opened(Path("/dev/full")),
+    ):
         raise AssertionError("it was not seen")
 
 

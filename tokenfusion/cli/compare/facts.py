@@ -70,7 +70,7 @@ def top(model: nn.Module, photographs: Sequence[Photograph], logits: torch.Tenso
                     "probability": probability,
                 }
                 for index, probability in zip(classes[i].tolist(), probabilities[i].tolist(), strict=True)
-            ][:count],
+            ],
         }
         for i, photograph in enumerate(photographs)
     ]

@@ -1,4 +1,4 @@
-"""Models of timm's registry by name: pretrained where the weights can be had, random otherwise, and which of the two it was."""
+"""Models of timm's registry by name: pretrained where the weights can be had, random otherwise; and which it was."""
 
 import contextlib
 import copy
@@ -81,10 +81,10 @@ def _with_own(model: nn.Module) -> tuple[nn.Module, nn.Module | None, str]:
     name = model.pretrained_cfg["architecture"]
     if name not in tokenfusion.list_models():
         return model, None, "timm's model"
-    of_timm = name.removeprefix("tokenfusion_")
     if hasattr(model, "plain"):
         return model.plain(), model, "the same weights in plain PyTorch, as the paper has it"
-    if timm.is_model(of_timm):
+    of_timm = name.removeprefix("tokenfusion_")
+    if of_timm != name and timm.is_model(of_timm):
         plain = timm.create_model(of_timm)
         plain.load_state_dict(model.state_dict())
         return plain.eval(), model, f"timm's {of_timm} with the same weights"

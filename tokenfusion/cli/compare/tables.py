@@ -127,4 +127,3 @@ def print_legend(out: Console, compiled: bool) -> None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-

@@ -36,7 +36,7 @@ class Calls(nn.Module):
         self.called = nn.ModuleList(model.get_submodule(name) for name, _, _ in calls)
 
     def forward(self, arguments: list[tuple[tuple, dict]]) -> list:
-        return [module(*args, **kwargs) for module, (args, kwargs) in zip(self.called, arguments)]
+        return [module(*args, **kwargs) for module, (args, kwargs) in zip(self.called, arguments, strict=True)]
 
 
 def recorded_calls(model: nn.Module, names: Iterable[str], inputs: torch.Tensor) -> list[tuple[str, tuple, dict]]:
