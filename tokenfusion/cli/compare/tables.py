@@ -5,8 +5,8 @@ from collections import Counter
 
 from rich.console import Console
 
-from tokenfusion.cli import variants
-from tokenfusion.cli.display import table
+from tokenfusion.cli.compare import facts, timing
+from tokenfusion.cli.display import show, table
 from tokenfusion.kernels import dispatch
 from tokenfusion.surgery import FuseReport
 
@@ -26,32 +26,34 @@ def print_conditions(out: Console, facts: dict) -> None:
     load, cores = facts["load_average"], os.cpu_count()
     if load is not None and load > cores / 2:
         rows.append(("load", f"{load:.1f} on {cores} cores before it starts: expect noisy times"))
-    _print(out, table(facts["model"], ("", ""), rows))
+    show(out, table(facts["model"], ("", ""), rows))
 
 
 def print_top(out: Console, classified: list[dict], pretrained: bool) -> None:
+    remarks = [entry["remark"] for entry in classified if entry["remark"]]
     if not any(entry["top"] for entry in classified):
-        _print(out, "The model has no classifier: its features are compared.")
+        show(out, "The model has no classifier: its features are compared.", *remarks)
         return
     rows = []
     for entry in classified:
         for i, guess in enumerate(entry["top"]):
             rows.append(("" if i else entry["image"], guess["label"], f"{guess['probability']:.1%}"))
     columns = ("image", "label", "probability")
-    remark = [] if pretrained else ["The weights are random, so these labels mean nothing."]
-    _print(out, table("What the model sees", columns, rows, numbers=columns[2:]), *remark)
+    if not pretrained:
+        remarks.append("The weights are random, so these labels mean nothing.")
+    show(out, table("What the model sees", columns, rows, numbers=columns[2:]), *remarks)
 
 
 def print_modules(out: Console, report: FuseReport) -> None:
     if not report.modules:
-        _print(out, "tokenfusion.fuse found no module of a kind that it can replace: only the model as it is is timed.")
+        show(out, "tokenfusion.fuse found no module of a kind that it can replace: only the model as it is is timed.")
         return
     outcomes = Counter(
         (module.kind, f"replaced ({module.op})" if module.replaced else f"left alone: {module.reason}")
         for module in report.modules
     )
     rows = [(str(count), kind, outcome) for (kind, outcome), count in outcomes.items()]
-    _print(out, table("Modules that tokenfusion.fuse knows", ("count", "kind", "outcome"), rows, numbers=("count",)))
+    show(out, table("Modules that tokenfusion.fuse knows", ("count", "kind", "outcome"), rows, numbers=("count",)))
 
 
 def print_differences(out: Console, difference: dict, dtype: str, images: int) -> None:
@@ -64,20 +66,21 @@ def print_differences(out: Console, difference: dict, dtype: str, images: int) -
         (text, f"{difference[name]['absolute']:.1e}", f"{difference[name]['relative']:.1e}")
         for name, text in described.items()
     ]
-    agreement = f"The same top-1 class in {difference['same_top_1']} of {_count(images, 'image')}."
-    _print(out, table("Outputs", columns, rows, numbers=columns[1:]), agreement)
+    same = difference["same_top_1"]
+    agreement = [] if same is None else [f"The same top-1 class in {same} of {_count(images, 'image')}."]
+    show(out, table("Outputs", columns, rows, numbers=columns[1:]), *agreement)
 
 
-def print_backends(out: Console, chosen: dict[str, variants.Dispatched]) -> None:
+def print_backends(out: Console, chosen: dict[str, facts.Dispatched]) -> None:
     for name, choice in chosen.items():
         rows = [
             (implementation.backend, _backend_state(implementation, choice))
             for implementation in dispatch.OPERATORS[name].implementations
         ]
-        _print(out, table(f"Backends of {name} (asked for: {dispatch.get_backend()})", ("", ""), rows))
+        show(out, table(f"Backends of {name} (asked for: {dispatch.get_backend()})", ("", ""), rows))
 
 
-def _backend_state(implementation: dispatch.Implementation, choice: variants.Dispatched) -> str:
+def _backend_state(implementation: dispatch.Implementation, choice: facts.Dispatched) -> str:
     backend = implementation.backend
     if choice.calls[backend]:
         return f"runs {choice.calls[backend]} of {sum(choice.calls.values())} calls"
@@ -86,49 +89,41 @@ def _backend_state(implementation: dispatch.Implementation, choice: variants.Dis
 
 
 def print_timings(out: Console, title: str, timings: dict[str, dict]) -> None:
-    compiled = variants.COMPILED in timings
-    columns = ["", "time [ms]", "fastest", "vs eager", "vs compile", "peak [MB]", "note"]
-    if not compiled:
-        columns = [column for column in columns if column not in ("vs compile", "note")]
+    columns = ["", "time [ms]", "fastest", "vs eager", "peak [MB]"]
+    if timing.COMPILED in timings:
+        columns[4:4] = ["vs compile"]
+        columns.append("first [s]")
     rows = []
-    for name, timing in timings.items():
+    for name, timed in timings.items():
+        compiles = name in timing.THAT_COMPILE
         cells = {
-            "": name,
-            "time [ms]": _number(timing["median_seconds"], 1e3, ".2f"),
-            "fastest": _number(timing["fastest_seconds"], 1e3, ".2f"),
-            "vs eager": _number(timing["vs_eager"], 1, ".2f", "x"),
-            "vs compile": _number(timing["vs_compile"], 1, ".2f", "x"),
-            "peak [MB]": _number(timing["peak_extra_bytes"], 1e-6, ".2f"),
-            "note": _note(name, timing),
+            "": f"  {timing.AND_COMPILE}" if compiles else name,
+            "time [ms]": _number(timed["median_seconds"], 1e3, ".2f"),
+            "fastest": _number(timed["fastest_seconds"], 1e3, ".2f"),
+            "vs eager": _number(timed["vs_eager"], 1, ".2f", "x"),
+            "vs compile": _number(timed["vs_compile"], 1, ".2f", "x"),
+            "peak [MB]": _number(timed["peak_extra_bytes"], 1e-6, ".2f"),
+            "first [s]": _number(timed["first_call_seconds"], 1, ".1f") if compiles else "",
         }
         rows.append([cells[column] for column in columns])
-    _print(out, table(title, columns, rows, numbers=columns[1:6]))
+    failures = [f"{name}: not available: {t['unavailable']}" for name, t in timings.items() if t["unavailable"]]
+    show(out, table(title, columns, rows, numbers=columns[1:]), *failures)
 
 
 def _number(value: float | None, scale: float, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value * scale:{form}}{unit}"
 
 
-def _note(name: str, timing: dict) -> str:
-    if timing["unavailable"]:
-        return f"not available: {timing['unavailable']}"
-    return f"first call {timing['first_call_seconds']:.1f} s" if name in variants.THAT_COMPILE else ""
-
-
-def print_legend(out: Console) -> None:
-    _print(
+def print_legend(out: Console, compiled: bool) -> None:
+    first = ["first: the first call, which compiles."] if compiled else []
+    show(
         out,
         "time: median over the rounds, in which the variants take turns; fastest: the best round.",
         "vs: how many times as fast, the median of the rounds' ratios; below 1.00x is slower.",
         "peak: the most memory that PyTorch's allocator holds in a call, beyond weights and inputs.",
+        *first,
     )
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _print(out: Console, *lines) -> None:
-    for line in lines:
-        out.print(line)
-    out.print()

@@ -1,28 +1,23 @@
-"""Models of timm's registry by name: pretrained where the weights can be had, random otherwise, and which of the two it was."""
+"""Models of timm's registry by name: pretrained where the weights can be had, random otherwise; and which it was."""
 
 import contextlib
 import copy
 import difflib
 import logging
 import os
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import timm
 import torch
-from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 from timm.models import split_model_name_tag
 from torch import nn
 
 import tokenfusion
 from tokenfusion.cli.errors import UsageError, first_line
+from tokenfusion.models import hub
 
 SEED = 0
-_HUB_SECONDS = 3
 
 
 @dataclass(frozen=True)
@@ -86,10 +81,10 @@ def _with_own(model: nn.Module) -> tuple[nn.Module, nn.Module | None, str]:
     name = model.pretrained_cfg["architecture"]
     if name not in tokenfusion.list_models():
         return model, None, "timm's model"
-    of_timm = name.removeprefix("tokenfusion_")
     if hasattr(model, "plain"):
         return model.plain(), model, "the same weights in plain PyTorch, as the paper has it"
-    if timm.is_model(of_timm):
+    of_timm = name.removeprefix("tokenfusion_")
+    if of_timm != name and timm.is_model(of_timm):
         plain = timm.create_model(of_timm)
         plain.load_state_dict(model.state_dict())
         return plain.eval(), model, f"timm's {of_timm} with the same weights"
@@ -103,43 +98,11 @@ def _pretrained(name: str) -> tuple[nn.Module | None, str | None]:
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         return None, "timm has no pretrained weights for this model"
-    unreachable = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _why_no_hub()
-    if unreachable and not config.hf_hub_id:
-        return None, unreachable
     try:
-        with _offline(unreachable is not None):
+        own = split_model_name_tag(name)[0] in tokenfusion.list_models()  # asks by itself
+        with contextlib.nullcontext() if own else hub.asked_once(name, config):
             return timm.create_model(name, pretrained=True), None
+    except hub.Unavailable as error:
+        return None, str(error)
     except Exception as error:  # noqa: BLE001  (whatever a download raises, random weights still serve)
-        return None, unreachable or f"no pretrained weights: {first_line(error)}"
-
-
-@contextlib.contextmanager
-def _offline(offline: bool) -> Iterator[None]:
-    """Keeps huggingface_hub to its cache; it would otherwise retry for a minute where there is no network."""
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = offline
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _why_no_hub() -> str | None:
-    """None if the hub answers within a few seconds, otherwise why not."""
-    outcome = [f"no answer within {_HUB_SECONDS} s"]
-
-    def ask() -> None:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
-            outcome[0] = None
-        except urllib.error.HTTPError:
-            outcome[0] = None  # it answered
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            outcome[0] = getattr(reason, "strerror", None) or first_line(reason)
-
-    thread = threading.Thread(target=ask, daemon=True)  # looking up the host's name knows no timeout
-    thread.start()
-    thread.join(_HUB_SECONDS)
-    return outcome[0] and f"{constants.ENDPOINT} cannot be reached ({outcome[0]})"
+        return None, f"no pretrained weights: {first_line(error)}"

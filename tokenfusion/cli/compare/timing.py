@@ -3,19 +3,18 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from torch import nn
 
 from tokenfusion import measure
 from tokenfusion.cli.errors import first_line
-from tokenfusion.kernels import dispatch
 
+AND_COMPILE = "+ compile"
 EAGER = "eager"
-COMPILED = "eager + compile"
+COMPILED = f"{EAGER} {AND_COMPILE}"
 FUSED = "tokenfusion"
-FUSED_COMPILED = "tokenfusion + compile"
+FUSED_COMPILED = f"{FUSED} {AND_COMPILE}"
 THAT_COMPILE = (COMPILED, FUSED_COMPILED)
 
 
@@ -37,7 +36,7 @@ class Calls(nn.Module):
         self.called = nn.ModuleList(model.get_submodule(name) for name, _, _ in calls)
 
     def forward(self, arguments: list[tuple[tuple, dict]]) -> list:
-        return [module(*args, **kwargs) for module, (args, kwargs) in zip(self.called, arguments)]
+        return [module(*args, **kwargs) for module, (args, kwargs) in zip(self.called, arguments, strict=True)]
 
 
 def recorded_calls(model: nn.Module, names: Iterable[str], inputs: torch.Tensor) -> list[tuple[str, tuple, dict]]:
@@ -67,32 +66,6 @@ def _contains(name: str, other: str) -> bool:
     return name == "" or other.startswith(f"{name}.")
 
 
-@dataclass(frozen=True)
-class Dispatched:
-    """How many calls of an operator ran on each backend, and why each backend could not take the latest of them."""
-
-    calls: dict[str, int]
-    why_not: dict[str, str | None]
-
-
-def dispatched(call: Callable[[], object]) -> dict[str, Dispatched]:
-    """Operator name -> what the dispatcher chose during the call."""
-    chosen: dict[str, Dispatched] = {}
-    select = dispatch.Operator.select
-
-    def noting(operator: dispatch.Operator, *tensors) -> dispatch.Implementation:
-        implementation = select(operator, *tensors)
-        backends = [each.backend for each in operator.implementations]
-        note = chosen.setdefault(operator.name, Dispatched(dict.fromkeys(backends, 0), {}))
-        note.calls[implementation.backend] += 1
-        note.why_not.update({each.backend: each.can_run(*tensors) for each in operator.implementations})
-        return implementation
-
-    with mock.patch.object(dispatch.Operator, "select", noting):
-        call()
-    return chosen
-
-
 def time_variants(
     modules: Mapping[str, nn.Module], inputs: object, *, rounds: int, device: str, step: Callable[..., None]
 ) -> dict[str, Timing]:
@@ -118,7 +91,7 @@ def time_variants(
     seconds = measure.interleaved_seconds(running, rounds=rounds, after_each=lambda: step(advance=1))
     timings = {name: Timing(unavailable=reason) for name, reason in failures.items()}
     for name, call in running.items():
-        step(f"peak memory of {name}")
+        step(f"memory of {name}")
         timings[name] = Timing(seconds[name], measure.peak_extra_bytes(call, device=device), first_calls[name])
         step(advance=1)
     return {name: timings[name] for name in modules}

@@ -1,17 +1,16 @@
 import json
-import math
-import socket
+import os
 import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
-from huggingface_hub import constants
 from PIL import Image
-from torch import nn
 
 import tokenfusion
-from tokenfusion.cli import compare, images, main, timm_models, variants
+from tokenfusion.cli import main
+from tokenfusion.cli.compare import comparison, images, models, timing
 
 TINY = "crossvit_tiny_240"
 NOTHING_TO_FUSE = "test_resnet"
@@ -19,7 +18,7 @@ NOTHING_TO_FUSE = "test_resnet"
 
 @pytest.fixture(autouse=True)
 def random_weights(monkeypatch):
-    monkeypatch.setattr(timm_models, "_pretrained", lambda name: (None, "a test"))
+    monkeypatch.setattr(models, "_pretrained", lambda name: (None, "a test"))
 
 
 @pytest.fixture(autouse=True)
@@ -70,26 +69,26 @@ def test_compares_a_crossvit(capsys, photograph, tmp_path):
     assert facts["difference"]["same_top_1"] == 1
     assert sum(facts["operators"]["single_query_attention"]["calls"].values()) == 6
     for timings in (facts["timings"]["fused modules"], facts["timings"]["whole model"]):
-        assert list(timings) == [variants.EAGER, variants.FUSED]
-        for timing in timings.values():
-            assert len(timing["seconds"]) == 2
-            assert timing["peak_extra_bytes"] > 0
-            assert timing["vs_eager"] > 0
-        assert timings[variants.EAGER]["vs_eager"] == 1
+        assert list(timings) == [timing.EAGER, timing.FUSED]
+        for timed in timings.values():
+            assert len(timed["seconds"]) == 2
+            assert timed["peak_extra_bytes"] > 0
+            assert timed["vs_eager"] > 0
+        assert timings[timing.EAGER]["vs_eager"] == 1
 
 
 def test_compares_a_model_of_the_package_with_its_plain_form(capsys, photograph, tmp_path, monkeypatch):
     small = {"layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48), "num_heads": (4, 8, 8, 8)}
     model = tokenfusion.create_model("dynamixer_s", **small).eval()
-    loaded = timm_models.Loaded(model.plain(), model, "plain", False, "random")
-    monkeypatch.setattr(timm_models, "load", lambda name: loaded)
+    loaded = models.Loaded(model.plain(), model, "plain", False, "random")
+    monkeypatch.setattr(models, "load", lambda name: loaded)
     record = tmp_path / "record.json"
     assert _compare("dynamixer_s", photograph, "--no-compile", "--rounds", 1, "--device", "cpu", "--json", record) == 0
     assert "4  PlainBlock  replaced (dynamic_mixing)" in capsys.readouterr().out
     facts = json.loads(record.read_text())
     assert 0 < facts["difference"]["fused_from_eager"]["relative"] < 1e-5
     assert facts["operators"]["dynamic_mixing"]["calls"]["cpu"] == 8
-    assert all(list(timings) == [variants.EAGER, variants.FUSED] for timings in facts["timings"].values())
+    assert all(list(timings) == [timing.EAGER, timing.FUSED] for timings in facts["timings"].values())
 
 
 def test_a_model_of_the_package_is_set_beside_timms(capsys, photograph, tmp_path):
@@ -99,18 +98,7 @@ def test_a_model_of_the_package_is_set_beside_timms(capsys, photograph, tmp_path
     assert "6  CrossAttentionBlock  replaced" in capsys.readouterr().out
     facts = json.loads(record.read_text())
     assert facts["difference"]["fused_from_eager"]["relative"] < 1e-4
-    assert list(facts["timings"]["whole model"]) == [variants.EAGER, variants.FUSED]
-
-
-def test_counterparts():
-    loaded = timm_models.load("tokenfusion_crossvit_9_240")
-    assert type(loaded.model).__module__ == "timm.models.crossvit"
-    assert type(loaded.own).__module__ == "tokenfusion.models.crossvit"
-    assert timm_models.load(NOTHING_TO_FUSE).own is None
-    plain, own, _ = timm_models._with_own(tokenfusion.create_model("tokenfusion_crossvit_18_dagger_504", img_size=168))
-    assert type(plain) is type(own) and "tokenfusion.layers.crossvit" not in {
-        type(m).__module__ for m in plain.modules()
-    }
+    assert list(facts["timings"]["whole model"]) == [timing.EAGER, timing.FUSED]
 
 
 def test_a_model_with_nothing_to_replace_is_still_timed(capsys, photograph, tmp_path):
@@ -120,7 +108,7 @@ def test_a_model_with_nothing_to_replace_is_still_timed(capsys, photograph, tmp_
     facts = json.loads(record.read_text())
     assert facts["modules"] == []
     assert "difference" not in facts
-    assert {subject: list(timed) for subject, timed in facts["timings"].items()} == {"whole model": [variants.EAGER]}
+    assert {subject: list(timed) for subject, timed in facts["timings"].items()} == {"whole model": [timing.EAGER]}
 
 
 def test_a_failing_compiler_is_shown_in_its_row(capsys, photograph, monkeypatch):
@@ -132,9 +120,7 @@ def test_a_failing_compiler_is_shown_in_its_row(capsys, photograph, monkeypatch)
 
     monkeypatch.setattr(torch, "compile", failing)
     assert _compare(NOTHING_TO_FUSE, photograph, "--rounds", 1) == 0
-    rows = capsys.readouterr().out.splitlines()
-    (row,) = [row.rstrip() for row in rows if row.startswith(variants.COMPILED)]
-    assert row.endswith("not available: no compiler")
+    assert f"{timing.COMPILED}: not available: no compiler\n" in capsys.readouterr().out
 
 
 def test_reduced_precision_is_set_beside_float32(capsys, photograph):
@@ -189,71 +175,45 @@ def test_sizes_must_be_positive(capsys):
     assert "--rounds: got '0'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
-def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
-    path = tmp_path / "image.tiff"
-    Image.new("RGB", (4, 3), "white").convert(mode).save(path)
-    ((name, image),) = images.load([str(path)])
-    assert (name, image.mode, image.size) == (str(path), "RGB", (4, 3))
-    assert np.asarray(image).min() == 255
-
-
-def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
-    path = tmp_path / "grey.png"
-    Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)).save(path)
-    ((_, image),) = images.load([str(path)])
-    assert np.asarray(image)[0, :, 0].tolist() == [0, 128, 255]
-
-
-def test_rotation_of_the_camera_is_undone(tmp_path):
-    path = tmp_path / "rotated.jpg"
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: to be turned by a quarter
-    Image.new("RGB", (4, 3)).save(path, exif=exif)
-    ((_, image),) = images.load([str(path)])
-    assert image.size == (3, 4)
-
-
-def test_default_photographs():
-    pytest.importorskip("sklearn")
-    assert [name for name, _ in images.load([])] == ["china.jpg", "flower.jpg"]
-
-
 def test_default_photographs_need_scikit_learn(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert "scikit-learn" in _error(capsys, TINY)
 
 
-def test_a_hub_that_does_not_answer_fails_fast(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(timm_models, "_HUB_SECONDS", 0.2)
-        assert "cannot be reached" in timm_models._why_no_hub()
-    assert "cannot be reached" in timm_models._why_no_hub()  # nobody listens any more
+def test_a_model_without_a_classifier(capsys, photograph, monkeypatch):
+    pooled = {"global_pool": "map", "class_token": False, "num_classes": 0, "depth": 1}
+    model = timm.create_model("vit_tiny_patch16_224", **pooled).eval()
+    monkeypatch.setattr(models, "load", lambda name: models.Loaded(model, None, "timm's model", False, "random"))
+    assert _compare("vit_tiny_patch16_224", photograph, "--no-compile", "--rounds", 1, "--batch-size", 1) == 0
+    shown = capsys.readouterr().out
+    assert "has no classifier" in shown and "fused against eager" in shown
+    assert "top-1" not in shown
 
 
-def test_innermost_modules_hold_no_other():
-    assert variants.innermost(["a", "a.b", "a.c.d", "ab"]) == ["a.b", "a.c.d", "ab"]
-    assert variants.innermost(["", "a"]) == ["a"]
+def test_names_that_are_not_utf8_are_shown_and_recorded(capsys, photograph, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    os.rename(photograph, path)
+    record = tmp_path / "record.json"
+    assert _compare(NOTHING_TO_FUSE, path, "--no-compile", "--rounds", 1, "--json", record) == 0
+    assert r"caf\xe9.png" in capsys.readouterr().out
+    assert json.loads(record.read_text())["images"][0]["image"] == rf"{tmp_path}/caf\xe9.png"
 
 
-def test_recorded_calls_repeat_the_forward_pass():
-    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2))
-    x = torch.randn(5, 3)
-    calls = variants.recorded_calls(model, ["2", "0"], x)
-    assert [name for name, _, _ in calls] == ["0", "2"]
-    outputs = variants.Calls(model, calls)([call[1:] for call in calls])
-    torch.testing.assert_close(outputs[1], model(x))
-    assert not any(module._forward_pre_hooks for module in model.modules())
+def test_a_long_image_is_cut_before_it_is_resized(photograph, monkeypatch):
+    image, resized = Image.new("RGB", (20000, 1)), []
+    resize = Image.Image.resize
+
+    def noted(image, size, *arguments, **options):
+        resized.append(size)
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    model = timm.create_model(NOTHING_TO_FUSE)
+    assert comparison._preprocessed(model, [images.Photograph("long", image)]).shape == (1, 3, 160, 160)
+    assert resized and max(max(size) for size in resized) <= 16 * 200
 
 
-def test_ratios_say_how_many_times_as_fast():
-    timings = {
-        variants.EAGER: variants.Timing([2.0, 4.0], 10, 2.0),
-        variants.COMPILED: variants.Timing(unavailable="no compiler"),
-        variants.FUSED: variants.Timing([1.0, 1.0], 5, 1.0),
-    }
-    facts = compare._timing_facts(timings)
-    assert math.isclose(facts[variants.FUSED]["vs_eager"], 3.0)
-    assert facts[variants.FUSED]["vs_compile"] is None
-    assert facts[variants.COMPILED]["median_seconds"] is None
+def test_a_batch_that_does_not_fit_is_an_error(capsys, photograph):
+    assert _compare(NOTHING_TO_FUSE, photograph, "--no-compile", "--batch-size", 10**6) == 2
+    fault = "--batch-size: test_resnet and batches of 1000000 do not fit into the memory of cpu\n"
+    assert capsys.readouterr().err.endswith(f"error: {fault}")
