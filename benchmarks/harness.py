@@ -1,6 +1,7 @@
 """Checks and times one problem: all variants in turn in every round, so that a drifting machine drifts for all."""
 
 import contextlib
+import gc
 import math
 import random
 import re
@@ -32,17 +33,12 @@ class Effort:
     most: int
 
 
-class Clock:
-    """pytest-benchmark's timer: it stands still but for what this package's variant took."""
+@dataclass(frozen=True)
+class Measured:
+    """The rows of a problem, and the samples behind the times of those that were timed: {variant: seconds}."""
 
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-CLOCK = Clock()
+    rows: list[dict]
+    samples: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -81,28 +77,33 @@ class Timed:
             self.called.append(self.from_python(calls))
 
 
-def run(problem: Problem, benchmark, effort: Effort) -> list[dict]:
-    """The rows of a problem, one for each variant; pytest-benchmark gets the time of this package's first one."""
+def run(problem: Problem, effort: Effort) -> Measured:
+    """Every variant of a problem, checked and timed."""
     torch.compiler.reset()
     torch.manual_seed(0)
     ring = Ring(problem.make_inputs)
     inspections = _inspect_all(problem, problem.make_checked() if problem.make_checked else ring.take(1)[0])
     timed = {v.name: Timed(v.call, ring, v.backend) for v in problem.variants if inspections[v.name].fault is None}
     stream = Timed(*ceilings.stream(problem.moved, problem.written))
-    subject = next((timed[v.name] for v in problem.variants if v.backend and v.name in timed), stream)
     entries = [*timed.values(), stream]
     calls, rounds = _plan(entries, effort)
     not_captured = _capture(entries, calls)
-
-    def one_round():
-        for entry in random.sample(entries, len(entries)):
-            entry.sample(calls)
-        CLOCK.now += subject.seconds[-1]
-
-    benchmark.pedantic(one_round, rounds=rounds)
+    with _without_garbage_collection():
+        for _ in range(rounds):
+            for entry in random.sample(entries, len(entries)):
+                entry.sample(calls)
     rows = [_row(problem, v, inspections[v.name], timed, stream) | not_captured for v in problem.variants]
-    benchmark.extra_info["rows"] = rows
-    return rows
+    return Measured(rows, {name: entry.seconds for name, entry in timed.items()})
+
+
+@contextlib.contextmanager
+def _without_garbage_collection():
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _in_force(backend: str | None):

@@ -1,10 +1,14 @@
 """What a record comes to: for each variant of this package in each group, how much faster, and where not."""
 
 import statistics
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 from benchmarks import table
+
+_NAME_WIDTH, _WIDTH = 35, 21
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,29 @@ def headlines(rows: list[dict]) -> list[Headline]:
     ]
 
 
+def text(rows: list[dict]) -> str:
+    """The headlines as a table for a terminal."""
+    lines = [_line("", "x eager", "x compile", "x less memory")]
+    for group, of_group in groupby(headlines(rows), key=lambda found: found.group):
+        lines.append(textwrap.fill(group, table.COLUMNS))
+        for found in of_group:
+            name = f"{found.variant}, {found.cases} case{'s' if found.cases > 1 else ''}"
+            lines.append(_line(name, found.eager, found.compiled, found.memory))
+    return "\n".join(lines)
+
+
+def _line(name: str, *spreads: Spread | str) -> str:
+    return f"  {name:<{_NAME_WIDTH}}" + "".join(f"{str(spread):>{_WIDTH}}" for spread in spreads)
+
+
 def losing(rows: list[dict]) -> list[dict]:
     """Rows of this package that are slower than eager or than torch.compile, the slowest first."""
     kernels = [row for _, cases in table.groups(rows) for members in _of_package(cases).values() for row in members]
-    return sorted((row for row in kernels if _worst(row) < 1), key=_worst)
+    return sorted((row for row in kernels if loses(row)), key=_worst)
+
+
+def loses(row: dict) -> bool:
+    return _worst(row) < 1
 
 
 def _worst(row: dict) -> float:

@@ -1,5 +1,6 @@
 """The rows of a record as a table: one line for each variant of a case."""
 
+import textwrap
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -8,10 +9,12 @@ COMPILED = "torch.compile"
 PROJECTIONS = "projections + SDPA"
 CHECKPOINTED = "torch checkpoint"
 EPILOGUE = "cuBLASLt epilogue"
+FAILED = "FAILED"
 
 HEADINGS = ("variant", "median", "x eager", "x compile", "peak MB", "GB/s", "% ceiling", "parity")
-_COLUMNS = 120
-_WIDTHS = (31, 9, 9, 10, 9, 8, 10)
+COLUMNS = 100
+_USUAL = ("float32", "forward")
+_WIDTHS = (32, 8, 8, 10, 8, 7, 10)
 
 
 def groups(rows: list[dict]) -> Iterator[tuple[str, list[tuple[dict, list[dict]]]]]:
@@ -35,11 +38,18 @@ def case_name(case: dict) -> str:
     return ", ".join(f"{name} {value}" if isinstance(value, int) else value for name, value in case.items())
 
 
+def short_name(row: dict) -> str:
+    """A case in few letters, of several groups: "CrossAttentionBlock B64 N401 C384 heads6"."""
+    sizes = [f"{name}{value}" for name, value in row["case"].items() if isinstance(value, int) and value]
+    words = [value.replace(" ", "") for value in row["case"].values() if isinstance(value, str)]
+    return " ".join((row["group"].split(",")[0], *sizes, *(word for word in words if word not in _USUAL)))
+
+
 def cells(row: dict) -> tuple[str, ...]:
     """What the table shows of a row, in the order of HEADINGS."""
     peak = megabytes(row["peak_bytes"])
     if row["fault"]:
-        return row["variant"], "-", "-", "-", peak, "-", "-", f"FAILED: {row['fault']}"
+        return row["variant"], "-", "-", "-", peak, "-", "-", f"{FAILED}: {row['fault']}"
     return (
         row["variant"],
         duration(row["seconds"]),
@@ -78,20 +88,25 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
-def text(rows: list[dict]) -> str:
-    lines = []
-    for group, cases in groups(rows):
-        lines += ["", group, _line(HEADINGS)]
-        for case, members in cases:
-            lines.append(f" {case_name(case)}")
-            lines += [_line(cells(row)) for row in members]
-    return "\n".join(lines)
+def head(group: str) -> str:
+    """What stands above the lines of a group, for a terminal."""
+    return f"{textwrap.fill(group, COLUMNS)}\n{_line(HEADINGS)}"
+
+
+def line(row: dict) -> str:
+    return _line(cells(row))
 
 
 def _line(cells: tuple[str, ...]) -> str:
+    if cells[-1].startswith(FAILED):
+        return _cut(f"  {cells[0]:<{_WIDTHS[0]}} {cells[-1]}", COLUMNS)
     name, *numbers = cells[: len(_WIDTHS)]
     aligned = "".join(f"{number:>{width}}" for number, width in zip(numbers, _WIDTHS[1:], strict=True))
-    return f"   {name:<{_WIDTHS[0]}}{aligned}   {cells[-1]}"[:_COLUMNS]
+    return f"  {_cut(name, _WIDTHS[0]):<{_WIDTHS[0]}}{aligned} {cells[-1]:>14}"
+
+
+def _cut(text: str, columns: int) -> str:
+    return text if len(text) <= columns else text[: columns - 1] + "…"
 
 
 def _number(value: float) -> str:

@@ -1,7 +1,8 @@
 """Time of one call, on inputs that no cache holds.
 
 Inputs come from a ring whose sets together are three times the last-level cache, so that a set was last touched that
-long ago. On a GPU, three times its L2 is read before every sample, too. A GPU's time is that of replaying a CUDA graph
+long ago. A CPU's ring has at most 256 MiB: a virtual machine reports the cache that it shares with others, which may be
+larger than all that its cores ever get of it. On a GPU, three times its L2 is read before every sample, too. A GPU's time is that of replaying a CUDA graph
 of several calls, each on a set of its own, between two events: launches from Python, which would hide a short kernel,
 are outside it. The time of calls made from Python is taken as well.
 """
@@ -18,6 +19,7 @@ import torch
 MOST_CALLS = 100  # of a sample
 _CACHES = 3  # sizes of the last-level cache that a ring spans
 _UNKNOWN_CACHE = 32 << 20
+_MOST_BYTES = 256 << 20  # of a CPU's ring
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -31,11 +33,20 @@ def cache_bytes() -> int:
     return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=_UNKNOWN_CACHE)
 
 
+def ring_bytes() -> int:
+    """Size of all sets of a ring together, at least."""
+    wanted = _CACHES * cache_bytes()
+    return wanted if torch.cuda.is_available() else min(wanted, _MOST_BYTES)
+
+
 def policy() -> str:
     """The cache policy in words, for the head of a report."""
-    ring = f"inputs rotate through {_CACHES} x the last-level cache ({cache_bytes() >> 20} MiB)"
+    cache, ring = cache_bytes() >> 20, ring_bytes() >> 20
+    if ring < _CACHES * cache:
+        return f"inputs rotate through {ring} MiB (the machine reports a last-level cache of {cache} MiB)"
+    words = f"inputs rotate through {_CACHES} x the last-level cache ({cache} MiB)"
     on_a_gpu = "which is read over before each sample; times are those of replayed CUDA graphs"
-    return f"{ring}, {on_a_gpu}" if torch.cuda.is_available() else ring
+    return f"{words}, {on_a_gpu}" if torch.cuda.is_available() else words
 
 
 class Ring:
@@ -43,7 +54,7 @@ class Ring:
 
     def __init__(self, make: Callable[[], Inputs]):
         first = make()
-        count = max(math.ceil(_CACHES * cache_bytes() / sum(t.nbytes for t in first)), 2)
+        count = max(math.ceil(ring_bytes() / sum(t.nbytes for t in first)), 2)
         if torch.cuda.is_available():
             count = min(count, MOST_CALLS)  # read over before each sample, of which no set is part twice
         self._sets = [first, *(make() for _ in range(count - 1))]
