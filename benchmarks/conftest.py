@@ -1,11 +1,12 @@
 """Options, the fixture that measures, the journal, what a run shows as it goes, and what it comes to."""
 
+import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import conditions, entries, harness, headline, journal, record
+from benchmarks import conditions, entries, harness, headline, journal, record, table
 from benchmarks.live import Live
 
 EFFORTS = {
@@ -150,5 +151,7 @@ def pytest_terminal_summary(terminalreporter, config):
     facts = conditions.collect(config.option.profile)
     path = record.save(config.option.record or record.default_path(facts), {"conditions": facts, "rows": rows})
     terminalreporter.section(f"tokenfusion: {config.stash[_LIVE].progress()}")
-    terminalreporter.write_line(headline.text(rows))
-    terminalreporter.write_line(f"\n{record.summary(facts)}\nrecord: {path}")
+    terminalreporter.write_line(f"{headline.text(rows)}\n")
+    for line in record.summary(facts).splitlines():
+        terminalreporter.write_line(textwrap.fill(line, table.COLUMNS))
+    terminalreporter.write_line(f"record: {path}")

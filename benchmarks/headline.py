@@ -8,7 +8,7 @@ from itertools import groupby
 
 from benchmarks import table
 
-_NAME_WIDTH, _WIDTH = 35, 21
+_NAME_WIDTH, _WIDTH = 32, 20
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,20 @@ def headlines(rows: list[dict]) -> list[Headline]:
 
 def text(rows: list[dict]) -> str:
     """The headlines as a table for a terminal."""
-    lines = [_line("", "x eager", "x compile", "x less memory")]
+    lines = [_line("", "cases", "x eager", "x compile", "x less memory")]
     for group, of_group in groupby(headlines(rows), key=lambda found: found.group):
         lines.append(textwrap.fill(group, table.COLUMNS))
         for found in of_group:
-            name = f"{found.variant}, {found.cases} case{'s' if found.cases > 1 else ''}"
-            lines.append(_line(name, found.eager, found.compiled, found.memory))
+            lines.append(_line(found.variant, str(found.cases), *map(_compact, (found.eager, found.compiled, found.memory))))
     return "\n".join(lines)
 
 
-def _line(name: str, *spreads: Spread | str) -> str:
-    return f"  {name:<{_NAME_WIDTH}}" + "".join(f"{str(spread):>{_WIDTH}}" for spread in spreads)
+def _compact(spread: Spread) -> str:
+    return str(spread).replace("x to ", " to ").replace("x)", ")")
+
+
+def _line(name: str, cases: str, *spreads: str) -> str:
+    return f"  {name:<{_NAME_WIDTH}}{cases:>6}" + "".join(f"{spread:>{_WIDTH}}" for spread in spreads)
 
 
 def losing(rows: list[dict]) -> list[dict]:

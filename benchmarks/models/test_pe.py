@@ -17,8 +17,8 @@ _NAME = "vit_pe_small_patch16_224"
 
 CASES = {
     "smoke": [],
-    "quick": [Case(_NAME, 4, direction=TRAINING)],
-    "full": [Case(_NAME, batch, dtype, TRAINING) for dtype in ("float32", "bfloat16") for batch in (8, 32)],
+    "quick": [Case(_NAME, 2, direction=TRAINING)],
+    "full": [Case(_NAME, batch, dtype, TRAINING) for dtype in ("float32", "bfloat16") for batch in (2, 8, 32)],
 }
 
 

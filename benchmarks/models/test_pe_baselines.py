@@ -20,8 +20,8 @@ _FORMS = {
 
 CASES = {
     "smoke": [],
-    "quick": [Case(model, 4, direction=TRAINING) for model in _FORMS],
-    "full": [Case(m, b, dtype, TRAINING) for m in _FORMS for dtype in ("float32", "bfloat16") for b in (8, 32)],
+    "quick": [Case(model, 2, direction=TRAINING) for model in _FORMS],
+    "full": [Case(m, b, dtype, TRAINING) for m in _FORMS for dtype in ("float32", "bfloat16") for b in (2, 8, 32)],
 }
 
 

@@ -79,7 +79,7 @@ class Named(NamedTuple):
 
 
 def _quick(layer: Layer) -> list[Case]:
-    return [layer.case(8, 576)]
+    return [layer.case(1 if layer.C > 1024 else 8, 576)]
 
 
 def _full(layer: Layer) -> list[Case]:
