@@ -1,20 +1,11 @@
-import json
-import os
-import subprocess
-import sys
+"""The report of a record: page, plots, tables for the README."""
+
 from pathlib import Path
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
-import torch
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+from benchmarks import conditions, page, record, report
 
 
 def _row(variant: str, backend: str | None, length: int, seconds: float, **changes) -> dict:
@@ -52,8 +43,6 @@ def _failed(row: dict) -> dict:
 
 @pytest.fixture
 def synthetic_record(tmp_path) -> Path:
-    from benchmarks import conditions, record
-
     rows = [
         row
         for length in (65, 401, 4097)
@@ -68,53 +57,7 @@ def synthetic_record(tmp_path) -> Path:
     return record.save(tmp_path / "record.json", {"conditions": facts, "rows": rows})
 
 
-def test_smoke_profile_writes_a_record(tmp_path):
-    path = tmp_path / "record.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--profile", "smoke"]
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [*command, "--record", str(path), "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        env=environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = done.stdout[done.stdout.index("median") :]
-    assert max(map(len, table.splitlines())) <= 120
-    loaded = json.loads(path.read_text())
-    assert loaded["conditions"]["versions"]["torch"] == torch.__version__
-    assert {row["group"] for row in loaded["rows"]} == {
-        "single_query_attention, the op",
-        "CrossAttentionBlock, eager is timm's",
-        "ClassAttn, eager is timm's",
-        "LayerScaleBlockClassAttn, eager is timm's",
-        "ClassBlock, eager is timm's",
-        "AttentionPoolLatent, eager is timm's",
-        "AttentionPool2d, eager is timm's",
-        "dynamic_mixing, the op",
-        "DynaMixerBlock, eager is the authors' form",
-        "tied_ffn, the op",
-        "upconv_concat, the op",
-        "upconv_concat_project, the op",
-        "CrossViT models of timm",
-    }
-    assert {row["case"]["direction"] for row in loaded["rows"] if "model" in row["case"]} == {
-        "forward",
-        "training step",
-    }
-    for row in loaded["rows"]:
-        assert row["fault"] is None
-        assert row["variant"] in table
-        assert row["seconds"] > 0 and row["peak_bytes"] > 0
-        assert row["error"] <= row["allowed_error"]
-        assert row["times_eager"] == 1 or row["variant"] != "eager"
-
-
 def test_report_makes_plots_and_one_page(synthetic_record, tmp_path, capsys):
-    from benchmarks import report
-
     report.main([str(synthetic_record), "--out", str(tmp_path / "report"), "--markdown"])
     files = {path.name for path in (tmp_path / "report").iterdir()}
     plots = {f"some-layer-{name}.png" for name in ("speed-ups", "time-against-n", "memory-against-n")}
@@ -131,8 +74,6 @@ def test_report_makes_plots_and_one_page(synthetic_record, tmp_path, capsys):
 
 
 def test_page_is_well_formed_and_says_what_lost_and_what_is_missing(synthetic_record):
-    from benchmarks import page, record
-
     loaded = record.load(synthetic_record)
     loaded["rows"][2] |= {"times_eager": 0.5, "times_compiled": 0.25, "called_seconds": 2e-3}
     loaded["rows"][2] |= {"called_times_eager": 0.75, "called_times_compiled": None}
@@ -150,8 +91,6 @@ def test_page_is_well_formed_and_says_what_lost_and_what_is_missing(synthetic_re
 
 
 def test_report_without_matplotlib_has_no_plots(synthetic_record, tmp_path, monkeypatch, capsys):
-    from benchmarks import record, report
-
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     report.write(record.load(synthetic_record), tmp_path / "report")
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.html"]
@@ -159,8 +98,6 @@ def test_report_without_matplotlib_has_no_plots(synthetic_record, tmp_path, monk
 
 
 def test_record_of_one_length_has_no_plot_against_length(synthetic_record, tmp_path):
-    from benchmarks import record, report
-
     loaded = record.load(synthetic_record)
     loaded["rows"] = loaded["rows"][:3]
     report.write(loaded, tmp_path / "report")
@@ -168,8 +105,6 @@ def test_record_of_one_length_has_no_plot_against_length(synthetic_record, tmp_p
 
 
 def test_marked_tables_of_a_text_are_made_from_their_records(synthetic_record, tmp_path):
-    from benchmarks import record, report
-
     text = tmp_path / "text.md"
     begin = f"<!-- table {synthetic_record} | some layer | 2 -->"
     text.write_text(f"before\n{begin}\nold\n<!-- end -->\nafter\n")
@@ -188,8 +123,6 @@ def test_marked_tables_of_a_text_are_made_from_their_records(synthetic_record, t
 
 
 def test_rows_of_two_runs_become_one_record(tmp_path):
-    from benchmarks import record
-
     rows = [_row("eager", None, 65, 1.0), _row("eager", None, 65, 1.0, group="another"), _row("eager", None, 65, 2.0)]
     rows.append(_row("tokenfusion (cuda)", "cuda", 65, 1.0))
     ordered = record.load(record.save(tmp_path / "record.json", {"rows": rows}))["rows"]
@@ -198,82 +131,3 @@ def test_rows_of_two_runs_become_one_record(tmp_path):
         ("some layer", "tokenfusion (cuda)", 1.0),
         ("another", "eager", 1.0),
     ]
-
-
-class _Entry:
-    """Stands in for a variant on a GPU."""
-
-    def __init__(self, seconds: float, sets: int, can_be_captured: bool = True):
-        self.seconds, self.ring, self.can_be_captured, self.replay = seconds, range(sets), can_be_captured, None
-
-    def from_python(self, calls: int) -> float:
-        return self.seconds
-
-    def capture(self, calls: int) -> None:
-        if not self.can_be_captured:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        self.replay = calls
-
-
-def test_on_a_gpu_a_sample_takes_no_set_of_inputs_twice(monkeypatch):
-    from benchmarks import harness
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    entries = [_Entry(1e-5, sets=7), _Entry(1e-4, sets=90)]
-    calls, rounds = harness._plan(entries, harness.Effort(1, 3, 50))
-    assert (calls, rounds) == (7, 50)
-    assert harness._capture(entries, calls) == {} and [entry.replay for entry in entries] == [7, 7]
-
-
-def test_where_one_variant_cannot_be_captured_none_is(monkeypatch):
-    from benchmarks import harness
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    entries = [_Entry(1e-5, 7), _Entry(1e-5, 7, can_be_captured=False)]
-    reason = "RuntimeError: operation not permitted when stream is capturing"
-    assert harness._capture(entries, 3) == {"not_captured": reason}
-    assert [entry.replay for entry in entries] == [None, None]
-
-
-def test_variants_with_a_fault_are_not_timed():
-    from benchmarks import harness
-    from benchmarks.problem import Problem, Variant
-
-    def fails(x):
-        raise RuntimeError("no such luck\nsecond line")
-
-    variants = [
-        Variant("eager", lambda x: (2 * x,)),
-        Variant("wrong", lambda x: (2.001 * x,)),
-        Variant("not a number", lambda x: (x / 0,)),
-        Variant("fails", fails),
-        Variant("not of this package", lambda x: (2 * x,), backend="cpu"),
-        Variant("tokenfusion (reference)", lambda x: (2 * x,), backend="reference"),
-    ]
-    problem = Problem(
-        group="doubling",
-        case={"N": 3, "dtype": "float32"},
-        variants=variants,
-        make_inputs=lambda: (torch.randn(1 << 20),),
-        reference=lambda x: (2 * x,),
-        moved=8 << 20,
-        written=True,
-        flops=1 << 20,
-    )
-    benchmark = SimpleNamespace(pedantic=lambda target, rounds: [target() for _ in range(rounds)], extra_info={})
-    rows = {row["variant"]: row for row in harness.run(problem, benchmark, harness.Effort(0.01, 3, 3))}
-    assert {name for name, row in rows.items() if "seconds" in row} == {"eager", "tokenfusion (reference)"}
-    assert "allowed" in rows["wrong"]["fault"]
-    assert "allowed" in rows["not a number"]["fault"]
-    assert rows["not a number"]["error"] is None  # JSON knows no NaN
-    assert rows["fails"]["fault"] == "RuntimeError: no such luck"
-    assert rows["not of this package"]["fault"] == "expected backend cpu, ran plain PyTorch"
-
-
-def test_parity_takes_a_zero_gradient_for_what_it_is():
-    from benchmarks.parity import compare
-
-    exact = (torch.ones(4, dtype=torch.float64), torch.full((4,), 1e-18, dtype=torch.float64))
-    eager = (torch.ones(4), torch.full((4,), 1e-9))
-    assert compare((torch.ones(4), torch.full((4,), 3e-9)), eager, exact).passes
-    assert not compare((torch.ones(4), torch.full((4,), 3e-6)), eager, exact).passes
