@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conditions, entries, harness, headline, journal, record, table
-from benchmarks.live import Live
+from benchmarks.measure import entries, environment, harness
+from benchmarks.report import journal, record, summary, table
+from benchmarks.report.live import Live
 
 EFFORTS = {
     "smoke": harness.Effort(seconds=0.05, fewest=3, most=5),
@@ -47,6 +48,7 @@ def pytest_collection_modifyitems(config, items):
     cases = [item for item in items if "run" in getattr(item, "fixturenames", ())]
     for item in cases:
         item.add_marker(pytest.mark.benchmark(timer=entries.clock))
+    items.sort(key=lambda item: "models" in item.path.parts)  # whole models last
     path = config.option.journal
     if path is not None:
         known = {entry["case"] for entry in journal.read(path) if "case" in entry}
@@ -148,10 +150,10 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[_ROWS]
     if not rows or config.option.journal:
         return
-    facts = conditions.collect(config.option.profile)
+    facts = environment.collect(config.option.profile)
     path = record.save(config.option.record or record.default_path(facts), {"conditions": facts, "rows": rows})
     terminalreporter.section(f"tokenfusion: {config.stash[_LIVE].progress()}")
-    terminalreporter.write_line(f"{headline.text(rows)}\n")
+    terminalreporter.write_line(f"{summary.text(rows)}\n")
     for line in record.summary(facts).splitlines():
         terminalreporter.write_line(textwrap.fill(line, table.COLUMNS))
     terminalreporter.write_line(f"record: {path}")

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import journal
 from benchmarks.gpu_check import process
+from benchmarks.report import journal
 
 MEASURED, FAULTY, SKIPPED = "measured", "with a fault", "skipped"
 HUNG, CRASHED, NOT_REACHED = "timed out", "crashed", "not reached"

@@ -1,4 +1,4 @@
-"""Whole models as timm or their papers have them, fused by tokenfusion.fuse, and this package's own of the same weights.
+"""Whole models as timm or their papers have them, fused by `fuse`, and this package's own of the same weights.
 
 A training step is zero_grad, forward pass, cross-entropy, backward pass and AdamW. Its learning rate is 0, so that
 every repetition starts from the same weights; the work is the same. Compared are the logits and the gradients of a few
@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion.models
-from benchmarks import problem
+from benchmarks.measure import problem
+from benchmarks.measure.problem import Problem, Variant
 from benchmarks.models import cases
-from benchmarks.problem import Problem, Variant
 
 CASES = cases.CASES
 COST = 3

@@ -1,4 +1,4 @@
-"""Training steps of ViT-PE, with the tied feed-forward networks of this package and with the same formula in PyTorch."""
+"""Training steps of ViT-PE, with this package's tied feed-forward networks and with the same formula in PyTorch."""
 
 from dataclasses import asdict
 
@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion
 import tokenfusion.models  # noqa: F401  (registers the model)
-from benchmarks import problem
+from benchmarks.measure import problem
+from benchmarks.measure.problem import TRAINING, Problem, Variant
 from benchmarks.models.cases import Case
-from benchmarks.problem import TRAINING, Problem, Variant
 
 _NAME = "vit_pe_small_patch16_224"
 

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion.models  # noqa: F401  (registers the models)
-from benchmarks import problem
+from benchmarks.measure import problem
+from benchmarks.measure.problem import TRAINING, Problem, Variant
 from benchmarks.models.cases import Case
-from benchmarks.problem import TRAINING, Problem, Variant
 from tokenfusion.layers import TiedFFN
 
 _FORMS = {

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion
-from benchmarks import problem
+from benchmarks.measure import problem
+from benchmarks.measure.problem import Problem, Variant
 from benchmarks.models.cases import Case
-from benchmarks.problem import Problem, Variant
 
 _MODELS = ("token_fusion_late", "token_fusion_early", "token_fusion_layerwise")
 CASES = {

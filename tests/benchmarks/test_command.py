@@ -74,7 +74,7 @@ def test_smoke_profile_writes_a_record(tmp_path):
 
 
 def test_every_variant_is_an_entry_of_pytest_benchmark(tmp_path):
-    saved, options = tmp_path / "saved.json", ("benchmarks/tied_ffn", f"--benchmark-storage={tmp_path}")
+    saved, options = tmp_path / "saved.json", ("benchmarks/ops/tied_ffn", f"--benchmark-storage={tmp_path}")
     stdout = run_benchmarks(*options, "--record", str(tmp_path / "record.json"), "--benchmark-json", str(saved))
     entries = json.loads(saved.read_text())["benchmarks"]
     rows = json.loads((tmp_path / "record.json").read_text())["rows"]
@@ -96,7 +96,7 @@ def test_every_variant_is_an_entry_of_pytest_benchmark(tmp_path):
 
 def test_disabled_benchmarks_are_checked_and_not_recorded(tmp_path):
     path = tmp_path / "record.json"
-    call = command("benchmarks/tied_ffn", "--benchmark-disable", "--record", str(path))
+    call = command("benchmarks/ops/tied_ffn", "--benchmark-disable", "--record", str(path))
     call["args"].remove("--benchmark-only")
     done = subprocess.run(**call, capture_output=True, check=False)
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr

@@ -5,7 +5,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import conditions, page, record, report
+from benchmarks.measure import environment
+from benchmarks.report import __main__ as report
+from benchmarks.report import html, markdown, record
 
 
 def _row(variant: str, backend: str | None, length: int, seconds: float, **changes) -> dict:
@@ -52,7 +54,7 @@ def synthetic_record(tmp_path) -> Path:
             _row("tokenfusion (cuda)", "cuda", length, 1e-6 * length),
         )
     ]
-    facts = conditions.collect("smoke")
+    facts = environment.collect("smoke")
     facts["device"] |= {"kind": "cuda", "name": "Some GPU", "driver": "1.2.3"}
     return record.save(tmp_path / "record.json", {"conditions": facts, "rows": rows})
 
@@ -82,7 +84,7 @@ def test_page_is_well_formed_and_says_what_lost_and_what_is_missing(synthetic_re
         "memcheck": {"status": "skipped", "summary": "compute-sanitizer not found", "seconds": 0.0, "log": ""},
     }
     loaded["cases"] = {"some/test[case]": {"state": "timed out", "reason": "stopped after 9 s", "seconds": 9.0}}
-    made = page.page(loaded, {})
+    made = html.page(loaded, {})
     ElementTree.fromstring(made.removeprefix("<!doctype html>"))
     assert "1 of 3</span>" in made and "0.50x (slower)" in made and "0.25x (slower)" in made
     assert "1 of 2 &lt;tests&gt;" in made and "the log" in made and "compute-sanitizer not found" in made
@@ -115,7 +117,7 @@ def test_marked_tables_of_a_text_are_made_from_their_records(synthetic_record, t
         report.main(["--update", str(text)])
         lines = text.read_text().splitlines()
         rows = [line for line in lines if line.startswith("|")]
-        assert len(rows) == 2 + 2 and set(rows) <= set(report.markdown(record.load(synthetic_record)).splitlines())
+        assert len(rows) == 2 + 2 and set(rows) <= set(markdown.tables(record.load(synthetic_record)).splitlines())
         assert lines[:2] == ["before", begin] and lines[-2:] == ["<!-- end -->", "after"] and "old" not in lines
     text.write_text(f"<!-- table {synthetic_record} | another layer -->\n<!-- end -->")
     with pytest.raises(SystemExit, match="no group 'another layer'"):
