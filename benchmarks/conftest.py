@@ -12,7 +12,7 @@ from benchmarks.report.live import Live
 
 EFFORTS = {
     "smoke": harness.Effort(seconds=0.05, fewest=3, most=5),
-    "quick": harness.Effort(seconds=2, fewest=7, most=41),
+    "quick": harness.Effort(seconds=1.5, fewest=5, most=41),
     "full": harness.Effort(seconds=8, fewest=15, most=101),
     "gpu": harness.Effort(seconds=1, fewest=15, most=51),
 }
@@ -124,6 +124,14 @@ def pytest_runtest_makereport(item, call):
     elif report.skipped:
         item.stash[_FAULT] = f"skipped: {call.excinfo.value}"
     return report
+
+
+@pytest.fixture
+def compiles(request) -> tuple[str, ...]:
+    """What is measured under torch.compile, too: an operator stays itself, and compiling a model lasts a minute."""
+    quick = () if "models" in request.path.parts else ("eager",)
+    full = ("eager",) if request.path.stem == "test_op" else ("eager", "fused")
+    return {"smoke": (), "quick": quick}.get(request.config.option.profile, full)
 
 
 @pytest.fixture

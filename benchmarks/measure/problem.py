@@ -1,15 +1,40 @@
 """What a benchmark is made of: one case, computed in several ways."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
+from torch import nn
 
+import tokenfusion
 from benchmarks.report.table import CHECKPOINTED, COMPILED, EAGER, EPILOGUE, PROJECTIONS  # noqa: F401
 from tokenfusion.kernels.dispatch import OPERATORS
 
+FORWARD = "forward"
 TRAINING = "forward + backward"
 AND_COMPILE = " + compile"
+
+
+class CaseBase:
+    """What the cases have in common: dataclasses of sizes, with a dtype and a direction beside them."""
+
+    dtype: str
+    direction: str
+
+    def __str__(self) -> str:
+        words = (f"{name}{value}" if isinstance(value, int) else value for name, value in self.sizes().items())
+        return "-".join(words).replace(" + ", "+").replace(" ", "-")
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == TRAINING
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return dtype_of(self.dtype)
+
+    def sizes(self) -> dict[str, int | str]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -104,6 +129,50 @@ def forward_backward(function: Callable, parameters=()) -> Callable[..., tuple[t
         return output, *torch.autograd.grad(output, [*tensors, *parameters], grad_output)
 
     return call
+
+
+def passes(function: Callable, backward: bool, parameters: Iterable[torch.Tensor] = ()) -> Callable:
+    """`forward` of a function, or `forward_backward` with gradients of the parameters, a module's own among them."""
+    if isinstance(function, nn.Module):
+        parameters = [*function.parameters(), *parameters]
+    return forward_backward(function, parameters) if backward else forward(function)
+
+
+def on_reference(call: Callable) -> Callable:
+    """A call whose operators of this package are its plain PyTorch ones."""
+
+    def with_reference(*inputs):
+        with tokenfusion.backend("reference"):
+            return call(*inputs)
+
+    return with_reference
+
+
+def variants(
+    timed: Callable[[Callable], Callable],
+    eager: Callable,
+    fused: Callable,
+    backends: Sequence[str],
+    *,
+    compiles: Collection[str],
+    others: Sequence[Variant] = (),
+) -> list[Variant]:
+    """What stands beside each other in most cases: eager, torch.compile of it, others, and this package's.
+
+    Args:
+        timed: makes of a function or module what is timed.
+        backends: this package's function runs on each.
+        compiles: of "eager" and "fused" those that are measured under torch.compile, too.
+    """
+    found = [Variant(EAGER, timed(eager))]
+    if "eager" in compiles:
+        found.append(Variant(COMPILED, timed(compiled(eager))))
+    found += others
+    for backend in backends:
+        found.append(Variant(package(backend), timed(fused), backend))
+        if "fused" in compiles:
+            found.append(Variant(package(backend) + AND_COMPILE, timed(compiled(fused)), backend))
+    return found
 
 
 def backends_for(operator: str, *tensors: torch.Tensor) -> list[str]:

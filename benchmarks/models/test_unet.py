@@ -1,14 +1,15 @@
 """U-Nets of MONAI, as they are and fused."""
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion
 from benchmarks.measure import problem
-from benchmarks.measure.problem import Problem, Variant
+from benchmarks.measure.problem import CaseBase, Problem
 from benchmarks.ops.upconv.cases import FORMATS
 
 _LEVELS = {"kernel_size": [3] * 5, "strides": [1] + [2] * 4, "upsample_kernel_size": [2] * 4}  # of DynUNet
@@ -17,20 +18,13 @@ _NETS = {"BasicUNet": {}, "DynUNet": _LEVELS}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(CaseBase):
     net: str
     B: int
     size: int = 256
     format: str = "nchw"
     dtype: str = "float32"
     direction: str = "forward"
-
-    def __str__(self) -> str:
-        return f"{self.net}-B{self.B}-{self.size}-{self.format}-{self.dtype}-{self.direction}".replace(" ", "-")
-
-    @property
-    def training(self) -> bool:
-        return self.direction == problem.TRAINING
 
 
 def _sweep(batches: tuple[int, ...], sizes: tuple[int, ...], dtypes: tuple[str, ...]) -> list[Case]:
@@ -47,16 +41,16 @@ CASES = {
 }
 
 
-def test_unet(case: Case, run, request):
-    run(_problem(case, with_compile=request.config.option.profile in ("full", "gpu")))
+def test_unet(case: Case, run, compiles):
+    run(_problem(case, compiles))
 
 
-def _problem(case: Case, with_compile: bool) -> Problem:
+def _problem(case: Case, compiles: tuple[str, ...]) -> Problem:
     from monai.networks import nets  # takes seconds
 
     torch.manual_seed(0)
-    dtype, format = problem.dtype_of(case.dtype), FORMATS[case.format]
-    model = getattr(nets, case.net)(**_ARGUMENTS, **_NETS[case.net]).train(case.training)
+    dtype, format = case.torch_dtype, FORMATS[case.format]
+    model = getattr(nets, case.net)(**_ARGUMENTS, **_NETS[case.net]).train(case.backward)
     model = model.to(problem.device(), dtype, memory_format=format)
     fused, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     tokenfusion.fuse(fused, strict=True)
@@ -66,31 +60,22 @@ def _problem(case: Case, with_compile: bool) -> Problem:
         return torch.randn(shape, device=problem.device(), dtype=dtype).contiguous(memory_format=format)
 
     def inputs():
-        return (images(1).requires_grad_(), images(2)) if case.training else (images(1),)
+        return (images(1).requires_grad_(), images(2)) if case.backward else (images(1),)
 
-    def call(function, module):
-        if case.training:
-            return problem.forward_backward(function, module.parameters())
-        return problem.forward(function)
-
+    timed = partial(problem.passes, backward=case.backward)
     x, weight = inputs()[0], torch.empty(1, 1, 2, 2, device=problem.device(), dtype=dtype)
-    variants = [Variant(problem.EAGER, call(model, model))]
-    if with_compile:
-        variants.append(Variant(problem.COMPILED, call(problem.compiled(model), model)))
-    for backend in problem.kernels_for("upconv_concat", x, weight):
-        variants.append(Variant(problem.package(backend), call(fused, fused), backend))
-        if with_compile:
-            function = call(problem.compiled(fused), fused)  # plain up-convolutions are compiled
-            variants.append(Variant(problem.package(backend) + problem.AND_COMPILE, function))
+    kernels = problem.kernels_for("upconv_concat", x, weight)
+    variants = problem.variants(timed, model, fused, kernels, compiles=compiles)
+    plain_again = [replace(v, backend=None) if v.name.endswith(problem.AND_COMPILE) else v for v in variants]
     with FlopCounterMode(display=False) as counter:
-        call(model, model)(*(tensor[:1] for tensor in inputs()))
+        timed(model)(*(tensor[:1] for tensor in inputs()))
     return Problem(
         "U-Nets of MONAI",
-        asdict(case),
-        variants,
+        case.sizes(),
+        plain_again,  # plain up-convolutions are compiled
         inputs,
-        call(exact, exact),
+        timed(exact),
         moved=sum(t.nbytes for t in (*model.parameters(), *inputs())),
-        written=case.training,
+        written=case.backward,
         flops=case.B * counter.get_total_flops(),
     )

@@ -59,6 +59,7 @@ def test_smoke_profile_writes_a_record(tmp_path):
         "tied_ffn, the op",
         "upconv_concat, the op",
         "upconv_concat_project, the op",
+        "upconv_add, the op",
         "CrossViT models of timm",
     }
     assert {row["case"]["direction"] for row in loaded["rows"] if "model" in row["case"]} == {

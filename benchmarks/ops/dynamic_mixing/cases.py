@@ -1,17 +1,17 @@
 """The sizes at which dynamic_mixing and DynaMixer's block are measured: images of N x N tokens."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from benchmarks.measure.problem import TRAINING, SmallCall, dtype_of
+from benchmarks.measure.problem import TRAINING, CaseBase, SmallCall
 from tokenfusion.kernels import dynamic_mixing
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(CaseBase):
     B: int
     N: int
     D: int
@@ -20,24 +20,9 @@ class Case:
     dtype: str = "float32"
     direction: str = "forward"
 
-    def __str__(self) -> str:
-        sizes = f"B{self.B}-N{self.N}-D{self.D}-S{self.S}-d{self.d}"
-        return f"{sizes}-{self.dtype}-{self.direction}".replace(" + ", "+")
-
-    @property
-    def backward(self) -> bool:
-        return self.direction == TRAINING
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return dtype_of(self.dtype)
-
     @property
     def tokens(self) -> int:
         return self.B * self.N**2
-
-    def sizes(self) -> dict[str, int | str]:
-        return asdict(self)
 
     def moved(self, shared: int, outputs: int) -> int:
         """Bytes that must move: the tokens and what a pass makes of them.
@@ -62,7 +47,7 @@ class Case:
 
 _SMALL_1, _SMALL_2 = Case(8, 32, 192, 8), Case(32, 16, 384, 16)
 _SMOKE = [Case(2, 7, 24, 3), Case(2, 7, 24, 3, direction=TRAINING)]
-_QUICK = [_SMALL_1, replace(_SMALL_1, direction=TRAINING)]
+_QUICK = [_SMALL_1]
 
 
 def _full() -> list[Case]:

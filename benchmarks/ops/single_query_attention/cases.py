@@ -1,37 +1,23 @@
 """The sizes at which single_query_attention and the layer around it are measured."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from benchmarks.measure.problem import TRAINING, SmallCall, dtype_of
+from benchmarks.measure.problem import TRAINING, CaseBase, SmallCall
 from tokenfusion.kernels import single_query_attention
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(CaseBase):
     B: int
     N: int
     C: int
     heads: int
     dtype: str = "float32"
     direction: str = "forward"
-
-    def __str__(self) -> str:
-        return f"B{self.B}-N{self.N}-C{self.C}-heads{self.heads}-{self.dtype}-{self.direction}".replace(" + ", "+")
-
-    @property
-    def backward(self) -> bool:
-        return self.direction == TRAINING
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return dtype_of(self.dtype)
-
-    def sizes(self) -> dict[str, int | str]:
-        return asdict(self)
 
     def moved(self, shared: int, per_image: int) -> int:
         """Bytes that must move: the tokens once a pass, their gradient once, and the small tensors.
@@ -48,7 +34,7 @@ _LENGTHS = (65, 197, 401, 1025, 4097, 16385)
 _PASSES = (("float32", "forward"), ("float32", TRAINING), ("bfloat16", "forward"), ("bfloat16", TRAINING))
 
 
-_QUICK = [Case(64, 401, 384, 6), Case(8, 401, 384, 6, direction=TRAINING)]
+_QUICK = [Case(64, 401, 384, 6)]
 
 
 def _full() -> list[Case]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ def layer_problem(
     case: Case,
     inputs: Callable[[], tuple[torch.Tensor, ...]],
     *,
-    with_compile: bool,
+    compiles: tuple[str, ...],
     dense: int,
     others: Sequence[tuple[str, type[nn.Module]]] = (),
 ) -> Problem:
@@ -34,11 +35,6 @@ def layer_problem(
     fused = copy.deepcopy(layer)
     tokenfusion.fuse(fused, strict=True)
 
-    def call(function, module):
-        if case.backward:
-            return problem.forward_backward(function, module.parameters())
-        return problem.forward(function)
-
     def with_gradient():
         tensors = [x.to(problem.device(), case.torch_dtype) for x in inputs()]
         if not case.backward:
@@ -49,25 +45,21 @@ def layer_problem(
 
     tokens = torch.empty(case.B, case.N, case.C, device=problem.device(), dtype=case.torch_dtype)
     kernels = problem.kernels_for("single_query_attention", tokens[:, : case.heads], tokens, None)
-    variants = [Variant(problem.EAGER, call(layer, layer))]
-    if with_compile:
-        variants.append(Variant(problem.COMPILED, call(problem.compiled(layer), layer)))
-    for name, kind in others:
-        other = copy.deepcopy(layer)
-        other.__class__ = kind
-        variants.append(Variant(name, call(other, other)))
-    for backend in kernels:
-        variants.append(Variant(problem.package(backend), call(fused, fused), backend))
-        if with_compile:
-            function = call(problem.compiled(fused), fused)
-            variants.append(Variant(problem.package(backend) + problem.AND_COMPILE, function, backend))
+    timed = partial(problem.passes, backward=case.backward)
+
+    def other(kind: type[nn.Module]) -> nn.Module:
+        copied = copy.deepcopy(layer)
+        copied.__class__ = kind
+        return copied
+
+    named = [Variant(name, timed(other(kind))) for name, kind in others]
     products = 14 if case.backward else 4  # the op's
     return Problem(
         f"{type(layer).__name__}, eager is timm's",
         case.sizes(),
-        variants,
+        problem.variants(timed, layer, fused, kernels, compiles=compiles, others=named),
         with_gradient,
-        call(exact, exact),
+        timed(exact),
         moved=case.moved(shared=sum(p.numel() for p in layer.parameters()), per_image=case.C),
         written=case.backward,
         flops=products * case.B * case.heads * case.N * case.C + (3 if case.backward else 1) * dense,

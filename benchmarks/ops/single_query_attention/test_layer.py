@@ -14,14 +14,14 @@ from benchmarks.ops.single_query_attention.projected import ProjectedBlock
 CASES = cases.CASES
 
 
-def test_layer(case: cases.Case, run, request):
+def test_layer(case: cases.Case, run, compiles):
     torch.manual_seed(0)
     norm = partial(nn.LayerNorm, eps=1e-6)
     measured = layer_problem(
         crossvit.CrossAttentionBlock(case.C, case.heads, qkv_bias=True, norm_layer=norm),
         case,
         lambda: (torch.randn(case.B, case.N, case.C),),
-        with_compile=request.config.option.profile != "smoke",
+        compiles=compiles,
         dense=8 * case.B * case.C**2,  # query, absorbed query, values, projection
         others=[(problem.PROJECTIONS, ProjectedBlock)],
     )

@@ -23,33 +23,26 @@ _definition = partial(reference.single_query_attention, normalize=True, eps=_EPS
 _op = partial(single_query_attention, normalize=True, eps=_EPS)
 
 
-def test_op(case: cases.Case, run, request):
-    run(_problem(case, with_compile=request.config.option.profile != "smoke"))
+def test_op(case: cases.Case, run, compiles):
+    run(_problem(case, compiles))
 
 
-def _problem(case: cases.Case, with_compile: bool) -> Problem:
+def _problem(case: cases.Case, compiles: tuple[str, ...]) -> Problem:
     weights = _Weights(case)
-    forward = problem.forward_backward if case.backward else problem.forward
 
-    def call(function):
-        def with_inputs(_, query, tokens, *gradients):
-            return forward(function)(query, tokens, *gradients[:1])
+    def timed(function):
+        call = problem.passes(function, case.backward)
+        return lambda _, query, tokens, *gradients: call(query, tokens, *gradients[:1])
 
-        return with_inputs
-
-    kernels = problem.backends_for("single_query_attention", *weights.inputs()[1:3], None)
-    variants = [Variant(problem.EAGER, call(_definition))]
-    if with_compile:
-        variants.append(Variant(problem.COMPILED, call(problem.compiled(_definition))))
-    variants.append(Variant(problem.PROJECTIONS, weights.projected, comparable=weights.comparable))
-    variants += [Variant(problem.package(backend), call(_op), backend) for backend in kernels]
+    backends = problem.backends_for("single_query_attention", *weights.inputs()[1:3], None)
+    projected = Variant(problem.PROJECTIONS, weights.projected, comparable=weights.comparable)
     products = 14 if case.backward else 4  # scores and context; again, and the gradients of both
     return Problem(
         "single_query_attention, the op",
         case.sizes(),
-        variants,
+        problem.variants(timed, _definition, _op, backends, compiles=compiles, others=[projected]),
         weights.inputs,
-        call(_definition),
+        timed(_definition),
         moved=case.moved(shared=0, per_image=2 * case.heads * case.C),
         written=case.backward,
         flops=products * case.B * case.heads * case.N * case.C,

@@ -105,14 +105,14 @@ CASES = {
 }
 
 
-def test_pooling(case: Named, run, request):
+def test_pooling(case: Named, run, compiles):
     torch.manual_seed(0)
     layer, sizes = LAYERS[case.layer], case.case
     measured = layer_problem(
         layer.make(sizes),
         sizes,
         lambda: layer.inputs(sizes),
-        with_compile=request.config.option.profile != "smoke",
+        compiles=compiles,
         dense=layer.dense * sizes.B * sizes.C**2,
     )
     run(measured)

@@ -14,12 +14,12 @@ from tokenfusion.kernels.tied_ffn import reference
 CASES = cases.CASES
 
 
-def test_op(case: cases.Case, run, request):
-    run(_problem(case, with_compile=request.config.option.profile != "smoke"))
+def test_op(case: cases.Case, run, compiles):
+    run(_problem(case, compiles))
 
 
-def _problem(case: cases.Case, with_compile: bool) -> Problem:
-    call = problem.forward_backward if case.backward else problem.forward
+def _problem(case: cases.Case, compiles: tuple[str, ...]) -> Problem:
+    timed = partial(problem.passes, backward=case.backward)
 
     def inputs():
         def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -31,25 +31,19 @@ def _problem(case: cases.Case, with_compile: bool) -> Problem:
 
     kernels = problem.kernels_for("tied_ffn", *inputs()[:4])
     formula, op = (partial(f, activation=case.activation) for f in (reference.tied_ffn, tied_ffn))
-    variants = [Variant(problem.EAGER, call(formula))]
-    if with_compile:
-        variants.append(Variant(problem.COMPILED, call(problem.compiled(formula))))
+    others, holding = [], []
     if case.backward:
-        checkpointed = partial(checkpoint, formula, use_reentrant=False)
-        variants.append(Variant(problem.CHECKPOINTED, call(checkpointed)))
+        others.append(Variant(problem.CHECKPOINTED, timed(partial(checkpoint, formula, use_reentrant=False))))
+        held = timed(partial(op, recompute=False))
+        holding = [Variant(f"{problem.package(backend)}, holding", held, backend) for backend in kernels]
     elif case.activation == "gelu_tanh" and problem.device() == "cuda":
-        variants.append(Variant(problem.EPILOGUE, call(_with_epilogue)))
-    for backend in kernels:
-        variants.append(Variant(problem.package(backend), call(op), backend))
-        if case.backward:
-            holding = call(partial(op, recompute=False))
-            variants.append(Variant(f"{problem.package(backend)}, holding", holding, backend))
+        others.append(Variant(problem.EPILOGUE, timed(_with_epilogue)))
     return Problem(
         "tied_ffn, the op",
         case.sizes(),
-        variants,
+        [*problem.variants(timed, formula, op, kernels, compiles=compiles, others=others), *holding],
         inputs,
-        call(formula),
+        timed(formula),
         moved=case.moved(),
         written=True,
         flops=case.flops(),

@@ -1,18 +1,18 @@
 """The sizes at which the up-convolutions are measured: Token Fusion's, and those of U-Net decoders."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.measure.problem import TRAINING, SmallCall, dtype_of
+from benchmarks.measure.problem import TRAINING, CaseBase, SmallCall
 from tokenfusion.kernels import upconv_concat, upconv_concat_project
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(CaseBase):
     """Cp is the channels of the 1x1 convolution afterwards, 0 for none."""
 
     B: int
@@ -26,30 +26,20 @@ class Case:
     dtype: str = "float32"
     direction: str = "forward"
 
-    def __str__(self) -> str:
-        return "-".join(f"{name}{value}" for name, value in asdict(self).items()).replace(" + ", "+")
-
     @property
-    def backward(self) -> bool:
-        return self.direction == TRAINING
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return dtype_of(self.dtype)
+    def channels(self) -> int:
+        """Of the result."""
+        return self.Cp or self.Cout + self.Cs
 
     @property
     def memory_format(self) -> torch.memory_format:
         return FORMATS[self.format]
 
-    def sizes(self) -> dict[str, int | str]:
-        return asdict(self)
-
     def moved(self) -> int:
         """Bytes that must move: what goes in and comes out once a pass, backward with gradients in their places."""
         fine = self.B * (self.k * self.size) ** 2
-        joined = self.Cout + self.Cs
         elements = self.B * self.Cin * self.size**2 + self.Cin * self.Cout * self.k**2
-        elements += fine * (self.Cs + (self.Cp or joined)) + self.Cp * joined
+        elements += fine * (self.Cs + self.channels) + self.Cp * (self.Cout + self.Cs)
         return elements * self.torch_dtype.itemsize * (3 if self.backward else 1)
 
     def flops(self) -> int:
@@ -59,8 +49,20 @@ class Case:
         return (up + 2 * pixels * self.Cs * self.Cp) * (3 if self.backward else 1)
 
 
-def _both(*cases: dict, directions=("forward", TRAINING)) -> list[Case]:
-    return [Case(**case, format=f, direction=d) for case in cases for f in FORMATS for d in directions]
+@dataclass(frozen=True)
+class Added(Case):
+    """The skip connection is added, and has as many channels."""
+
+    def __str__(self) -> str:
+        return f"added-{super().__str__()}"
+
+    @property
+    def channels(self) -> int:
+        return self.Cout
+
+
+def _both(*cases: dict, directions=("forward", TRAINING), kind: type[Case] = Case) -> list[Case]:
+    return [kind(**case, format=f, direction=d) for case in cases for f in FORMATS for d in directions]
 
 
 _LATE = {"B": 16, "Cin": 768, "Cout": 768, "Cs": 768, "size": 7, "k": 2}
@@ -70,6 +72,7 @@ _DECODERS = [
     {"B": 1, "Cin": 2 * width, "Cout": width, "Cs": width, "size": size, "k": 2}
     for width, size in ((512, 16), (256, 32), (128, 64), (64, 128), (32, 256))
 ]
+_ADDED = [_UNET, _LATE]
 _PROJECTED = [_UNET | {"Cp": 64}, _LATE | {"Cp": 768}, _EARLY | {"Cp": 3}]
 
 # The first level of a U-Net for 256 and for 512 pixels, and a deeper one.
@@ -80,26 +83,30 @@ _LARGE_DECODERS = [
 ]
 
 
-def _gpu(*cases: dict) -> list[Case]:
+def _gpu(*cases: dict, kind: type[Case] = Case) -> list[Case]:
     """Four times the batch of a CPU's, in bfloat16; the forward pass of the first in float32, too."""
-    half = [replace(case, B=4 * case.B, dtype="bfloat16") for case in _both(*cases)]
+    half = [replace(case, B=4 * case.B, dtype="bfloat16") for case in _both(*cases, kind=kind)]
     return [*half, *(replace(case, dtype="float32") for case in half[:4] if not case.backward)]
 
 
+_SMALL = {"B": 2, "Cin": 16, "Cout": 8, "Cs": 8, "size": 8, "k": 2}
 CASES = {
-    "smoke": _both({"B": 2, "Cin": 16, "Cout": 8, "Cs": 8, "size": 8, "k": 2}, directions=("forward",)),
-    "quick": [Case(**_UNET, direction=direction) for direction in ("forward", TRAINING)],
-    "gpu": _gpu(_LATE, *_LARGE_DECODERS, _EARLY),
+    "smoke": [
+        *_both(_SMALL, _SMALL | {"Cp": 8}, directions=("forward",)),
+        *_both(_SMALL, directions=("forward",), kind=Added),
+    ],
+    "quick": [Case(**_UNET), Case(**_PROJECTED[0]), Added(**_UNET)],
+    "gpu": [
+        *_gpu(_LATE, *_LARGE_DECODERS, _EARLY),
+        *_gpu(*_PROJECTED, *(case | {"Cp": case["Cout"]} for case in _LARGE_DECODERS)),
+        *_gpu(*_ADDED, kind=Added),
+    ],
     "full": [
         *_both(_LATE, _UNET, _EARLY, *_DECODERS),
         *(Case(**case, format=f, dtype="bfloat16") for case in (_LATE, _UNET, _EARLY) for f in FORMATS),
+        *_both(*_PROJECTED),
+        *_both(*_ADDED, kind=Added),
     ],
-}
-PROJECTED = {
-    "smoke": _both({"B": 2, "Cin": 16, "Cout": 8, "Cs": 8, "size": 8, "k": 2, "Cp": 8}, directions=("forward",)),
-    "quick": [Case(**_PROJECTED[0])],
-    "gpu": _gpu(*_PROJECTED, *(case | {"Cp": case["Cout"]} for case in _LARGE_DECODERS)),
-    "full": _both(*_PROJECTED),
 }
 
 
