@@ -45,9 +45,13 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    cases = [item for item in items if "run" in getattr(item, "fixturenames", ())]
-    for item in cases:
-        item.add_marker(pytest.mark.benchmark(timer=entries.clock))
+    for item in items:
+        if "run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=entries.clock))
+    profile = config.option.profile
+    without_cases = [item for item in items if getattr(item.module, "CASES", {}).get(profile) == []]
+    items[:] = [item for item in items if item not in without_cases]
+    config.hook.pytest_deselected(items=without_cases)
     items.sort(key=lambda item: "models" in item.path.parts)  # whole models last
     path = config.option.journal
     if path is not None:

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from benchmarks.report import table
 
-_NAME_WIDTH, _WIDTH = 32, 20
+_NAME_WIDTH, _WIDTH = 29, 21
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ def _compact(spread: Spread) -> str:
 
 
 def _line(name: str, cases: str, *spreads: str) -> str:
-    return f"  {name:<{_NAME_WIDTH}}{cases:>6}" + "".join(f"{spread:>{_WIDTH}}" for spread in spreads)
+    return f"  {table.cut(name, _NAME_WIDTH - 1):<{_NAME_WIDTH}}{cases:>5}" + "".join(
+        f"{spread:>{_WIDTH}}" for spread in spreads
+    )
 
 
 def losing(rows: list[dict]) -> list[dict]:

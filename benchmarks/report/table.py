@@ -99,13 +99,13 @@ def line(row: dict) -> str:
 
 def _line(cells: tuple[str, ...]) -> str:
     if cells[-1].startswith(FAILED):
-        return _cut(f"  {cells[0]:<{_WIDTHS[0]}} {cells[-1]}", COLUMNS)
+        return cut(f"  {cells[0]:<{_WIDTHS[0]}} {cells[-1]}", COLUMNS)
     name, *numbers = cells[: len(_WIDTHS)]
     aligned = "".join(f"{number:>{width}}" for number, width in zip(numbers, _WIDTHS[1:], strict=True))
-    return f"  {_cut(name, _WIDTHS[0]):<{_WIDTHS[0]}}{aligned} {cells[-1]:>14}"
+    return f"  {cut(name, _WIDTHS[0]):<{_WIDTHS[0]}}{aligned} {cells[-1]:>14}"
 
 
-def _cut(text: str, columns: int) -> str:
+def cut(text: str, columns: int) -> str:
     return text if len(text) <= columns else text[: columns - 1] + "…"
 
 

@@ -49,6 +49,8 @@ def test_smoke_profile_writes_a_record(tmp_path):
     assert {row["group"] for row in loaded["rows"]} == {
         "single_query_attention, the op",
         "CrossAttentionBlock, eager is timm's",
+        "Drop-in guard, of one image",
+        "Deferred result, nn.ConvTranspose2d before torch.cat",
         "ClassAttn, eager is timm's",
         "LayerScaleBlockClassAttn, eager is timm's",
         "ClassBlock, eager is timm's",

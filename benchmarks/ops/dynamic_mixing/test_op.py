@@ -1,7 +1,6 @@
 """dynamic_mixing along the columns of square images, beside its authors' form in plain PyTorch."""
 
 import copy
-from functools import partial
 
 import torch
 from torch import nn

@@ -5,12 +5,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from timm.models import crossvit
 from torch import nn
 
 import tokenfusion
 from benchmarks.measure import problem
 from benchmarks.measure.problem import Problem, Variant
 from benchmarks.ops.single_query_attention.cases import Case
+
+
+def cross_attention_block(case: Case) -> nn.Module:
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    return crossvit.CrossAttentionBlock(case.C, case.heads, qkv_bias=True, norm_layer=norm)
 
 
 def layer_problem(
