@@ -21,6 +21,8 @@ _GLOSSARY = {
     "tokenfusion (NAME)": "this package with its backend NAME: cpu is C++, triton and cuda are GPU kernels, reference "
     "is plain PyTorch; shaded in the tables",
     "own model (NAME)": "this package's own form of the model, with the same weights",
+    "no guard, not deferred": "this package without the question whether a module may run fused, and with an operator "
+    "that is called at once: what these cost where a call is short",
     "B, N, C, heads": "batch, tokens, channels, attention heads; other letters as in the operator's documentation",
     "median": "time of one call. All variants of a case take turns in every round, in an order that changes, on inputs "
     "that no cache holds",
