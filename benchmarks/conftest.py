@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtestloop(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     cases = [item for item in session.items if item.get_closest_marker("benchmark")]
-    if reporter is not None and cases and not session.config.option.collectonly:
+    if reporter is not None and cases:
         reporter.showfspath = False
         session.config.stash[_LIVE] = Live(reporter, cases)
     return (yield)
@@ -97,21 +97,21 @@ def pytest_make_collect_report(collector):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    live = item.config.stash.get(_LIVE, None)
-    if live is None or not item.get_closest_marker("benchmark"):
-        return (yield)
-    path, start = item.config.option.journal, time.monotonic()
+    path, live = item.config.option.journal, item.config.stash.get(_LIVE, None)
+    start = time.monotonic()
+    item.stash[_ROWS] = []
     if path is not None:
         journal.note(path, case=item.nodeid, state="started")
-    item.stash[_ROWS] = []
-    live.begins(item)
+    if live is not None:
+        live.begins(item)
     try:
         result = yield
-    except BaseException:
-        live.makes_way()
-        raise
+    finally:
+        if live is not None:
+            live.makes_way()
     rows, fault = item.stash[_ROWS], item.stash.get(_FAULT, None)
-    live.ends(item, rows, fault)
+    if live is not None:
+        live.ends(item, rows, fault)
     if path is not None:
         journal.note(path, case=item.nodeid, state="ended", fault=fault, rows=rows, seconds=time.monotonic() - start)
         unsound = [text for text in _UNSOUND if text in (fault or "")]

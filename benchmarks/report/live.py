@@ -26,7 +26,7 @@ class Live:
         self._group = None
 
     def begins(self, item: pytest.Item) -> None:
-        if not self._reporter.isatty:
+        if not self._reporter.isatty or item.nodeid not in self._costs:
             return
         done = self._count - len(self._costs)
         filled = round(_BAR * self._share())
@@ -36,9 +36,9 @@ class Live:
         self._reporter.flush()
 
     def ends(self, item: pytest.Item, rows: list[dict], fault: str | None) -> None:
-        del self._costs[item.nodeid]
+        if self._costs.pop(item.nodeid, None) is None:
+            return  # no case of these
         place = f"{self._count - len(self._costs):>{len(str(self._count))}}/{self._count} "
-        self.makes_way()
         if rows and rows[0]["group"] != self._group:
             self._group = rows[0]["group"]
             self._reporter.write_line(f"\n{table.head(self._group)}", bold=True)
