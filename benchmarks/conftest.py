@@ -34,6 +34,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.option.benchmark_columns = config.option.benchmark_columns or _COLUMNS
     config.option.showcapture = "no"  # torch.compile's trace would fill screens
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method:DeprecationWarning")  # its compiler's
     config.stash[_ROWS] = []
 
 
@@ -144,6 +145,7 @@ def run(benchmark, request):
 
     def run(problem):
         effort = EFFORTS[request.config.option.profile] if benchmark.enabled else _ONCE
+        benchmark.skipped = True  # until there are samples: an interrupt is no misuse of the fixture
         measured = harness.run(problem, effort)
         entries.enter(benchmark, measured)
         if benchmark.enabled:

@@ -11,7 +11,7 @@ from benchmarks.models.cases import Case
 
 _NAME = "vit_pe_small_patch16_224"
 
-
+COST = 3
 CASES = {
     "smoke": [],
     "quick": [Case(_NAME, 2, direction=TRAINING)],

@@ -17,7 +17,7 @@ _FORMS = {
     "deit_small_patch16_224": ("vit_pe_small_patch16_224",),
 }
 
-
+COST = 3
 CASES = {
     "smoke": [],
     "quick": [Case(model, 2, direction=TRAINING) for model in _FORMS],

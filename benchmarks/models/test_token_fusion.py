@@ -11,6 +11,7 @@ from benchmarks.measure.problem import Problem, Variant
 from benchmarks.models.cases import Case
 
 _MODELS = ("token_fusion_late", "token_fusion_early", "token_fusion_layerwise")
+COST = 3
 CASES = {
     "smoke": [],
     "quick": [Case(name, 1) for name in _MODELS],

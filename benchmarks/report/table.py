@@ -39,10 +39,11 @@ def case_name(case: dict) -> str:
 
 
 def short_name(row: dict) -> str:
-    """A case in few letters, of several groups: "CrossAttentionBlock B64 N401 C384 heads6"."""
+    """A case in few letters, whatever its group: "CrossAttentionBlock B64 N401 C384 heads6"."""
     sizes = [f"{name}{value}" for name, value in row["case"].items() if isinstance(value, int) and value]
     words = [value.replace(" ", "") for value in row["case"].values() if isinstance(value, str)]
-    return " ".join((row["group"].split(",")[0], *sizes, *(word for word in words if word not in _USUAL)))
+    name = () if "model" in row["case"] else (row["group"].split(",")[0],)  # a model is named in the case
+    return " ".join((*name, *(word for word in words if word not in _USUAL), *sizes))
 
 
 def cells(row: dict) -> tuple[str, ...]:

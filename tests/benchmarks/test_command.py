@@ -86,7 +86,7 @@ def test_every_variant_is_an_entry_of_pytest_benchmark(tmp_path):
         assert entry["name"] == row["variant"] and entry["extra_info"]["row"] == row
         assert entry["stats"]["median"] == pytest.approx(row["seconds"])
         assert entry["stats"]["rounds"] == row["rounds"] == len(entry["stats"]["data"])
-    assert "benchmark 'tied_ffn N70 C16 F40 gelu': 2 tests" in stdout
+    assert "benchmark 'tied_ffn gelu N70 C16 F40': 2 tests" in stdout
 
     slower = json.loads(saved.read_text())
     for entry in slower["benchmarks"]:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.measure import environment
 from benchmarks.report import __main__ as report
-from benchmarks.report import html, markdown, record
+from benchmarks.report import html, markdown, record, summary, table
 
 
 def _row(variant: str, backend: str | None, length: int, seconds: float, **changes) -> dict:
@@ -133,3 +133,15 @@ def test_rows_of_two_runs_become_one_record(tmp_path):
         ("some layer", "tokenfusion (cuda)", 1.0),
         ("another", "eager", 1.0),
     ]
+
+
+@pytest.mark.parametrize("path", sorted(record.RECORDS.glob("*.json")), ids=lambda path: path.stem)
+def test_records_that_are_kept_can_be_read(path):
+    loaded = record.load(path)
+    made = html.page(loaded, {})
+    ElementTree.fromstring(made.removeprefix("<!doctype html>"))
+    text, whole = summary.text(loaded["rows"]), markdown.tables(loaded)
+    for group, cases in table.groups(loaded["rows"]):
+        assert f"| {group} |" in whole and group in text.replace("\n", " ")
+        assert all(f"| {table.case_name(case)} |" in whole for case, _ in cases)
+    assert max(map(len, text.splitlines())) <= table.COLUMNS
