@@ -15,7 +15,7 @@ _LEAST_SECONDS = 5  # to start a process and measure something
 
 
 def command(profile: str) -> list[str]:
-    options = ["--benchmark-only", "--profile", profile, "-q", "-p", "no:cacheprovider"]
+    options = ["--benchmark-only", "--benchmark-quiet", "--profile", profile, "-q", "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", "benchmarks/", *options, "--continue-on-collection-errors"]
 
 
