@@ -21,7 +21,7 @@ _UNSOUND = ("CUDA error", "CUDA driver error")  # after these the process can me
 _ROWS = pytest.StashKey[list]()
 _FAULT = pytest.StashKey[str]()
 _LIVE = pytest.StashKey[Live]()
-_COLUMNS = ["min", "median", "iqr", "rounds"]  # of pytest-benchmark's table, unless --benchmark-columns says others
+_COLUMNS = ["median", "iqr", "rounds"]  # of pytest-benchmark's table, unless --benchmark-columns says others
 
 
 def pytest_addoption(parser):
