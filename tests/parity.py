@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import nn
 
-from benchmarks import parity
+from benchmarks.measure import parity
 from tokenfusion.kernels import dispatch
 
 
@@ -18,7 +18,7 @@ def assert_parity(
     summands: int = 0,
     scale: torch.Tensor | None = None,
 ) -> None:
-    """The error of `actual` is at most twice that of the unfused PyTorch path, and rounding (`benchmarks/parity.py`).
+    """The error of `actual` is at most twice that of the unfused PyTorch path, and rounding: `measure/parity.py`.
 
     summands: the terms of an element's sum, where they are many; scale: their norm, where they cancel.
     """
