@@ -1,8 +1,8 @@
 """python -m benchmarks.report RECORD.json --out DIR: one HTML page and the plots of a record.
 
-With --markdown the tables for the README go to the standard output. `python -m benchmarks.report --update README.md`
-makes the tables in that file anew: each stands between <!-- table RECORD.json | GROUP | CASES --> and <!-- end -->,
-where CASES, which may be left out, is how many of the group's first cases it shows.
+With --markdown the tables of the record go to the standard output. `python -m benchmarks.report --update FILE` makes
+the tables in a Markdown file anew. Each stands between <!-- table RECORD.json | GROUP --> and <!-- end -->; or between
+<!-- rows RECORD.json, then a line "LABEL | GROUP | CASE" for each row, and -->, and <!-- end -->.
 """
 
 import argparse
@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("record", type=Path, nargs="?", help="JSON file that the benchmarks wrote")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the page and the plots go")
-    parser.add_argument("--markdown", action="store_true", help="print the tables for the README")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the record")
     parser.add_argument("--update", type=Path, metavar="FILE", help="make the marked tables of this file anew")
     args = parser.parse_args(arguments)
     if args.update:

@@ -108,7 +108,7 @@ def test_record_of_one_length_has_no_plot_against_length(synthetic_record, tmp_p
 
 def test_marked_tables_of_a_text_are_made_from_their_records(synthetic_record, tmp_path):
     text = tmp_path / "text.md"
-    begin = f"<!-- table {synthetic_record} | some layer | 2 -->"
+    begin = f"<!-- table {synthetic_record} | some layer -->"
     text.write_text(f"before\n{begin}\nold\n<!-- end -->\nafter\n")
     loaded = record.load(synthetic_record)
     last = loaded["rows"][-1]
@@ -117,10 +117,25 @@ def test_marked_tables_of_a_text_are_made_from_their_records(synthetic_record, t
         report.main(["--update", str(text)])
         lines = text.read_text().splitlines()
         rows = [line for line in lines if line.startswith("|")]
-        assert len(rows) == 2 + 2 and set(rows) <= set(markdown.tables(record.load(synthetic_record)).splitlines())
+        assert len(rows) == 2 + 3 and set(rows) <= set(markdown.tables(record.load(synthetic_record)).splitlines())
         assert lines[:2] == ["before", begin] and lines[-2:] == ["<!-- end -->", "after"] and "old" not in lines
     text.write_text(f"<!-- table {synthetic_record} | another layer -->\n<!-- end -->")
     with pytest.raises(SystemExit, match="no group 'another layer'"):
+        report.main(["--update", str(text)])
+
+
+def test_chosen_rows_of_a_text_are_made_from_their_record(synthetic_record, tmp_path):
+    text = tmp_path / "text.md"
+    begin = f"<!-- rows {synthetic_record}\nA module | some layer | B 8, N 4097, float32, forward\n-->\n"
+    text.write_text(f"before\n{begin}<!-- end -->\nafter\n")
+    for _ in range(2):
+        report.main(["--update", str(text)])
+        made = text.read_text()
+        assert made.startswith(f"before\n{begin}") and made.endswith("<!-- end -->\nafter\n")
+        rows = [line for line in made.splitlines() if line.startswith("|")]
+        assert rows[2:] == ["| A module | 41 ms | failed | 4.1 ms (1.50x) | - | 80 | 8 |"]
+    text.write_text(made.replace("N 4097", "N 5"))
+    with pytest.raises(SystemExit, match="no case 'B 8, N 5, float32, forward'"):
         report.main(["--update", str(text)])
 
 
