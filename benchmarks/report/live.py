@@ -68,7 +68,8 @@ class Live:
 
     def _with_time_left(self, line: str) -> str:
         words = self._left().lstrip(", ")
-        return f"{line}{words:>{table.COLUMNS - len(line)}}" if len(line) + len(words) < table.COLUMNS else line
+        fits = words and len(line) + len(words) < table.COLUMNS
+        return f"{line}{words:>{table.COLUMNS - len(line)}}" if fits else line
 
 
 def _colour(row: dict) -> dict[str, bool]:

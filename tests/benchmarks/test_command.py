@@ -44,6 +44,7 @@ def test_smoke_profile_writes_a_record(tmp_path):
     path = tmp_path / "record.json"
     table = run_benchmarks("benchmarks/", "--record", str(path))
     assert max(map(len, own_lines(table))) <= COLUMNS
+    assert re.search(r"^ 1/\d+ .* about \d+:\d\d left$", table, re.MULTILINE)
     loaded = json.loads(path.read_text())
     assert loaded["conditions"]["versions"]["torch"] == torch.__version__
     assert {row["group"] for row in loaded["rows"]} == {
