@@ -19,7 +19,8 @@ def test_op(case: cases.Case, run, compiles):
 
 
 def _problem(case: cases.Case, compiles: tuple[str, ...]) -> Problem:
-    op, definition = _operator(case)
+    op = _operator(case)
+    definition = getattr(reference, op.__name__)
 
     def timed(function):
         def with_all(x, weight, bias, *rest):
@@ -59,9 +60,6 @@ def _problem(case: cases.Case, compiles: tuple[str, ...]) -> Problem:
 
 
 def _operator(case: cases.Case):
-    """(the operator, its definition)."""
     if isinstance(case, cases.Added):
-        return upconv_add, reference.upconv_add
-    if case.Cp:
-        return upconv_concat_project, reference.upconv_concat_project
-    return upconv_concat, reference.upconv_concat
+        return upconv_add
+    return upconv_concat_project if case.Cp else upconv_concat
