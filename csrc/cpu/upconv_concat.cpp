@@ -1,13 +1,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <array>
 #include <tuple>
 #include <vector>
 
+#include "common/packed_b.h"
 #include "upconv_backward.h"
 #include "upconv_gemm.h"
 #include "upconv_tiles.h"
@@ -36,7 +36,7 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
     const Tensor buffer = tiles.buffer(false, channels);
     for (int64_t i = begin; i < end; ++i) {
       Tensor product = tiles.product(buffer, blocks[i], channels);
-      at::mm_out(product, tiles.pixel_matrix(blocks[i]), tiles.columns(matrix, blocks[i]));
+      multiply(product, tiles.pixel_matrix(blocks[i]), tiles.columns(matrix, blocks[i]));
       tiles.scatter(buffer, blocks[i], bias, false);
     }
   });

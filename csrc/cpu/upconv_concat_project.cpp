@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <array>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "../common/checks.h"
+#include "common/packed_b.h"
 #include "upconv_backward.h"
 #include "upconv_gemm.h"
 #include "upconv_tiles.h"
@@ -25,7 +25,7 @@ void write_skip(const UpconvTiles& tiles, const UpconvBlock& block, const Tensor
   const std::vector<Tensor> skips = tiles.fine_matrices(skip, block);
   for (size_t i = 0; i < outs.size(); ++i) {
     if (proj_skip)
-      at::mm_out(outs[i], skips[i], proj_skip->t());
+      multiply(outs[i], skips[i], proj_skip->t());
     else
       outs[i].copy_(skips[i]);
   }
@@ -65,10 +65,10 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
       const UpconvBlock& block = blocks[i];
       if (skip) write_skip(tiles, block, out, *skip, proj_skip);
       Tensor product = tiles.product(up_buffer, block, up_channels);
-      at::mm_out(product, tiles.pixel_matrix(block), matrix);
+      multiply(product, tiles.pixel_matrix(block), matrix);
       if (proj_up) {
         Tensor projected = tiles.by_channel(buffer, block, channels);
-        at::mm_out(projected, tiles.by_channel(up_buffer, block, up_channels), proj_up->t());
+        multiply(projected, tiles.by_channel(up_buffer, block, up_channels), proj_up->t());
       }
       tiles.scatter(buffer, block, bias, skip.has_value());
     }
@@ -98,12 +98,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_through_projection(const Te
     Tensor product = tiles.product(up_buffer, block, up_channels);
     if (need_bias) grad_bias.add_(grad.sum(0, false, grad_bias.scalar_type()));
     if (need_proj_up) {
-      at::mm_out(product, tiles.pixel_matrix(block), matrix);
+      multiply(product, tiles.pixel_matrix(block), matrix);
       accumulate(grad_proj_up, grad.t(), tiles.by_channel(up_buffer, block, up_channels), first);
     }
     if (need_x || need_weight) {
       Tensor grad_up = tiles.by_channel(up_buffer, block, up_channels);
-      at::mm_out(grad_up, grad, proj_up);
+      multiply(grad_up, grad, proj_up);
     }
     if (need_x) tiles.set_pixels(grad_x, block, product, matrix.t());
     if (need_weight) accumulate(grad_matrix, tiles.pixel_matrix(block).t(), product, first);
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor> skip_gradients(const Tensor& grad_out, const Tensor& 
       for (int64_t i = begin; i < end; ++i) {
         const std::vector<Tensor> grads = tiles.fine_matrices(grad_out, blocks[i]);
         std::vector<Tensor> grad_skips = tiles.fine_matrices(grad_skip, blocks[i]);
-        for (size_t j = 0; j < grads.size(); ++j) at::mm_out(grad_skips[j], grads[j], proj_skip);
+        for (size_t j = 0; j < grads.size(); ++j) multiply(grad_skips[j], grads[j], proj_skip);
       }
     });
   if (need_proj_skip)

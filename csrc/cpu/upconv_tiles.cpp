@@ -1,7 +1,6 @@
 #include "upconv_tiles.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
@@ -11,6 +10,7 @@
 #include "../common/checks.h"
 #include "common/huge_pages.h"
 #include "common/kernels_for.h"
+#include "common/packed_b.h"
 
 namespace tokenfusion {
 namespace {
@@ -65,14 +65,11 @@ Tensor with_planes_or_pixels(const Tensor& map) {
 }
 
 void accumulate(const Tensor& sum, const Tensor& a, const Tensor& b, bool first) {
-  Tensor out = sum;
   if (sum.scalar_type() != a.scalar_type()) {
     const Tensor product = at::mm(a, b);
-    first ? out.copy_(product) : out.add_(product);
-  } else if (first) {
-    at::mm_out(out, a, b);
+    first ? sum.copy_(product) : sum.add_(product);
   } else {
-    at::addmm_out(out, out, a, b);
+    multiply(sum, a, b, !first);
   }
 }
 
@@ -240,15 +237,14 @@ Tensor UpconvTiles::empty_pixels() const {
 void UpconvTiles::set_pixels(const Tensor& pixels, const UpconvBlock& block, const Tensor& a, const Tensor& b) const {
   const int64_t image = block.first_row / height_, channels = x_.size(1);
   if (!planes_ || x_channels_last_) {
-    Tensor out = pixels_of(pixels).narrow(0, block.first_row, block.rows).view({-1, channels});
-    at::mm_out(out, a, b);
+    multiply(pixels_of(pixels).narrow(0, block.first_row, block.rows).view({-1, channels}), a, b);
   } else if (within_image(block)) {
     const Tensor rows = pixels.select(0, image).narrow(1, block.first_row % height_, block.rows);
-    Tensor out = rows.view({channels, -1}).t();
-    at::mm_out(out, a, b);
+    multiply(rows.view({channels, -1}).t(), a, b);
   } else {
     const int64_t images = block.rows / height_;
-    const Tensor product = at::mm(b.t(), a.t()).view({channels, images, height_, width_});
+    const Tensor product = at::empty({channels, images, height_, width_}, pixels.options());
+    multiply(product.view({channels, -1}), b.t(), a.t());
     pixels.narrow(0, image, images).copy_(product.transpose(0, 1));
   }
 }

@@ -277,5 +277,14 @@ def test_inputs_that_are_not_served(x):
     assert results == expected if isinstance(results, str) else torch.equal(results, expected)
 
 
+def test_a_small_result_is_computed_at_once(monkeypatch):
+    x, skip = inputs()
+    elements = fused_copy(upconv())(x).numel()
+    for least, operators in ((elements, ["upconv_concat_cpu"]), (elements + 1, [])):
+        monkeypatch.setattr("tokenfusion.layers.conv_transpose._LEAST_WORTHWHILE", least)
+        with torch.no_grad(), assert_runs(*operators):
+            torch.cat((fused_copy(upconv())(x), skip), 1)
+
+
 def test_an_output_size():
     check(lambda up, x, skip: torch.cat((up(x, output_size=[6, 10]), skip), 1), runs=False)

@@ -8,14 +8,16 @@ from tokenfusion.kernels.upconv.concat.op import OPERATOR
 from tokenfusion.layers.deferred import defer, only_runs
 from tokenfusion.layers.drop_in import DropIn, why_not_part
 
+_LEAST_WORTHWHILE = 1 << 16  # elements of a result; with fewer, deferring it takes longer than the concatenation saves
+
 
 class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
     """A transposed convolution whose kernel is its stride, computed when its result is asked for.
 
     Takes and holds what nn.ConvTranspose2d does. Where a kernel runs, the result is a tensor that does not exist yet:
     torch.cat of it with a skip connection runs upconv_concat, and anything else computes it (see `deferred.py`). Where
-    none runs, with hooks, under torch.compile, tracing, function transforms and modes, the convolution runs at once. An
-    inference tensor is copied, since it does not tell of changes.
+    none runs, for small results, with hooks, under torch.compile, tracing, function transforms and modes, the
+    convolution runs at once. An inference tensor is copied, since it does not tell of changes.
     """
 
     @staticmethod
@@ -49,6 +51,8 @@ class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
     def _is_served(self, x: torch.Tensor) -> bool:
         weight = self.weight
         if type(x) is not torch.Tensor or x.dim() != 4 or x.numel() == 0 or x.shape[1] != self.in_channels:
+            return False
+        if x.numel() // self.in_channels * self.out_channels * self.kernel_size[0] ** 2 < _LEAST_WORTHWHILE:
             return False
         if x.device != weight.device or weight.is_inference():
             return False

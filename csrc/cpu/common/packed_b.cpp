@@ -1,7 +1,10 @@
 #include "packed_b.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 
@@ -51,6 +54,32 @@ void PackedB::multiply(const GemmLines& a, GemmCall call) const {
   call.columns = columns_;
   call.runs = runs_;
   kernels_.run(call);
+}
+
+void multiply(const Tensor& out_, const Tensor& a_, const Tensor& b, bool accumulate) {
+  const bool rows = out_.stride(1) == 1 || out_.size(1) == 1, columns = out_.stride(0) == 1 || out_.size(0) == 1;
+  if (a_.scalar_type() != at::kFloat || isa() == Isa::kDefault || !(rows || columns)) {
+    Tensor out = out_;
+    accumulate ? at::addmm_out(out, out, a_, b) : at::mm_out(out, a_, b);
+    return;
+  }
+  if (!rows) return multiply(out_.t(), b.t(), a_.t(), accumulate);
+  const GemmKernels::ForDtype& kernels = gemm_kernels(at::kFloat);
+  const PackedB right(kernels, b.t());
+  const Tensor a = with_lines(a_);
+  const int64_t count = out_.size(0), strips = at::divup(count, kernels.rows);
+  const int64_t grain = at::divup(kWorkPerThread, std::max<int64_t>(kernels.rows * out_.size(1), 1));
+  at::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
+    const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(kernels.scratch_bytes(right.depth(), 1));
+    const int64_t first = begin * kernels.rows;
+    GemmCall call{};
+    call.rows = std::min(end * kernels.rows, count) - first;
+    call.out = out_.mutable_data_ptr<float>() + first * out_.stride(0);
+    call.out_stride = out_.stride(0);
+    call.accumulate = accumulate;
+    call.scratch = scratch.get();
+    right.multiply({a.const_data_ptr<float>() + first * a.stride(0), a.stride(0), a.stride(1), nullptr}, call);
+  });
 }
 
 }  // namespace tokenfusion
