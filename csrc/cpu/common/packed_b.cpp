@@ -14,6 +14,9 @@ namespace tokenfusion {
 namespace {
 
 constexpr int64_t kWorkPerThread = 1 << 15;  // elements below which threads do not pay
+constexpr int64_t kColumns = 512, kDepth = 2048;  // what is packed together
+
+at::DataPtr allocate(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
 
 }  // namespace
 
@@ -56,29 +59,49 @@ void PackedB::multiply(const GemmLines& a, GemmCall call) const {
   kernels_.run(call);
 }
 
-void multiply(const Tensor& out_, const Tensor& a_, const Tensor& b, bool accumulate) {
-  const bool rows = out_.stride(1) == 1 || out_.size(1) == 1, columns = out_.stride(0) == 1 || out_.size(0) == 1;
-  if (a_.scalar_type() != at::kFloat || isa() == Isa::kDefault || !(rows || columns)) {
+void multiply(const Tensor& out_, const Tensor& a_, const Tensor& b_, bool accumulate) {
+  const bool by_rows = out_.stride(1) == 1 || out_.size(1) == 1, by_columns = out_.stride(0) == 1 || out_.size(0) == 1;
+  if (a_.scalar_type() != at::kFloat || isa() == Isa::kDefault || !(by_rows || by_columns)) {
     Tensor out = out_;
-    accumulate ? at::addmm_out(out, out, a_, b) : at::mm_out(out, a_, b);
+    accumulate ? at::addmm_out(out, out, a_, b_) : at::mm_out(out, a_, b_);
     return;
   }
-  if (!rows) return multiply(out_.t(), b.t(), a_.t(), accumulate);
+  if (!by_rows) return multiply(out_.t(), b_.t(), a_.t(), accumulate);
   const GemmKernels::ForDtype& kernels = gemm_kernels(at::kFloat);
-  const PackedB right(kernels, b.t());
-  const Tensor a = with_lines(a_);
-  const int64_t count = out_.size(0), strips = at::divup(count, kernels.rows);
-  const int64_t grain = at::divup(kWorkPerThread, std::max<int64_t>(kernels.rows * out_.size(1), 1));
-  at::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
-    const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(kernels.scratch_bytes(right.depth(), 1));
-    const int64_t first = begin * kernels.rows;
-    GemmCall call{};
-    call.rows = std::min(end * kernels.rows, count) - first;
-    call.out = out_.mutable_data_ptr<float>() + first * out_.stride(0);
-    call.out_stride = out_.stride(0);
-    call.accumulate = accumulate;
-    call.scratch = scratch.get();
-    right.multiply({a.const_data_ptr<float>() + first * a.stride(0), a.stride(0), a.stride(1), nullptr}, call);
+  const Tensor a = with_lines(a_), b = with_lines(b_);
+  const int64_t rows = out_.size(0), columns = out_.size(1), depth = a.size(1);
+  const float *a_data = a.const_data_ptr<float>(), *b_data = b.const_data_ptr<float>();
+  float* const out = out_.mutable_data_ptr<float>();
+  const auto run = [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
+    const int64_t most = std::min(kDepth, depth);
+    const at::DataPtr scratch = allocate(kernels.scratch_bytes(most, 1));
+    const at::DataPtr packed = allocate(kernels.bytes(std::min(kColumns, last_column - first_column), most));
+    for (int64_t column = first_column; column < last_column; column += kColumns)
+      for (int64_t k = 0; k < depth; k += kDepth) {
+        const int64_t part = std::min(kDepth, depth - k);
+        GemmCall call{};
+        call.rows = last_row - first_row;
+        call.columns = std::min(kColumns, last_column - column);
+        kernels.pack({b_data + column * b.stride(1) + k * b.stride(0), b.stride(1), b.stride(0), nullptr}, call.columns,
+                     part, packed.get());
+        const float* const lines = a_data + first_row * a.stride(0) + k * a.stride(1);
+        const GemmTerm term{{lines, a.stride(0), a.stride(1), nullptr}, part, packed.get(), nullptr};
+        call.terms = &term;
+        call.count = 1;
+        call.out = out + first_row * out_.stride(0) + column;
+        call.out_stride = out_.stride(0);
+        call.accumulate = accumulate || k > 0;
+        call.scratch = scratch.get();
+        kernels.run(call);
+      }
+  };
+  const int64_t chunks = at::divup(columns, kColumns), strips = at::divup(rows, kernels.rows);
+  const int64_t items = std::max(chunks, strips), work = at::divup(rows * columns, items) * depth;
+  at::parallel_for(0, items, at::divup(kWorkPerThread, work), [&](int64_t begin, int64_t end) {
+    if (chunks >= strips)
+      run(0, rows, begin * kColumns, std::min(end * kColumns, columns));
+    else
+      run(begin * kernels.rows, std::min(end * kernels.rows, rows), 0, columns);
   });
 }
 

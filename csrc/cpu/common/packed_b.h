@@ -36,7 +36,7 @@ class PackedB {
   Tensor packed_;
 };
 
-// out = a b, or with `accumulate` out += a b, for matrices. Threads share the rows, but for a call from within a
+// out = a b, or with `accumulate` out += a b, for matrices. Threads share the work, but for a call from within a
 // parallel region. In float32 by the product of gemm.h, whose speed does not depend on the make of the processor.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
 
