@@ -7,10 +7,28 @@ from pathlib import Path
 import pytest
 import torch
 
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist
+if IS_WORKER:
+    torch.set_num_threads(1)  # the workers share the processors
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
 ROOT = Path(__file__).parent.parent
+SLOW = {  # marker: where its tests are
+    "install": ("test_install.py",),
+    "aot": ("test_aot.py", "test_cuda_compiled.py"),
+    "emulated": ("test_cuda_emulated.py",),
+    "benchmarks": ("tests/benchmarks/*.py", "test_gpu_check.py"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for marker in (name for name, places in SLOW.items() if any(map(item.path.match, places))):
+            item.add_marker(marker)
+            if IS_WORKER:  # what a file compiles once, one worker compiles
+                item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
 
 
 @pytest.fixture(autouse=True)

@@ -149,7 +149,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
 @needs_compiler
 def test_wheel_holds_package_extension_and_record(built):
     names = zipfile.ZipFile(built[1]).namelist()
-    assert "tokenfusion/__init__.py" in names
+    assert {"tokenfusion/__init__.py", "tokenfusion/py.typed"} <= set(names)
     assert "tokenfusion/kernels/single_query_attention/op.py" in names
     assert sum(name.startswith("tokenfusion/_C.") for name in names) == 1
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"tokenfusion"}
