@@ -19,7 +19,7 @@ from tokenfusion.layers.drop_in import (
     why_not_part,
     within,
 )
-from tokenfusion.layers.in_place import run_blocks
+from tokenfusion.layers.block_inference import run_blocks
 from tokenfusion.layers.single_query_attention import absorbed_attention, split_class_token
 
 remember_forwards(crossvit.CrossAttention)

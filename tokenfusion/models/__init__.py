@@ -1,13 +1,13 @@
 """The package's own models, registered with timm: `timm.create_model` finds them once this module is imported.
 
-One file a family, and one that registers its variants, which must not have the base name of a file of timm's.
+One file a family, and where it has more than its class one of entry points, which register its models and must not have the base name of a file of timm's.
 """
 
 from tokenfusion.models import (  # noqa: F401  (they register their models)
-    crossvit_variants,
-    dynamixer_variants,
+    crossvit_entrypoints,
+    dynamixer_entrypoints,
     resnet_pe,
-    token_fusion_variants,
+    token_fusion_entrypoints,
     vit_pe,
 )
 from tokenfusion.models.checkpoints import load_checkpoint

@@ -1,4 +1,4 @@
-"""CrossViT (arXiv:2103.14899); `crossvit_variants.py` has the registered models."""
+"""CrossViT (arXiv:2103.14899); `crossvit_entrypoints.py` has the registered models."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ class CrossViT(CheckedModel):
             the official configurations have, are not used.
         depth: (N, M, L) of each encoder: blocks of the small and of the large branch, fusions (0 stands for one).
         fusion: "cross_attention", "all_attention", "class_token", "pairwise" or "none", see `crossvit_fusions.py`.
-        tokenizer: "conv", "multi_conv" (the dagger variants) or "t2t", see `crossvit_tokenizers.py`.
+        tokenizer: "conv", "multi_conv" (the dagger models) or "t2t", see `crossvit_tokenizers.py`.
         class_token: False leaves class tokens out: the mean of a branch's patch tokens is the query of its
             cross-attention, whose result is added to each of them (the paper does not say where it goes).
         norm_layer: called with the channels, device and dtype; None for LayerNorm with an eps of 1e-6.

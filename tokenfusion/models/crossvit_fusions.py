@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tokenfusion.layers import CrossAttentionBlock
 from tokenfusion.layers.crossvit import exchange_class_tokens
-from tokenfusion.layers.in_place import run_blocks
+from tokenfusion.layers.block_inference import run_blocks
 
 Tokens = list[torch.Tensor]
 

@@ -1,4 +1,4 @@
-"""DynaMixer (arXiv:2201.12083); `dynamixer_variants.py` has the registered models."""
+"""DynaMixer (arXiv:2201.12083); `dynamixer_entrypoints.py` has the registered models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from torch import nn
 
 from tokenfusion.kernels.checks import symbolic
 from tokenfusion.layers import DynaMixerBlock
-from tokenfusion.layers.in_place import add, are_plain, may_run_in_place, run_mlp
+from tokenfusion.layers.block_inference import add, are_plain, may_run_in_place, run_mlp
 from tokenfusion.models.checkpoints import CheckedModel
-from tokenfusion.models.dynamixer_plain import plain
+from tokenfusion.models.dynamixer_reference import plain
 from tokenfusion.models.dynamixer_resampling import resampled
 
 _POOLS = ("avg", "")
@@ -300,7 +300,7 @@ class DynaMixer(CheckedModel):
         return taken
 
     def plain(self) -> nn.Module:
-        """A copy with layers in plain PyTorch, as the paper has them, to compare with; see `dynamixer_plain.py`."""
+        """A copy with layers in plain PyTorch, as the paper has them, to compare with; see `dynamixer_reference.py`."""
         return plain(self)
 
     def checkpoint_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Token Fusion: tokens of a CNN and of image patches (Choi et al., "Improved Image Classification with Token Fusion").
 
 The paper leaves open widths, taps and kernels; what is settled here is said where it is, and in the arguments.
-`token_fusion_variants.py` has the registered models.
+`token_fusion_entrypoints.py` has the registered models.
 """
 
 import warnings
@@ -33,7 +33,7 @@ Seen = list[tuple[torch.Tensor, Grid]]
 class TokenFusion(CheckedModel):
     """What the three models share: the CNN, transformer blocks, positions and the three classification heads.
 
-    No class token (but of one variant) and no norm before the head, whose mean over channels it would make zero.
+    No class token (but in one setting) and no norm before the head, whose mean over channels it would make zero.
 
     Args:
         img_size: of the images, multiples of 32; with the "channel" head the model takes images of other such sizes,

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tokenfusion.layers.drop_in import remember_forwards, why_not_part
-from tokenfusion.layers.tied import TiedAttention, TiedFFN, TiedStage, activation_name
+from tokenfusion.layers.tied_resnet import TiedStage
+from tokenfusion.layers.tied_transformer import TiedAttention, TiedFFN, activation_name
 from tokenfusion.surgery.report import MatrixReport, TieReport, UntiedReport
 from tokenfusion.surgery.rules.rule import Plan, first_plan, with_forward_on_instance
 

@@ -32,11 +32,11 @@ def _cfg(crop_pct: float = 0.9) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({"dynamixer_s": _cfg(), "dynamixer_m": _cfg(), "dynamixer_l": _cfg(0.875)})
 
 
-def _dynamixer(variant: str, pretrained: bool, config: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+def _dynamixer(name: str, pretrained: bool, config: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
     config = config | kwargs
     out_indices = config.pop("out_indices", tuple(range(len(config["layers"]))))
     feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
-    return build(DynaMixer, variant, pretrained, feature_cfg=feature_cfg, **config)
+    return build(DynaMixer, name, pretrained, feature_cfg=feature_cfg, **config)
 
 
 @register_model
