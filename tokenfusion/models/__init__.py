@@ -1,6 +1,7 @@
 """The package's own models, registered with timm: `timm.create_model` finds them once this module is imported.
 
-One file a family, and where it has more than its class one of entry points, which register its models and must not have the base name of a file of timm's.
+The class of each family has a file, and the registration of its models is in `<family>_entrypoints.py` or in the same
+file. One that registers must not have the base name of a file of timm's.
 """
 
 from tokenfusion.models import (  # noqa: F401  (they register their models)

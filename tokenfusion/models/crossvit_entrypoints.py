@@ -1,8 +1,8 @@
 """The registered CrossViTs: Tables 1, 2 and 4 of arXiv:2103.14899.
 
 timm groups models by the base name of the file that registers them: one named crossvit.py would join timm's own group.
-Names give the pixels of the small branch, as timm's do, and the paper those of the large one: 240 is its 224, 408 its 384
-and 504 its 480.
+Names give the pixels of the small branch, as timm's do, and the paper those of the large one: 240 is its 224, 408 its
+384 and 504 its 480.
 """
 
 import dataclasses

@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from tokenfusion.kernels.checks import symbolic
 from tokenfusion.layers.upconv import UpConvAdd, UpConvConcat, UpConvConcatProject, UpCopyAdd, UpCopyConcat
 from tokenfusion.models.checkpoints import CheckedModel
+from tokenfusion.models.common import check_choice, check_output_fmt, init_weights
 
-_POOLS = ("channel", "token", "mixing")
 _STAGES = 5  # the stem before its max-pool, and four stages
 _DEEPEST = 32  # pixels of the image to one of the last stage
+_init = partial(init_weights, kinds=(nn.Linear, nn.Conv2d))
 
 Grid = tuple[int, int]
 Seen = list[tuple[torch.Tensor, Grid]]
@@ -114,9 +115,9 @@ class TokenFusion(CheckedModel):
         self._make_head()
         for name, child in self.named_children():
             if name != "cnn":
-                child.apply(_init_weights)
-        for name in self.no_weight_decay():
-            trunc_normal_(getattr(self, name), std=0.02)
+                child.apply(_init)
+        for parameter in self.parameters(recurse=False):
+            trunc_normal_(parameter, std=0.02)
 
     def _make_head(self) -> None:
         widths = {
@@ -226,8 +227,7 @@ class TokenFusion(CheckedModel):
         Raises:
             ValueError: another output_fmt, or images that `forward_features` does not take.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
+        check_output_fmt(output_fmt)
         taken, last = feature_take_indices(len(self.blocks), indices)
         _check_size(x, self.img_size, self.global_pool)
         seen: Seen = []
@@ -269,7 +269,7 @@ class TokenFusion(CheckedModel):
         table = next(self.blocks.parameters())
         self.dd = {"device": table.device, "dtype": table.dtype}
         self._make_head()
-        self.head.apply(_init_weights).train(self.training)
+        self.head.apply(_init).train(self.training)
 
     def _position_grids(self) -> dict[str, Grid]:
         return {"pos_embed": self.grid}
@@ -302,9 +302,9 @@ class LateTokenFusion(TokenFusion):
     output_stride = 16
 
     def __init__(self, *args, up: str = "upconv", join: str = "concat", up_kernel: int = 2, **kwargs):
-        _check_choice("up", up, ("upconv", "copy"))
-        _check_choice("join", join, ("concat", "add"))
-        _check_choice("up_kernel", up_kernel, (2, 4))
+        check_choice("up", up, ("upconv", "copy"))
+        check_choice("join", join, ("concat", "add"))
+        check_choice("up_kernel", up_kernel, (2, 4))
         super().__init__(*args, **kwargs)
         dim = self.embed_dim
         self.patch_embed = self._patch_embed(_DEEPEST, self.in_chans)
@@ -347,15 +347,15 @@ class EarlyTokenFusion(TokenFusion):
     With five bridges that is the H x W x 18 of the paper. It is cut into patches as by a ViT.
 
     Args:
-        up: "upconv" (and a 1x1 convolution) or "copy" (Figure 7), for which the 1x1 convolution comes first: it commutes
-            with copying.
+        up: "upconv" (and a 1x1 convolution) or "copy" (Figure 7), for which the 1x1 convolution comes first, since it
+            commutes with copying.
         bridges: "multi", or "single" for one bridge, from the last stage.
         bridge_width: channels between up-convolution and 1x1 convolution.
     """
 
     def __init__(self, *args, up: str = "upconv", bridges: str = "multi", bridge_width: int = 4, **kwargs):
-        _check_choice("up", up, ("upconv", "copy"))
-        _check_choice("bridges", bridges, ("multi", "single"))
+        check_choice("up", up, ("upconv", "copy"))
+        check_choice("bridges", bridges, ("multi", "single"))
         super().__init__(*args, **kwargs)
         stages = range(_STAGES) if bridges == "multi" else [_STAGES - 1]
         self.bridges = nn.ModuleDict()
@@ -476,13 +476,8 @@ def _resized(table: torch.Tensor, grid: Grid, own: Grid, prefix: int) -> torch.T
 
 
 def _pool(global_pool: str) -> str:
-    _check_choice("global_pool", global_pool, _POOLS)
+    check_choice("global_pool", global_pool, ("channel", "token", "mixing"))
     return global_pool
-
-
-def _check_choice(name: str, value: Any, choices: Sequence) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 class _OverlappingUpConv(nn.ConvTranspose2d):
@@ -495,10 +490,3 @@ class _OverlappingUpConv(nn.ConvTranspose2d):
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         up = F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding)
         return torch.cat((up, skip), dim=1) if self.join == "concat" else up + skip
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
