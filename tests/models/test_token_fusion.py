@@ -45,7 +45,8 @@ def images(batch: int = 2, size: int = 64) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-# Parameters, and multiply-adds in G with up-convolutions and 1x1 convolutions one after the other. In the late model k = 2 where nothing is said.
+# Parameters, and multiply-adds in G with up-convolutions and 1x1 convolutions one after the other. The late model's
+# kernel is 2 where nothing is said.
 TABLE = [
     ("late", {"global_pool": "token"}, 134_233_544, 21.24),
     ("late", {}, 135_573_544, 21.24),

@@ -57,7 +57,8 @@ def trained(model: nn.Module, subject: Subject) -> dict[str, torch.Tensor]:
         out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
         seen |= {f"out {step}": out.detach(), f"input {step}": x.grad}
         for name, parameter in model.named_parameters():
-            seen |= {f"{name} {step}": parameter.grad, f"{name} {step} samples": getattr(parameter, "grad_sample", None)}
+            samples = getattr(parameter, "grad_sample", None)
+            seen |= {f"{name} {step}": parameter.grad, f"{name} {step} samples": samples}
         if optimizer is not None:
             optimizer.step()
     return {name: value for name, value in seen.items() if value is not None}

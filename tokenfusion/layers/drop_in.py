@@ -48,7 +48,7 @@ class DropIn:
 
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
-        """What about the parts of a module, of either class, makes the fused forward invalid; None where it is valid."""
+        """What rules the fused forward out in the parts of a module, of either class; None where it is valid."""
         raise NotImplementedError
 
     @classmethod
@@ -150,7 +150,7 @@ def why_not_dropout(part: nn.Module | None, name: str, training: bool) -> str | 
 
 
 def why_not_watched() -> str | None:
-    """Hooks on every module are not called for the parts that are read past; those that only keep track do not count."""
+    """Hooks on all modules are not called for the parts that are read past; those that only keep track do not count."""
     if not (
         global_hooks._global_forward_hooks
         or global_hooks._global_forward_pre_hooks

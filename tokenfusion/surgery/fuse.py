@@ -30,8 +30,8 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
     by dynamic_mixing, DynaMixer's block and operation in the official code or any other, found by the names and shapes
     of their parameters; a trial on random numbers shows first that such a module computes the same;
 
-    and by upconv_concat, in U-Net decoders, nn.ConvTranspose2d with kernel = stride. The model's own forward runs: where
-    torch.cat joins the result with one other tensor along the channels, both are one operator, and whatever else is
+    and by upconv_concat, in U-Net decoders, nn.ConvTranspose2d with kernel = stride. The model's own forward runs:
+    where torch.cat joins the result with one other tensor along the channels, both are one operator; whatever else is
     done with it computes the convolution as before.
 
     A module that cannot be replaced is left as it was, and the report says why: dropout of attention weights in
