@@ -299,7 +299,7 @@ class DynaMixer(CheckedModel):
         return taken
 
     def plain(self) -> nn.Module:
-        """A copy with layers in plain PyTorch, as the paper has them, to compare with; see `dynamixer_reference.py`."""
+        """A copy with blocks in plain PyTorch, as the paper has them, to compare with; see `dynamixer_reference.py`."""
         return plain(self)
 
     def checkpoint_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
