@@ -112,5 +112,5 @@ def test_same_as_the_plain_model(subject, change, part, caplog):
         except Exception as error:
             raise AssertionError(f"{order}: {error}") from error
         told = [record.args[0] for record in caplog.records if record.name == "tokenfusion"]
-        named = [name for name in told if name != "a module"]  # copies, and operations inside a block
+        named = [name for name in told if name != "a module"]  # operations inside a block
         assert len(set(named)) == len(named), f"{order}: {told}"

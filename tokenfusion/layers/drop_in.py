@@ -17,10 +17,10 @@ from torch.utils.module_tracker import ModuleTracker
 
 from tokenfusion.kernels import dispatch
 
+_NAME = "_fused_as"  # an attribute of the module, so that its copies and pickles have it
 _PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: quantized, distributed and other weights multiply in their own way
 
 _log = logging.getLogger("tokenfusion")
-_names: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 _reported: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _forwards: dict[type[nn.Module], types.FunctionType] = {}
 
@@ -70,13 +70,19 @@ class DropIn:
 
 def name(module: nn.Module, path: str) -> None:
     """What to call the module in the log."""
-    _names[module] = path
+    vars(module)[_NAME] = path
+
+
+def restore(module: DropIn) -> None:
+    """Gives a module the class back that its fused one stands in for."""
+    module.__class__ = module.original
+    vars(module).pop(_NAME, None)
 
 
 def _report(module: nn.Module, reason: str) -> None:
     if module not in _reported:
         _reported.add(module)
-        where = _names.get(module) or "a module"
+        where = vars(module).get(_NAME) or "a module"
         _log.warning("%s (%s) runs its original forward: %s", where, type(module).__name__, reason)
 
 
@@ -89,7 +95,11 @@ def _renamed(function: types.FunctionType, new: str) -> types.FunctionType:
 
 
 def remember_forwards(*kinds: type[nn.Module]) -> None:
-    """Takes the forward of these classes, as it is when they are first seen, for the one that is read past."""
+    """Takes the forward of these classes, as it is when they are first seen, for the one that is read past.
+
+    One that is patched at that moment counts as the class's own. When the patch is taken off, the class counts as
+    changed, and its modules run their original forward until the process ends.
+    """
     for kind in kinds:
         _forwards.setdefault(kind, kind.forward)
 
