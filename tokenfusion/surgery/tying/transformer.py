@@ -104,8 +104,13 @@ def _tie_attention(attn: Attention, init: str):
     tied.weight_kv.copy_(chosen([k, v.t()], init, tied.weight_kv))
     for weight in (tied.weight_q, tied.weight_kv):
         weight.requires_grad_(attn.qkv.weight.requires_grad)
-    errors = [("q", relative_error(tied.weight_q, q)), ("k", relative_error(tied.weight_kv, k))]
-    return tied, [*errors, ("v", relative_error(tied.weight_kv.t(), v)), ("proj", relative_error(tied.weight_q.t(), out))]
+    pairs = {
+        "q": (tied.weight_q, q),
+        "k": (tied.weight_kv, k),
+        "v": (tied.weight_kv.t(), v),
+        "proj": (tied.weight_q.t(), out),
+    }
+    return tied, [(name, relative_error(*pair)) for name, pair in pairs.items()]
 
 
 def _mlp_matrices(mlp: Mlp) -> list[nn.Parameter]:
