@@ -255,7 +255,7 @@ def test_random_weights_of_the_cnn_are_said_so(monkeypatch):
     make = timm.create_model
     monkeypatch.setattr("tokenfusion.models.token_fusion.timm.create_model", create_model)
     options = {key: value for key, value in SMALL.items() if key != "pretrained_cnn"}
-    from tokenfusion.models.token_fusion import LateTokenFusion
+    from tokenfusion.models.token_fusion_methods import LateTokenFusion
 
     with pytest.warns(UserWarning, match=r"pretrained_cnn: .*test_resnet \(no network\); they are random"):
         LateTokenFusion(**options)

@@ -7,7 +7,8 @@ from torch import nn
 
 from tokenfusion.models.common import imagenet_cfg
 from tokenfusion.models.factory import build
-from tokenfusion.models.token_fusion import EarlyTokenFusion, LateTokenFusion, LayerwiseTokenFusion, TokenFusion
+from tokenfusion.models.token_fusion import TokenFusion
+from tokenfusion.models.token_fusion_methods import EarlyTokenFusion, LateTokenFusion, LayerwiseTokenFusion
 
 _CFG = imagenet_cfg(
     crop_pct=224 / 256, interpolation="bilinear", first_conv=("patch_embed.proj", "cnn.conv1"), classifier="head"
