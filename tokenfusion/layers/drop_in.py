@@ -1,8 +1,8 @@
 """Modules in the place of others: fused while that is valid, and the original otherwise.
 
 A fused forward reads past some of the parts of a module: it takes their parameters and does not call them. Whatever
-people do to such a part, a hook, an adapter, another class, another size, has to count, so that `why_not` is asked at
-every call; `fuse` asks the same function first.
+people do to such a part (a hook, an adapter, another class, another size) has to count. So `why_not` is asked at every
+call, and `fuse` asks the same function first.
 """
 
 import logging
@@ -152,7 +152,7 @@ def why_not_norm(part: nn.Module | None, name: str) -> str | None:
 
 
 def why_not_dropout(part: nn.Module | None, name: str, training: bool) -> str | None:
-    """`why_not_part` of a dropout, which must not drop anything now."""
+    """`why_not_part` of a dropout layer, which must not drop anything at present."""
     reason = why_not_part(part, name, nn.Dropout, nn.Identity)
     if reason is None and type(part) is nn.Dropout and part.p > 0 and (training or part.training):
         return f"{name}: {dropout(part)} in training needs the attention weights"

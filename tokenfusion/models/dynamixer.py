@@ -177,7 +177,7 @@ class DynaMixer(CheckedModel):
         return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
-        """None but what has one dimension, which timm's optimizers exempt themselves."""
+        """No names: what has one dimension is exempt in timm's optimizers anyway."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

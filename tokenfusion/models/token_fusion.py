@@ -31,7 +31,7 @@ Seen = list[tuple[torch.Tensor, Grid]]
 class TokenFusion(CheckedModel):
     """What the three models share: the CNN, transformer blocks, positions and the three classification heads.
 
-    No class token (but in one setting) and no norm before the head, whose mean over channels it would make zero.
+    There is no class token, but in one setting, and no norm before the head: it would make the mean over channels zero.
 
     Args:
         img_size: of the images, multiples of 32; with the "channel" head the model takes images of other such sizes,
