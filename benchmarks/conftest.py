@@ -1,21 +1,27 @@
-"""Options, the fixture that measures, the journal, and the table after the run."""
+"""Options, the fixture that measures, the journal, what a run shows as it goes, and what it comes to."""
 
+import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import conditions, harness, journal, record, table
+from benchmarks.measure import entries, environment, harness
+from benchmarks.report import journal, record, summary, table
+from benchmarks.report.live import Live
 
 EFFORTS = {
     "smoke": harness.Effort(seconds=0.05, fewest=3, most=5),
-    "quick": harness.Effort(seconds=2, fewest=7, most=41),
+    "quick": harness.Effort(seconds=1.5, fewest=5, most=41),
     "full": harness.Effort(seconds=8, fewest=15, most=101),
     "gpu": harness.Effort(seconds=1, fewest=15, most=51),
 }
+_ONCE = harness.Effort(seconds=0, fewest=1, most=1)  # --benchmark-disable
 _UNSOUND = ("CUDA error", "CUDA driver error")  # after these the process can measure nothing more
 _ROWS = pytest.StashKey[list]()
 _FAULT = pytest.StashKey[str]()
+_LIVE = pytest.StashKey[Live]()
+_COLUMNS = ["median", "iqr", "rounds"]  # of pytest-benchmark's table, unless --benchmark-columns says others
 
 
 def pytest_addoption(parser):
@@ -26,8 +32,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.option.benchmark_quiet = True
+    config.option.benchmark_columns = config.option.benchmark_columns or _COLUMNS
     config.option.showcapture = "no"  # torch.compile's trace would fill screens
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method:DeprecationWarning")  # its compiler's
     config.stash[_ROWS] = []
 
 
@@ -40,12 +47,35 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=harness.CLOCK, disable_gc=True))
+        if "run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=entries.clock))
+    profile = config.option.profile
+    without_cases = [item for item in items if getattr(item.module, "CASES", {}).get(profile) == []]
+    items[:] = [item for item in items if item not in without_cases]
+    config.hook.pytest_deselected(items=without_cases)
+    items.sort(key=lambda item: "models" in item.path.parts)  # whole models last
     path = config.option.journal
     if path is not None:
         known = {entry["case"] for entry in journal.read(path) if "case" in entry}
         items[:] = sorted((item for item in items if item.nodeid not in known), key=_place)
         journal.note(path, to_do=[item.nodeid for item in items])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    cases = [item for item in session.items if item.get_closest_marker("benchmark")]
+    if reporter is not None and cases:
+        reporter.showfspath = False
+        session.config.stash[_LIVE] = Live(reporter, cases)
+    return (yield)
+
+
+def pytest_report_teststatus(report):
+    """No letter for a case: its rows are there to see."""
+    if "benchmark" in report.keywords and (report.when == "call" or not report.passed):
+        return report.outcome if report.when == "call" or report.skipped else "error", "", ""
+    return None
 
 
 def _place(item) -> int:
@@ -68,18 +98,26 @@ def pytest_make_collect_report(collector):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    path = item.config.option.journal
-    if path is None:
-        return (yield)
+    path, live = item.config.option.journal, item.config.stash.get(_LIVE, None)
     start = time.monotonic()
-    journal.note(path, case=item.nodeid, state="started")
     item.stash[_ROWS] = []
-    result = yield
+    if path is not None:
+        journal.note(path, case=item.nodeid, state="started")
+    if live is not None:
+        live.begins(item)
+    try:
+        result = yield
+    finally:
+        if live is not None:
+            live.makes_way()
     rows, fault = item.stash[_ROWS], item.stash.get(_FAULT, None)
-    journal.note(path, case=item.nodeid, state="ended", fault=fault, rows=rows, seconds=time.monotonic() - start)
-    unsound = [text for text in _UNSOUND if text in (fault or "")]
-    if unsound or any("not_captured" in row for row in rows):
-        item.session.shouldstop = "the rest is for a fresh process"
+    if live is not None:
+        live.ends(item, rows, fault)
+    if path is not None:
+        journal.note(path, case=item.nodeid, state="ended", fault=fault, rows=rows, seconds=time.monotonic() - start)
+        unsound = [text for text in _UNSOUND if text in (fault or "")]
+        if unsound or any("not_captured" in row for row in rows):
+            item.session.shouldstop = "the rest is for a fresh process"
     return result
 
 
@@ -94,28 +132,42 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture
+def compiles(request) -> tuple[str, ...]:
+    """What is measured under torch.compile, too: an operator stays itself, and compiling a model lasts a minute."""
+    quick = () if "models" in request.path.parts else ("eager",)
+    full = ("eager",) if request.path.stem == "test_op" else ("eager", "fused")
+    return {"smoke": (), "quick": quick}.get(request.config.option.profile, full)
+
+
+@pytest.fixture
 def run(benchmark, request):
     """Measures a problem and adds its rows to the record; fails where a variant has a fault."""
 
     def run(problem):
-        benchmark.group = problem.group
-        rows = harness.run(problem, benchmark, EFFORTS[request.config.option.profile])
-        request.config.stash[_ROWS].extend(rows)
-        request.node.stash[_ROWS] = rows
-        faults = [f"{row['variant']}: {row['fault']}" for row in rows if row["fault"]]
+        effort = EFFORTS[request.config.option.profile] if benchmark.enabled else _ONCE
+        benchmark.skipped = True  # until there are samples: an interrupt is no misuse of the fixture
+        measured = harness.run(problem, effort)
+        entries.enter(benchmark, measured)
+        if benchmark.enabled:
+            request.config.stash[_ROWS].extend(measured.rows)
+        request.node.stash[_ROWS] = measured.rows
+        faults = [f"{row['variant']}: {row['fault']}" for row in measured.rows if row["fault"]]
         if faults:
             pytest.fail("; ".join(faults), pytrace=False)
 
     return run
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
+    """After pytest-benchmark's own table, which shows every case by itself."""
     rows = config.stash[_ROWS]
     if not rows or config.option.journal:
         return
-    facts = conditions.collect(config.option.profile)
+    facts = environment.collect(config.option.profile)
     path = record.save(config.option.record or record.default_path(facts), {"conditions": facts, "rows": rows})
-    terminalreporter.section("benchmarks")
-    terminalreporter.write_line(record.summary(facts))
-    terminalreporter.write_line(table.text(rows))
-    terminalreporter.write_line(f"\nrecord: {path}")
+    terminalreporter.section(f"tokenfusion: {config.stash[_LIVE].progress()}")
+    terminalreporter.write_line(f"{summary.text(rows)}\n")
+    for line in record.summary(facts).splitlines():
+        terminalreporter.write_line(textwrap.fill(line, table.COLUMNS))
+    terminalreporter.write_line(f"record: {path}")

@@ -5,7 +5,8 @@ import contextlib
 import torch
 from torch import nn
 
-from benchmarks import parity
+from benchmarks.measure import parity
+from tokenfusion.kernels import dispatch
 
 
 def assert_parity(
@@ -17,7 +18,7 @@ def assert_parity(
     summands: int = 0,
     scale: torch.Tensor | None = None,
 ) -> None:
-    """The error of `actual` is at most twice that of the unfused PyTorch path, and rounding (`benchmarks/parity.py`).
+    """The error of `actual` is at most twice that of the unfused PyTorch path, and rounding: `measure/parity.py`.
 
     summands: the terms of an element's sum, where they are many; scale: their norm, where they cancel.
     """
@@ -37,8 +38,7 @@ def longest_sum(model: nn.Module) -> int:
 @contextlib.contextmanager
 def assert_runs(*operators: str):
     """The with-block runs each of these operators of the namespace tokenfusion, and no other of it."""
-    with torch.autograd.profiler.profile() as profile:
+    with dispatch.observe() as seen:
         yield
-    names = {event.name for event in profile.function_events}
-    ran = {name.removeprefix("tokenfusion::") for name in names if name.startswith("tokenfusion::")}
+    ran = {"_".join(kernel) for kernel in seen.ran}
     assert ran == set(operators), f"ran {sorted(ran)}, expected {sorted(operators)}"

@@ -38,9 +38,9 @@ def test_auto_takes_the_cpu_kernels_and_a_name_what_it_says():
 
 
 def runs_on_cpu(call=single_query_attention) -> bool:
-    with torch.autograd.profiler.profile() as profile:
+    with dispatch.observe() as seen:
         call(*INPUTS)
-    return any(event.name == "tokenfusion::single_query_attention_cpu" for event in profile.function_events)
+    return ("single_query_attention", "cpu") in seen.ran
 
 
 @pytest.fixture(params=["eager", "compiled", "compiled by AOTAutograd"])
@@ -159,3 +159,46 @@ def test_import_is_light(run_python):
         assert "timm" not in sys.modules
         """
     )
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def trainable(request):
+    compiled = torch.compile(single_query_attention, fullgraph=True, backend="aot_eager")
+    return {"eager": single_query_attention, "compiled": compiled}[request.param]
+
+
+def test_an_observer_sees_kernels_in_compiled_code_and_backward_passes(trainable):
+    query, tokens = (t.clone().requires_grad_() for t in INPUTS)
+    trainable(query, tokens)
+    with dispatch.observe() as seen:
+        trainable(query, tokens).sum().backward()
+    assert seen.ran == [("single_query_attention", "cpu"), ("single_query_attention_backward", "cpu")]
+
+
+def test_an_observer_sees_choices_and_why_the_others_were_none():
+    with dispatch.observe() as seen:
+        single_query_attention(*INPUTS)
+        single_query_attention(*(t.half() for t in INPUTS))
+    single_query_attention(*INPUTS)
+    assert [(choice.operator, choice.backend) for choice in seen.choices] == [
+        ("single_query_attention", "cpu"),
+        ("single_query_attention", "reference"),
+    ]
+    assert [choice.why_not["cpu"] for choice in seen.choices] == [None, "dtype torch.float16 is not supported"]
+    assert seen.ran == [("single_query_attention", "cpu")]
+
+
+def test_an_observer_does_not_compile_anything_again():
+    torch.compiler.reset()
+    compiled = torch.compile(single_query_attention, fullgraph=True, backend="eager")
+    compiled(*INPUTS)
+    with torch.compiler.set_stance("fail_on_recompile"), dispatch.observe() as seen:
+        compiled(*INPUTS)
+    assert seen.ran == [("single_query_attention", "cpu")]
+
+
+def test_an_observer_sees_its_own_task_alone():
+    with ThreadPoolExecutor(1) as pool, dispatch.observe() as seen:
+        single_query_attention(*INPUTS)
+        pool.submit(single_query_attention, *INPUTS).result()
+    assert len(seen.choices) == 1 and len(seen.ran) == 1

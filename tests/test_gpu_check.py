@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import record
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import cases, process, steps
+from benchmarks.report import record
 from tests.conftest import ROOT
 
 SHELL = ("sh", "-c")

@@ -5,7 +5,6 @@ import torch
 
 pytest.importorskip("triton")
 
-import tests.interpreter  # noqa: F401
 import tokenfusion
 from benchmarks.gpu_check import kernels
 from tests.parity import assert_parity

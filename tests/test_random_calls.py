@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tokenfusion
-from benchmarks import parity
+from benchmarks.measure import parity
 from tests.random_calls import DTYPES, LAYOUTS, OPERATORS, laid_out, random_call
 
 CALLS = int(os.environ.get("TOKENFUSION_RANDOM_CALLS", "60"))

@@ -52,8 +52,7 @@ def peak_extra_bytes(call: Callable[[], object], *, device: str | None = None) -
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler prints an error where there is no GPU driver
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with profiler(profile_memory=True) as profile:
         result = call()
     del result
     held = peak = 0
@@ -62,3 +61,9 @@ def peak_extra_bytes(call: Callable[[], object], *, device: str | None = None) -
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def profiler(**options) -> torch.autograd.profiler.profile:
+    """PyTorch's, without the error that it prints where there is no GPU driver."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    return torch.autograd.profiler.profile(**options)

@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import record
 from benchmarks.gpu_check.process import FAILED, PASSED
 from benchmarks.gpu_check.steps import NOT_REACHED, ROOT, SKIPPED, STEPS, Check, Outcome, Step
+from benchmarks.report import record
 
 _FINAL = (PASSED, FAILED)  # what --resume does not repeat
 _ALWAYS = ("environment", "report")

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import journal
 from benchmarks.gpu_check import process
+from benchmarks.report import journal
 
 MEASURED, FAULTY, SKIPPED = "measured", "with a fault", "skipped"
 HUNG, CRASHED, NOT_REACHED = "timed out", "crashed", "not reached"
@@ -15,7 +15,7 @@ _LEAST_SECONDS = 5  # to start a process and measure something
 
 
 def command(profile: str) -> list[str]:
-    options = ["--benchmark-only", "--profile", profile, "-q", "-p", "no:cacheprovider"]
+    options = ["--benchmark-only", "--benchmark-quiet", "--profile", profile, "-q", "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", "benchmarks/", *options, "--continue-on-collection-errors"]
 
 

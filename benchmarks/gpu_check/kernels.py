@@ -8,7 +8,6 @@ A line for each call; the exit status is 1 where one fails, or where an operator
 
 import argparse
 import importlib
-import importlib.util
 import itertools
 import pkgutil
 import time
@@ -17,9 +16,9 @@ from functools import partial
 
 import torch
 
-import benchmarks
 import tokenfusion
-from benchmarks.problem import SmallCall
+from benchmarks import ops
+from benchmarks.measure.problem import SmallCall
 from tokenfusion.kernels import triton_support
 from tokenfusion.kernels.dispatch import OPERATORS, CannotRun
 
@@ -30,11 +29,10 @@ _COMPARED_AT_ONCE = 100
 
 
 def small_calls(dtype: torch.dtype) -> list[SmallCall]:
-    """The small calls of every operator that has some, in benchmarks/<op>/cases.py."""
-    folders = [f"benchmarks.{module.name}" for module in pkgutil.iter_modules(benchmarks.__path__) if module.ispkg]
-    modules = [f"{name}.cases" for name in folders if importlib.util.find_spec(f"{name}.cases")]
-    calls = [getattr(importlib.import_module(name), "small_calls", lambda _: ())(dtype) for name in modules]
-    return list(itertools.chain(*calls))
+    """The small calls of every operator that has some, in benchmarks/ops/<op>/cases.py."""
+    folders = [module.name for module in pkgutil.iter_modules(ops.__path__)]
+    modules = [importlib.import_module(f"{ops.__name__}.{name}.cases") for name in folders]
+    return list(itertools.chain(*(module.small_calls(dtype) for module in modules)))
 
 
 def without_small_calls() -> list[str]:
@@ -118,7 +116,7 @@ def _runnable() -> Iterator[tuple[str, str, SmallCall]]:
 
 def _check(action: Callable[..., str], seconds: float) -> int:
     """Every call; the time that is left is shared by those that are left."""
-    failures = [f"{name}: no small_calls in benchmarks/*/cases.py" for name in without_small_calls()]
+    failures = [f"{name}: no small_calls in benchmarks/ops/*/cases.py" for name in without_small_calls()]
     end = time.monotonic() + seconds
     calls, ran = list(_runnable()), 0
     for i, (name, backend, call) in enumerate(calls):

@@ -85,7 +85,7 @@ def outcome(finished: process.Finished, summary: str | None = None, **facts) -> 
 
 
 def environment(check: Check, seconds: float) -> Outcome:
-    finished = process.run(python("-m", "benchmarks.conditions"), seconds)
+    finished = process.run(python("-m", "benchmarks.measure.environment"), seconds)
     found = _last_json(finished.log) if finished.status == PASSED else None
     if found is None:
         return outcome(finished)
@@ -168,8 +168,8 @@ def sanitizer(tool: str, check: Check, seconds: float) -> Outcome:
     return result
 
 
-def ceilings(check: Check, seconds: float) -> Outcome:
-    finished = process.run(python("-m", "benchmarks.ceilings"), seconds)
+def roofline(check: Check, seconds: float) -> Outcome:
+    finished = process.run(python("-m", "benchmarks.measure.roofline"), seconds)
     rates = _last_json(finished.log) if finished.status == PASSED else None
     if rates is None:
         return outcome(finished)
@@ -220,7 +220,7 @@ STEPS = (
     Step("repeats", repeats, share=2, needs_gpu=True),
     Step("memcheck", functools.partial(sanitizer, "memcheck"), share=2, needs_gpu=True),
     Step("racecheck", functools.partial(sanitizer, "racecheck"), share=2, needs_gpu=True),
-    Step("ceilings", ceilings, share=1),
+    Step("roofline", roofline, share=1),
     Step("benchmarks", benchmarks, share=12),
     Step("suite", suite, share=4, needs_gpu=True),
     Step("report", report, share=1),

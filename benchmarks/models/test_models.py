@@ -1,4 +1,4 @@
-"""Whole models as timm or their papers have them, fused by tokenfusion.fuse, and this package's own of the same weights.
+"""Whole models as timm or their papers have them, fused by `fuse`, and this package's own of the same weights.
 
 A training step is zero_grad, forward pass, cross-entropy, backward pass and AdamW. Its learning rate is 0, so that
 every repetition starts from the same weights; the work is the same. Compared are the logits and the gradients of a few
@@ -7,7 +7,6 @@ weights, on two images repeated over the batch, which float64 then needs once.
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict
 
 import pytest
 import timm
@@ -17,9 +16,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion.models
-from benchmarks import problem
+from benchmarks.measure import problem
+from benchmarks.measure.problem import Problem, Variant
 from benchmarks.models import cases
-from benchmarks.problem import Problem, Variant
 
 CASES = cases.CASES
 COST = 3
@@ -30,7 +29,7 @@ _TRANSFERS_OF_TRAINING = 10  # of each weight: two reads, its gradient's write, 
 _OWN_PREFIX = "tokenfusion_"
 
 
-def test_models(case: cases.Case, run, request):
+def test_models(case: cases.Case, run, compiles):
     torch.manual_seed(0)
     model = timm.create_model(case.model).train(case.training).to(problem.device())
     if hasattr(model, "plain"):
@@ -38,11 +37,11 @@ def test_models(case: cases.Case, run, request):
     fused = copy.deepcopy(model)
     if not tokenfusion.fuse(fused).replaced:
         pytest.skip(f"fuse replaces nothing in {case.model}")
-    run(_problem(case, model, fused, with_compile=request.config.option.profile in ("full", "gpu")))
+    run(_problem(case, model, fused, compiles))
 
 
-def _problem(case: cases.Case, model: nn.Module, fused: nn.Module, with_compile: bool) -> Problem:
-    dtype, size = problem.dtype_of(case.dtype), model.default_cfg["input_size"]
+def _problem(case: cases.Case, model: nn.Module, fused: nn.Module, compiles: tuple[str, ...]) -> Problem:
+    dtype, size = case.torch_dtype, model.default_cfg["input_size"]
     if not case.training:
         model, fused = model.to(dtype), fused.to(dtype)
     exact = copy.deepcopy(model).double()
@@ -67,7 +66,7 @@ def _problem(case: cases.Case, model: nn.Module, fused: nn.Module, with_compile:
         return call(exact)(*(tensor[:checked] for tensor in tensors))
 
     variants = [Variant(problem.EAGER, call(model))]
-    if with_compile:
+    if "eager" in compiles:
         variants.append(Variant(problem.COMPILED, call(model, compile=True)))
     own = _own(case.model, model)
     backends = _backends(fused, inputs(1)[0])
@@ -75,12 +74,12 @@ def _problem(case: cases.Case, model: nn.Module, fused: nn.Module, with_compile:
         replacements = {problem.package(backend): fused} | ({f"own model ({backend})": own} if own else {})
         for name, module in replacements.items():
             variants.append(Variant(name, call(module), backend))
-            if with_compile and backend == backends[0]:  # a compilation lasts a minute
+            if "fused" in compiles and backend == backends[0]:  # a compilation lasts a minute
                 variants.append(Variant(name + problem.AND_COMPILE, call(module, compile=True), backend))
     parameters = sum(p.nbytes for p in model.parameters())
     return Problem(
         case.group,
-        asdict(case),
+        case.sizes(),
         variants,
         inputs,
         reference,

@@ -1,34 +1,31 @@
-"""Training steps of ViT-PE, with the tied feed-forward networks of this package and with the same formula in PyTorch."""
-
-from dataclasses import asdict
+"""Training steps of ViT-PE, with this package's tied feed-forward networks and with the same formula in PyTorch."""
 
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import tokenfusion
 import tokenfusion.models  # noqa: F401  (registers the model)
-from benchmarks import problem
+from benchmarks.measure import problem
+from benchmarks.measure.problem import TRAINING, Problem, Variant
 from benchmarks.models.cases import Case
-from benchmarks.problem import TRAINING, Problem, Variant
 
 _NAME = "vit_pe_small_patch16_224"
 
-
+COST = 3
 CASES = {
     "smoke": [],
-    "quick": [Case(_NAME, 4, direction=TRAINING)],
-    "full": [Case(_NAME, batch, dtype, TRAINING) for dtype in ("float32", "bfloat16") for batch in (8, 32)],
+    "quick": [Case(_NAME, 2, direction=TRAINING)],
+    "full": [Case(_NAME, batch, dtype, TRAINING) for dtype in ("float32", "bfloat16") for batch in (2, 8, 32)],
 }
 
 
-def test_vit_pe(case: Case, run, request):
-    run(_problem(case, with_compile=request.config.option.profile == "full"))
+def test_vit_pe(case: Case, run, compiles):
+    run(_problem(case, compiles))
 
 
-def _problem(case: Case, with_compile: bool) -> Problem:
+def _problem(case: Case, compiles: tuple[str, ...]) -> Problem:
     torch.manual_seed(0)
-    dtype = problem.dtype_of(case.dtype)
+    dtype = case.torch_dtype
     model = timm.create_model(case.model).to(problem.device(), dtype)
     exact = timm.create_model(case.model).double().to(problem.device())
     exact.load_state_dict(model.state_dict())
@@ -37,28 +34,23 @@ def _problem(case: Case, with_compile: bool) -> Problem:
         images = torch.randn(case.B, 3, 224, 224, device=problem.device(), dtype=dtype, requires_grad=True)
         return images, torch.randn(case.B, 1000, device=problem.device(), dtype=dtype)
 
-    def in_pytorch(function, module):
-        call = problem.forward_backward(function, module.parameters())
+    def in_pytorch(function):
+        return problem.on_reference(problem.passes(function, case.backward))
 
-        def with_reference(*tensors):
-            with tokenfusion.backend("reference"):
-                return call(*tensors)
-
-        return with_reference
-
-    variants = [Variant(problem.EAGER, in_pytorch(model, model))]
-    if with_compile:
-        variants.append(Variant(problem.COMPILED, in_pytorch(problem.compiled(model), model)))
+    step = problem.passes(model, case.backward)
+    variants = [Variant(problem.EAGER, in_pytorch(model))]
+    if "eager" in compiles:
+        variants.append(Variant(problem.COMPILED, in_pytorch(problem.compiled(model))))
     for backend in problem.kernels_for("tied_ffn", *_ffn_tensors(model)):
-        variants.append(Variant(problem.package(backend), problem.forward_backward(model, model.parameters()), backend))
+        variants.append(Variant(problem.package(backend), step, backend))
     with FlopCounterMode(display=False) as counter:
-        in_pytorch(model, model)(*(t[:1] for t in inputs()))
+        in_pytorch(model)(*(t[:1] for t in inputs()))
     return Problem(
         "ViT-PE, a training step without the optimizer",
-        asdict(case),
+        case.sizes(),
         variants,
         inputs,
-        in_pytorch(exact, exact),
+        in_pytorch(exact),
         moved=3 * sum(t.nbytes for t in (*model.parameters(), *inputs())),
         written=True,
         flops=case.B * counter.get_total_flops(),

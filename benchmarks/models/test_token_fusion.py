@@ -1,17 +1,17 @@
 """The Token Fusion models, and the same models in plain PyTorch operators."""
 
 import copy
-from dataclasses import asdict
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenfusion
-from benchmarks import problem
+from benchmarks.measure import problem
+from benchmarks.measure.problem import Problem, Variant
 from benchmarks.models.cases import Case
-from benchmarks.problem import Problem, Variant
 
 _MODELS = ("token_fusion_late", "token_fusion_early", "token_fusion_layerwise")
+COST = 3
 CASES = {
     "smoke": [],
     "quick": [Case(name, 1) for name in _MODELS],
@@ -20,24 +20,24 @@ CASES = {
 }
 
 
-def test_token_fusion(case: Case, run, request):
-    run(_problem(case, with_compile=request.config.option.profile in ("full", "gpu")))
+def test_token_fusion(case: Case, run, compiles):
+    run(_problem(case, compiles))
 
 
-def _problem(case: Case, with_compile: bool) -> Problem:
+def _problem(case: Case, compiles: tuple[str, ...]) -> Problem:
     torch.manual_seed(0)
-    dtype = problem.dtype_of(case.dtype)
+    dtype = case.torch_dtype
     model = tokenfusion.create_model(case.model, pretrained_cnn=False).eval().to(problem.device(), dtype)
     exact = copy.deepcopy(model).double()
-    forward, plain = problem.forward(model), _on_reference(problem.forward(model))
+    forward, plain = problem.forward(model), problem.on_reference(problem.forward(model))
 
     def inputs():
         return (torch.randn(case.B, 3, 224, 224, device=problem.device(), dtype=dtype),)
 
     x, weight = inputs()[0], torch.empty(3, 1, 2, 2, device=problem.device(), dtype=dtype)
     variants = [Variant(problem.EAGER, plain)]
-    if with_compile:
-        compiled = _on_reference(problem.forward(problem.compiled(model)))
+    if "eager" in compiles:
+        compiled = problem.on_reference(problem.forward(problem.compiled(model)))
         variants.append(Variant(problem.COMPILED, compiled))
     variants += [
         Variant(problem.package(backend), forward, backend)
@@ -45,22 +45,14 @@ def _problem(case: Case, with_compile: bool) -> Problem:
     ]
     return Problem(
         "Token Fusion models, eager is the reference backend, 224 x 224",
-        asdict(case),
+        case.sizes(),
         variants,
         inputs,
-        lambda images: _on_reference(problem.forward(exact))(images[:1]),
+        lambda images: problem.on_reference(problem.forward(exact))(images[:1]),
         moved=sum(t.nbytes for t in (*model.parameters(), x)),
         written=False,
         flops=case.B * _flops_an_image(plain, x),
     )
-
-
-def _on_reference(call):
-    def on_reference(*inputs):
-        with tokenfusion.backend("reference"):
-            return call(*inputs)
-
-    return on_reference
 
 
 def _flops_an_image(plain, images: torch.Tensor) -> int:

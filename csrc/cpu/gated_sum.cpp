@@ -113,6 +113,7 @@ Gradients backward(const Tensor& grad_, const Tensor& gates, at::TensorList bran
   const auto& kernels = gemm_kernels(at::kFloat);
   TORCH_CHECK_TYPE(grad_.scalar_type() == at::kFloat, "grad: got dtype ", grad_.scalar_type(), ", expected float32");
   check_operands(grad_, branches_, weights, gates);
+  check("grad", grad_, {gates.size(0), grad_.size(1), gates.size(2)}, gates.options());
   const Tensor grad = with_contiguous_rows(grad_);
   const int64_t count = branches_.size(), items = grad.size(0) * count, tokens = grad.size(1), outputs = grad.size(2);
   const int64_t workers = std::max<int64_t>(std::min<int64_t>(at::get_num_threads(), items), 1);

@@ -123,6 +123,13 @@ def test_gradients_obey_the_parity_rule(sizes, expanded, monkeypatch):
         assert_parity(got, plainly, expected)
 
 
+@pytest.mark.skipif(not runs(torch.float32), reason="no kernel for this processor")
+def test_backward_called_directly_takes_a_gradient_of_the_channels_alone():
+    branches, weights, _, gates, *_ = problem(torch.float32)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"grad: got shape \[2, 37, 1\], expected \[2, 37, 45\]"):
+        torch.ops.tokenfusion.gated_sum_backward_cpu(torch.ones(2, 37, 1), gates, branches, weights)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_do_not_matter(dtype):
     arguments, threads = problem(dtype, batch=3, tokens=130), torch.get_num_threads()

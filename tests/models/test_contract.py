@@ -29,6 +29,13 @@ def test_listed_and_registered():
     assert "crossvit_15_240" not in names
 
 
+def test_the_registry_is_walked_once(monkeypatch):
+    names = tokenfusion.list_models()
+    monkeypatch.setattr(timm, "list_models", None)
+    assert tokenfusion.list_models() == names
+    assert tokenfusion.list_models("dynamixer_*") == ["dynamixer_l", "dynamixer_m", "dynamixer_s"]
+
+
 @pytest.mark.parametrize("name", ["tokenfusion_crossvit_51_240", "crossvit_15_240"])
 def test_unknown_name(name):
     with pytest.raises(ValueError, match=f"name: got {name!r}.*tokenfusion_crossvit_15_240"):

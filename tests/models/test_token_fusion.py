@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import timm
@@ -244,26 +243,6 @@ def test_checkpointing_optimizers_and_copies(name):
         assert torch.equal(other(x), model(x))
     assert timm.create_model(f"token_fusion_{name}", device="meta", **SMALL).head.weight.is_meta
     assert small(name, dtype=torch.bfloat16, in_chans=5)(torch.randn(1, 5, 64, 64).bfloat16()).dtype == torch.bfloat16
-
-
-def test_random_weights_of_the_cnn_are_said_so(monkeypatch):
-    def create_model(name, pretrained, **options):
-        if pretrained:
-            raise OSError("no network")
-        return make(name, pretrained=False, **options)
-
-    make = timm.create_model
-    monkeypatch.setattr("tokenfusion.models.token_fusion.timm.create_model", create_model)
-    options = {key: value for key, value in SMALL.items() if key != "pretrained_cnn"}
-    from tokenfusion.models.token_fusion_methods import LateTokenFusion
-
-    with pytest.warns(UserWarning, match=r"pretrained_cnn: .*test_resnet \(no network\); they are random"):
-        LateTokenFusion(**options)
-    with pytest.raises(OSError, match="no network"):
-        LateTokenFusion(**options, pretrained_cnn=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        LateTokenFusion(**options, pretrained_cnn=False)
 
 
 @every_model

@@ -3,11 +3,11 @@
 import importlib.metadata
 import json
 import platform
-import sys
 
 import torch
 
 import tokenfusion
+from tokenfusion.cli.display import console, show, table
 from tokenfusion.kernels import dispatch, extension
 
 _BY_NAME = "by name only until a GPU record exists"
@@ -99,11 +99,6 @@ def _built(build: dict, isa: str | None) -> list[tuple[str, str]]:
 
 
 def _print(facts: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    width = None if sys.stdout.isatty() else 10_000  # a pipe has no width: one line per row
-    console = Console(width=width, markup=False, emoji=False, highlight=False)
     sections = [
         ("Versions", [(name, version or "none") for name, version in facts["versions"].items()]),
         ("Built", _built(facts["build"], facts["isa"])),
@@ -118,11 +113,7 @@ def _print(facts: dict) -> None:
     for name, implementations in facts["operators"].items():
         rows = [(backend, _state(implementations.get(backend))) for backend in dispatch.BACKENDS]
         sections.append((name, rows))
+    names = max(len(name) for _, rows in sections for name, _ in rows)
+    out = console()
     for title, rows in sections:
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
-        table.add_column(min_width=max(len(name) for _, rows in sections for name, _ in rows), no_wrap=True)
-        table.add_column(overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
+        show(out, table(title, ("", ""), [(name.ljust(names), state) for name, state in rows]))

@@ -11,12 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace as symbolic_trace
 
+from tokenfusion import measure
 from tokenfusion.kernels import extension, triton_support
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -69,8 +70,8 @@ class Operator:
             if implementation.backend == choice or (choice == "auto" and implementation.automatic):
                 reason = implementation.can_run(*tensors)
                 if reason is None:
-                    if reasons and not torch.compiler.is_compiling():
-                        _log_once(self.name, implementation.backend, reasons)
+                    if not torch.compiler.is_compiling():
+                        self._tell(implementation.backend, reasons, tensors)
                     return implementation
                 reasons.append(f"{implementation.backend}: {reason}")
         if self.supporting:
@@ -78,6 +79,55 @@ class Operator:
         if not reasons:
             reasons.append(f"{choice}: {self.name} has no {choice} implementation")
         raise CannotRun(f"tokenfusion.{self.name}: backend {choice!r} cannot run here: {'; '.join(reasons)}")
+
+    def _tell(self, chosen: str, reasons: list[str], tensors: tuple) -> None:
+        """Log why faster backends could not run, and note the choice where `observe` asks for it."""
+        if reasons:
+            _log_once(self.name, chosen, reasons)
+        choices = _noted.get()
+        if choices is not None:
+            why_not = {each.backend: each.can_run(*tensors) for each in self.implementations}
+            choices.append(Choice(self.name, chosen, why_not))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that a call of an operator from Python was given to, and for each why it could not have been."""
+
+    operator: str
+    backend: str
+    why_not: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What `observe` saw, in order.
+
+    ran: (operator, backend) of every kernel, in backward passes ("<operator>_backward") and compiled code, too. The
+    reference is plain PyTorch and no kernel. choices: of every call from Python, the reference included.
+    """
+
+    ran: list[tuple[str, str]] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def observe() -> Iterator[Observation]:
+    """Sees which backends run in a with-block, in this thread or task; `ran` is filled at its end.
+
+    By PyTorch's profiler, which sees kernels whoever calls them; where code compiles, those of the compiler's trials.
+    Without an observer nothing is recorded.
+    """
+    seen = Observation()
+    token = _noted.set(seen.choices)
+    try:
+        with measure.profiler() as profile:
+            yield seen
+    finally:
+        _noted.reset(token)
+    prefix = "tokenfusion::"
+    names = [event.name.removeprefix(prefix) for event in profile.function_events if event.name.startswith(prefix)]
+    seen.ran.extend((operator, backend) for operator, _, backend in (name.rpartition("_") for name in names))
 
 
 def transform() -> str | None:
@@ -199,6 +249,7 @@ def backends() -> dict[str, str | None]:
 _this_module = sys.modules[__name__]
 _of_process = "auto"
 _of_task: ContextVar[str | None] = ContextVar("tokenfusion.backend", default=None)
+_noted: ContextVar[list[Choice] | None] = ContextVar("tokenfusion.choices", default=None)
 _while_compiling: str | None = None  # chosen within the code that dynamo traces
 if "TOKENFUSION_BACKEND" in os.environ:
     try:

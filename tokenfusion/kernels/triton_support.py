@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from tokenfusion.kernels import triton_interpreter
 from tokenfusion.kernels.library import LIBRARY
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -44,6 +45,8 @@ def implement(package: str, operator: str, *others: str) -> None:
     host = f"{package}.triton_host"
 
     def run(function: str, *args):
+        if INTERPRET:
+            triton_interpreter.mend()
         return getattr(importlib.import_module(host), function)(*args)
 
     for name in ("forward", "backward", *others):

@@ -4,7 +4,7 @@ The paper leaves open widths, taps and kernels; what is settled here is said whe
 `token_fusion_methods.py` has the three methods, `token_fusion_entrypoints.py` the registered models.
 """
 
-import warnings
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,9 +18,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenfusion.kernels.checks import symbolic
+from tokenfusion.models import hub
 from tokenfusion.models.checkpoints import CheckedModel
 from tokenfusion.models.common import check_choice, check_output_fmt, init_weights
 
+_log = logging.getLogger("tokenfusion")
 DEEPEST = 32  # pixels of the image to one of the last stage
 _init = partial(init_weights, kinds=(nn.Linear, nn.Conv2d))
 
@@ -39,7 +41,8 @@ class TokenFusion(CheckedModel):
         embed_dim, depth, num_heads, mlp_ratio: of the transformer, ViT-B's; depth is that of the whole model.
         global_pool: "channel" (mean over the tokens), "token" (mean over the channels) or "mixing" (both), Figure 5.
         cnn: a model of timm, whose stem and four stages are the CNN's features.
-        pretrained_cnn: with timm's weights. None for "if they can be had", with a warning where they cannot.
+        pretrained_cnn: with timm's weights. None for "if they can be had", which is tried once, and a line in the log
+            where they cannot. On the meta device nothing is fetched.
         train_cnn: train the CNN; otherwise it is frozen, and its batch norms are in eval mode.
 
     Raises:
@@ -81,7 +84,7 @@ class TokenFusion(CheckedModel):
         self.global_pool = _pool(global_pool or "channel")
         self.grad_checkpointing = False
         self.grid = self.img_size[0] // 16, self.img_size[1] // 16  # of the tokens that the head sees
-        self.cnn = _make_cnn(cnn, pretrained_cnn, in_chans, self.output_stride).to(**self.dd)
+        self.cnn = _make_cnn(cnn, pretrained_cnn, in_chans, self.output_stride, device).to(**self.dd)
         self.cnn_channels = self.cnn.feature_info.channels()
         self.set_cnn_trainable(train_cnn)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
@@ -301,18 +304,24 @@ def grid_of(x: torch.Tensor, patch: int) -> Grid:
     return x.shape[2] // patch, x.shape[3] // patch
 
 
-def _make_cnn(name: str, pretrained: bool | None, in_chans: int, output_stride: int) -> nn.Module:
+def _make_cnn(
+    name: str, pretrained: bool | None, in_chans: int, output_stride: int, device: torch.device | str | None
+) -> nn.Module:
     make = partial(timm.create_model, name, features_only=True, in_chans=in_chans, output_stride=output_stride)
-    if pretrained is not None:
-        return make(pretrained=pretrained)
+    if pretrained is False or hub.on_meta(device):
+        return make(pretrained=False)
     try:
-        return make(pretrained=True)
+        with hub.asked_once(name, timm.get_pretrained_cfg(name)):
+            return make(pretrained=True)
     except Exception as error:  # no network, or a hub that is down: timm and its hub client raise many kinds
+        if pretrained:
+            raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        warnings.warn(
-            f"pretrained_cnn: timm could not fetch the weights of {name} ({reason[0]}); they are random, which a frozen "
-            "CNN stays: load a checkpoint, or pass train_cnn=True",
-            stacklevel=2,
+        _log.warning(
+            "pretrained_cnn: no weights of %s: %s; random ones are used, which a frozen CNN keeps: load a checkpoint, "
+            "or pass train_cnn=True",
+            name,
+            reason[0],
         )
         return make(pretrained=False)
 

@@ -10,7 +10,7 @@
 namespace tokenfusion {
 namespace {
 
-constexpr int64_t kWorkPerThread = 1 << 14;  // elements below which threads do not pay
+constexpr int64_t kWorkPerThread = 1 << 15;  // elements below which threads do not pay
 
 }  // namespace
 

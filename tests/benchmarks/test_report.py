@@ -1,0 +1,162 @@
+"""The report of a record: page, plots, tables for the README."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks.measure import environment
+from benchmarks.report import __main__ as report
+from benchmarks.report import html, markdown, record, summary, table
+
+
+def _row(variant: str, backend: str | None, length: int, seconds: float, **changes) -> dict:
+    row = {
+        "group": "some layer",
+        "case": {"B": 8, "N": length, "dtype": "float32", "direction": "forward"},
+        "variant": variant,
+        "backend": backend,
+        "fault": None,
+        "peak_bytes": 1000 * length,
+        "moved_bytes": 400 * length,
+        "flops": 100 * length,
+        "error": 1e-7,
+        "allowed_error": 5e-7,
+        "seconds": seconds,
+        "quartiles": [0.9 * seconds, 1.1 * seconds],
+        "rounds": 9,
+        "times_eager": 1.5,
+        "times_compiled": None,
+        "bytes_per_second": 1e9,
+        "flops_per_second": 1e9,
+        "memory_ceiling_seconds": seconds / 2,
+        "arithmetic_ceiling_seconds": seconds / 4,
+        "share_of_ceiling": 0.5,
+    }
+    return row | changes
+
+
+def _failed(row: dict) -> dict:
+    measured = ("peak_bytes", "error", "allowed_error")
+    timed = list(row)[list(row).index("seconds") :]
+    fault = {"fault": "RuntimeError: <out of luck>", **dict.fromkeys(measured)}
+    return {name: value for name, value in row.items() if name not in timed} | fault
+
+
+@pytest.fixture
+def synthetic_record(tmp_path) -> Path:
+    rows = [
+        row
+        for length in (65, 401, 4097)
+        for row in (
+            _row("eager", None, length, 1e-5 * length),
+            _failed(_row("projections + SDPA", None, length, 1e-5 * length)),
+            _row("tokenfusion (cuda)", "cuda", length, 1e-6 * length),
+        )
+    ]
+    facts = environment.collect("smoke")
+    facts["device"] |= {"kind": "cuda", "name": "Some GPU", "driver": "1.2.3"}
+    return record.save(tmp_path / "record.json", {"conditions": facts, "rows": rows})
+
+
+def test_report_makes_plots_and_one_page(synthetic_record, tmp_path, capsys):
+    report.main([str(synthetic_record), "--out", str(tmp_path / "report"), "--markdown"])
+    files = {path.name for path in (tmp_path / "report").iterdir()}
+    plots = {f"some-layer-{name}.png" for name in ("speed-ups", "time-against-n", "memory-against-n")}
+    assert files == {*plots, "report.html"}
+    page = (tmp_path / "report" / "report.html").read_text()
+    ElementTree.fromstring(page.removeprefix("<!doctype html>"))
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page
+    assert "Some GPU" in page and "1.2.3" in page
+    assert "&lt;out of luck&gt;" in page
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 3
+    assert lines[-1].startswith("| B 8, N 4097, float32, forward | 41 ms | failed | 4.1 ms (1.50x) |")
+
+
+def test_page_is_well_formed_and_says_what_lost_and_what_is_missing(synthetic_record):
+    loaded = record.load(synthetic_record)
+    loaded["rows"][2] |= {"times_eager": 0.5, "times_compiled": 0.25, "called_seconds": 2e-3}
+    loaded["rows"][2] |= {"called_times_eager": 0.75, "called_times_compiled": None}
+    loaded["steps"] = {
+        "parity": {"status": "failed", "summary": "1 of 2 <tests>", "seconds": 3.2, "log": "the log"},
+        "memcheck": {"status": "skipped", "summary": "compute-sanitizer not found", "seconds": 0.0, "log": ""},
+    }
+    loaded["cases"] = {"some/test[case]": {"state": "timed out", "reason": "stopped after 9 s", "seconds": 9.0}}
+    made = html.page(loaded, {})
+    ElementTree.fromstring(made.removeprefix("<!doctype html>"))
+    assert "1 of 3</span>" in made and "0.50x (slower)" in made and "0.25x (slower)" in made
+    assert "1 of 2 &lt;tests&gt;" in made and "the log" in made and "compute-sanitizer not found" in made
+    assert "stopped after 9 s" in made and "from Python" in made and "0.75x (slower)" in made
+    assert "torch.compile was not measured" in made
+
+
+def test_report_without_matplotlib_has_no_plots(synthetic_record, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    report.write(record.load(synthetic_record), tmp_path / "report")
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.html"]
+    assert "matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_record_of_one_length_has_no_plot_against_length(synthetic_record, tmp_path):
+    loaded = record.load(synthetic_record)
+    loaded["rows"] = loaded["rows"][:3]
+    report.write(loaded, tmp_path / "report")
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"some-layer-speed-ups.png", "report.html"}
+
+
+def test_marked_tables_of_a_text_are_made_from_their_records(synthetic_record, tmp_path):
+    text = tmp_path / "text.md"
+    begin = f"<!-- table {synthetic_record} | some layer -->"
+    text.write_text(f"before\n{begin}\nold\n<!-- end -->\nafter\n")
+    loaded = record.load(synthetic_record)
+    last = loaded["rows"][-1]
+    record.save(synthetic_record, loaded | {"rows": [*loaded["rows"], last | {"variant": "another"}]})
+    for _ in range(2):  # the second time changes nothing
+        report.main(["--update", str(text)])
+        lines = text.read_text().splitlines()
+        rows = [line for line in lines if line.startswith("|")]
+        assert len(rows) == 2 + 3 and set(rows) <= set(markdown.tables(record.load(synthetic_record)).splitlines())
+        assert lines[:2] == ["before", begin] and lines[-2:] == ["<!-- end -->", "after"] and "old" not in lines
+    text.write_text(f"<!-- table {synthetic_record} | another layer -->\n<!-- end -->")
+    with pytest.raises(SystemExit, match="no group 'another layer'"):
+        report.main(["--update", str(text)])
+
+
+def test_chosen_rows_of_a_text_are_made_from_their_record(synthetic_record, tmp_path):
+    text = tmp_path / "text.md"
+    begin = f"<!-- rows {synthetic_record}\nA module | some layer | B 8, N 4097, float32, forward\n-->\n"
+    text.write_text(f"before\n{begin}<!-- end -->\nafter\n")
+    for _ in range(2):
+        report.main(["--update", str(text)])
+        made = text.read_text()
+        assert made.startswith(f"before\n{begin}") and made.endswith("<!-- end -->\nafter\n")
+        rows = [line for line in made.splitlines() if line.startswith("|")]
+        assert rows[2:] == ["| A module | 41 ms | failed | 4.1 ms (1.50x) | - | 80 | 8 |"]
+    text.write_text(made.replace("N 4097", "N 5"))
+    with pytest.raises(SystemExit, match="no case 'B 8, N 5, float32, forward'"):
+        report.main(["--update", str(text)])
+
+
+def test_rows_of_two_runs_become_one_record(tmp_path):
+    rows = [_row("eager", None, 65, 1.0), _row("eager", None, 65, 1.0, group="another"), _row("eager", None, 65, 2.0)]
+    rows.append(_row("tokenfusion (cuda)", "cuda", 65, 1.0))
+    ordered = record.load(record.save(tmp_path / "record.json", {"rows": rows}))["rows"]
+    assert [(row["group"], row["variant"], row["seconds"]) for row in ordered] == [
+        ("some layer", "eager", 2.0),
+        ("some layer", "tokenfusion (cuda)", 1.0),
+        ("another", "eager", 1.0),
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(record.RECORDS.glob("*.json")), ids=lambda path: path.stem)
+def test_records_that_are_kept_can_be_read(path):
+    loaded = record.load(path)
+    made = html.page(loaded, {})
+    ElementTree.fromstring(made.removeprefix("<!doctype html>"))
+    text, whole = summary.text(loaded["rows"]), markdown.tables(loaded)
+    for group, cases in table.groups(loaded["rows"]):
+        assert f"| {group} |" in whole and group in text.replace("\n", " ")
+        assert all(f"| {table.case_name(case)} |" in whole for case, _ in cases)
+    assert max(map(len, text.splitlines())) <= table.COLUMNS
