@@ -1,4 +1,4 @@
-"""What somebody derives from the package's layers is theirs; SingleQueryAttention calls the layers that were changed."""
+"""Subclasses of the package's layers belong to their authors; SingleQueryAttention calls layers that were changed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Loading of weights: timm's, the official release's, of another resolution, and files that do not fit or are damaged."""
+"""Loading of weights: timm's, the official release's, of another resolution; files that do not fit or are damaged."""
 
 import copy
 

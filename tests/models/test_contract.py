@@ -42,6 +42,20 @@ def test_unknown_name(name):
         tokenfusion.create_model(name)
 
 
+@pytest.mark.parametrize("key", ["crossvit", "token_fusion_late"])
+def test_initial_values_hang_on_the_seed_alone(key, monkeypatch):
+    """And not on the order of a set of names, which is another in each process."""
+    name, settings = SMALL[key]
+    model = small_model(key)
+    names = sorted(model.no_weight_decay())
+    made = []
+    for order in (names, names[::-1]):
+        monkeypatch.setattr(type(model), "no_weight_decay", lambda self, order=order: order)
+        torch.manual_seed(0)
+        made.append(tokenfusion.create_model(name, **settings).state_dict())
+    assert len(names) > 1 and all(torch.equal(value, made[1][key]) for key, value in made[0].items())
+
+
 @every_model
 def test_every_parameter_receives_a_gradient(key):
     model = small_model(key).train()

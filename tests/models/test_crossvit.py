@@ -146,7 +146,7 @@ def test_equal_widths_need_no_projection():
         ({"tokenizer": "multi_conv", "img_size": 50}, ["img_size", "50", "multiple"]),
         ({"class_token": False, "fusion": "pairwise"}, ["class_token", "pairwise", "cross_attention"]),
         ({"class_token": False, "global_pool": "token"}, ["global_pool", "'token'", "'avg'"]),
-        ({"global_pool": "max"}, ["global_pool", "'max'", "'token' or 'avg'"]),
+        ({"global_pool": "max"}, ["global_pool", "'max'", "one of 'token', 'avg'"]),
         ({"embed_dim": (16, 24, 32)}, ["embed_dim", "(16, 24, 32)", "2 values"]),
         ({"depth": ((1, 2),)}, ["depth", "(N, M, L)"]),
         ({"depth": ()}, ["depth", "()"]),

@@ -86,8 +86,8 @@ def test_table_7(row):
     assert round(macs, 1) == printed[1]
 
 
-# Table 6 prints full counts, but for cross-attention. All-attention is Eq. 2 as printed, without an FFN: 0.89 M fewer than
-# the printed 27.7 M, at the printed multiply-adds.
+# Table 6 prints full counts, but for cross-attention. All-attention is Eq. 2 as printed, without an FFN: 0.89 M fewer
+# than the printed 27.7 M, at the printed multiply-adds.
 FUSIONS = {
     "none": (23_738_960, 5.34966, (23.7, 5.3)),
     "all_attention": (26_854_544, 7.58341, (26.9, 7.6)),

@@ -11,7 +11,7 @@ from tests.golden import check_golden
 from tests.parity import assert_parity, assert_runs
 from tokenfusion.kernels import extension
 from tokenfusion.models.dynamixer import DynaMixer
-from tokenfusion.models.dynamixer_plain import plain
+from tokenfusion.models.dynamixer_reference import plain
 
 SMALL = dict(layers=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), num_heads=(4, 8, 8, 8), img_size=56, num_classes=11)
 SUM = ["gated_sum_out_cpu"] if torch.float32 in extension.own_product_dtypes() else []  # not on every processor

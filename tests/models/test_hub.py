@@ -55,8 +55,8 @@ def test_random_weights_of_the_cnn_are_said_so_after_one_attempt(lookups, caplog
     assert record.name == "tokenfusion"
     assert record.getMessage() == (
         "pretrained_cnn: no weights of test_resnet: https://huggingface.co cannot be reached (Name or service not "
-        "known), and its cache has no test_resnet; random ones are used, which a frozen CNN keeps: load a checkpoint, or pass "
-        "train_cnn=True"
+        "known), and its cache has no test_resnet; random ones are used, which a frozen CNN keeps: load a checkpoint, "
+        "or pass train_cnn=True"
     )
     assert not any(parameter.requires_grad for parameter in model.cnn.parameters())
 

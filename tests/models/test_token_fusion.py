@@ -1,4 +1,4 @@
-"""Token Fusion: parameters and multiply-adds of the paper's tables, every variant, and what timm expects of a model."""
+"""Token Fusion: parameters and multiply-adds of the paper's tables, every setting, and what timm expects of a model."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ from tests.parity import assert_runs
 from tokenfusion.kernels.upconv.project import op as project_op
 
 NAMES = ("late", "early", "layerwise")
-VARIANTS = [
+SETTINGS = [
     ("late", {}),
     ("late", {"join": "add"}),
     ("late", {"up": "copy"}),
@@ -31,7 +31,7 @@ VARIANTS = [
     ("layerwise", {}),
     ("layerwise", {"class_token": True}),
 ]
-every_variant = pytest.mark.parametrize("name, options", VARIANTS, ids=str)
+every_setting = pytest.mark.parametrize("name, options", SETTINGS, ids=str)
 every_model = pytest.mark.parametrize("name", NAMES)
 
 
@@ -44,7 +44,8 @@ def images(batch: int = 2, size: int = 64) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-# Parameters, and multiply-adds in G with up-convolutions and 1x1 convolutions one after the other. In the late model k = 2 where nothing is said.
+# Parameters, and multiply-adds in G with up-convolutions and 1x1 convolutions one after the other. The late model's
+# kernel is 2 where nothing is said.
 TABLE = [
     ("late", {"global_pool": "token"}, 134_233_544, 21.24),
     ("late", {}, 135_573_544, 21.24),
@@ -78,9 +79,9 @@ def test_counts(name, options, parameters, macs, monkeypatch):
     assert counter.get_total_flops() / 2e9 == pytest.approx(macs, abs=0.006)
 
 
-@every_variant
+@every_setting
 @pytest.mark.parametrize("pool", ["channel", "token", "mixing"])
-def test_variants_and_heads(name, options, pool):
+def test_settings_and_heads(name, options, pool):
     model = small(name, global_pool=pool, **options)
     features = model.forward_features(images())
     assert features.shape == (2, model.num_tokens, model.num_features)
@@ -93,7 +94,7 @@ def test_variants_and_heads(name, options, pool):
     torch.testing.assert_close(model.get_classifier()(pooled), logits)
 
 
-@every_variant
+@every_setting
 def test_parity_with_the_reference(name, options):
     model, x = small(name, **options), images()
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_runs_the_operators(name, options, operators):
         model(images())
 
 
-@every_variant
+@every_setting
 def test_every_parameter_receives_a_gradient(name, options):
     model = small(name, train_cnn=True, drop_path_rate=0.1, **options).train()
     model(images(4)).square().sum().backward()
@@ -201,7 +202,7 @@ def test_integration_starts_as_identity_and_classifier_is_reset(name):
     assert model.no_weight_decay() == {key for key, _ in model.named_parameters() if "pos_embed" in key}
 
 
-@every_variant
+@every_setting
 def test_intermediates_and_features_only(name, options):
     model = small(name, **options)
     final, features = model.forward_intermediates(images())

@@ -38,7 +38,7 @@ def _with_scaled_result(function: Callable) -> Callable:
     return lambda *args, **kwargs: _scaled(function(*args, **kwargs))
 
 
-# Of any part.
+# Changes of any part.
 
 
 def forward_hook(model, part, undo):
@@ -105,7 +105,7 @@ def frozen(model, part, undo):
     model.get_submodule(part).requires_grad_(False)
 
 
-# Of linear layers.
+# Changes of linear layers.
 
 
 def pruned(model, part, undo):
@@ -170,7 +170,7 @@ def tied(model, part, undo):
             module.weight = other.weight
 
 
-# Of norms, dropout and heads.
+# Changes of norms, dropout and heads.
 
 
 def norm_swapped(model, part, undo):
@@ -232,7 +232,7 @@ def pruned_heads(model, part, undo):
             module.set_submodule(name, nn.Linear(*sizes, bias=layer.bias is not None))
 
 
-# Of the whole model.
+# Changes of the whole model.
 
 
 def nothing(model, part, undo):

@@ -10,7 +10,7 @@ from timm.models import cait, crossvit, volo, xcit
 from torch import nn
 
 from tests.crossvit import randomize
-from tokenfusion.models.dynamixer_plain import PlainBlock, PlainOp
+from tokenfusion.models.dynamixer_reference import PlainBlock, PlainOp
 
 
 class Model(nn.Module):

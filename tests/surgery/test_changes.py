@@ -57,7 +57,8 @@ def trained(model: nn.Module, subject: Subject) -> dict[str, torch.Tensor]:
         out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
         seen |= {f"out {step}": out.detach(), f"input {step}": x.grad}
         for name, parameter in model.named_parameters():
-            seen |= {f"{name} {step}": parameter.grad, f"{name} {step} samples": getattr(parameter, "grad_sample", None)}
+            samples = getattr(parameter, "grad_sample", None)
+            seen |= {f"{name} {step}": parameter.grad, f"{name} {step} samples": samples}
         if optimizer is not None:
             optimizer.step()
     return {name: value for name, value in seen.items() if value is not None}
@@ -111,5 +112,5 @@ def test_same_as_the_plain_model(subject, change, part, caplog):
         except Exception as error:
             raise AssertionError(f"{order}: {error}") from error
         told = [record.args[0] for record in caplog.records if record.name == "tokenfusion"]
-        named = [name for name in told if name != "a module"]  # copies, and operations inside a block
+        named = [name for name in told if name != "a module"]  # operations inside a block
         assert len(set(named)) == len(named), f"{order}: {told}"

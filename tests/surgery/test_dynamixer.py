@@ -14,7 +14,7 @@ from tests.crossvit import randomize
 from tests.models.test_dynamixer import images, small
 from tests.parity import assert_parity, assert_runs
 from tokenfusion.kernels import extension
-from tokenfusion.models.dynamixer_plain import PlainBlock, PlainOp, plain
+from tokenfusion.models.dynamixer_reference import PlainBlock, PlainOp, plain
 
 FORWARD, BACKWARD = "dynamic_mixing_cpu", "dynamic_mixing_backward_cpu"
 

@@ -91,6 +91,22 @@ def test_copies_compute_the_same(copied):
         assert torch.equal(other(IMAGES), model(IMAGES))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_the_log_names_a_module_of_a_copy(copied, caplog):
+    model = nn.Sequential(nn.Identity(), cait.ClassAttn(16, 2))
+    before = set(vars(model[1]))
+    tokenfusion.fuse(model)
+    other = copied(model)
+    for each in (model, other):
+        each[1].k.register_forward_hook(lambda *_: None)
+        for _ in range(2):
+            each(torch.randn(1, 3, 16))
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["1 (ClassAttn) runs its original forward: k has hooks, which would not run as before"] * 2
+    tokenfusion.unfuse(model)
+    assert set(vars(model[1])) == before
+
+
 def test_train_and_eval_after_fusing():
     plain = randomize(small_crossvit(drop_path_rate=0.2))
     fused = copy.deepcopy(plain)

@@ -223,7 +223,9 @@ def test_a_shared_module_is_tied_once_and_shared_still():
     assert report.parameters_after == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("make", [small_vit, lambda: timm.create_model("resnet50", num_classes=3)], ids=["vit", "resnet"])
+@pytest.mark.parametrize(
+    "make", [small_vit, lambda: timm.create_model("resnet50", num_classes=3)], ids=["vit", "resnet"]
+)
 def test_what_was_frozen_is_frozen(make):
     model = make().to(torch.bfloat16).eval().requires_grad_(False)
     assert tokenfusion.tie_weights(model).matrices

@@ -76,7 +76,7 @@ class Walk:
             layer.p = 0.4 - layer.p
 
     def step(self):
-        """Of SGD."""
+        """Those of SGD."""
         self.results()
         with torch.no_grad():
             for parameter in self.model.parameters():

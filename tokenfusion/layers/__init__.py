@@ -3,7 +3,8 @@
 from tokenfusion.layers.crossvit import CrossAttentionBlock, MultiScaleBlock
 from tokenfusion.layers.dynamixer import DynaMixerBlock, DynaMixerOp
 from tokenfusion.layers.single_query_attention import SingleQueryAttention
-from tokenfusion.layers.tied import TiedAttention, TiedBottleneck, TiedFFN, TiedStage
+from tokenfusion.layers.tied_resnet import TiedBottleneck, TiedStage
+from tokenfusion.layers.tied_transformer import TiedAttention, TiedFFN
 from tokenfusion.layers.upconv import UpConvAdd, UpConvConcat, UpConvConcatProject, UpCopyAdd, UpCopyConcat
 
 __all__ = [

@@ -33,7 +33,9 @@ class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
         )
         queries = module.num_heads * module.latent_len
         if reason is None and queries >= channels / 2:  # measured in bfloat16, where matrix products are fastest
-            reason = f"latent: {queries} queries (heads x latents) of {channels} channels; projecting the tokens costs less"
+            reason = (
+                f"latent: {queries} queries (heads x latents) of {channels} channels; projecting the tokens costs less"
+            )
         return reason
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -37,8 +37,8 @@ def class_attention(attn: cait.ClassAttn, query_token: torch.Tensor, tokens, ext
 class ClassAttn(DropIn, cait.ClassAttn):
     """The first token attends to all, Eq. 5 to 7 of CaiT.
 
-    Takes and holds what timm's ClassAttn does. Keys and values are never written. With attention dropout in training, or
-    a part that was changed, timm's forward runs.
+    Takes and holds what timm's ClassAttn does. Keys and values are never written. With attention dropout in training,
+    or a part that was changed, timm's forward runs.
     """
 
     @staticmethod

@@ -10,6 +10,7 @@ import torch
 from timm.models import crossvit
 from torch import nn
 
+from tokenfusion.layers.block_inference import run_blocks
 from tokenfusion.layers.drop_in import (
     DropIn,
     remember_forwards,
@@ -19,7 +20,6 @@ from tokenfusion.layers.drop_in import (
     why_not_part,
     within,
 )
-from tokenfusion.layers.in_place import run_blocks
 from tokenfusion.layers.single_query_attention import absorbed_attention, split_class_token
 
 remember_forwards(crossvit.CrossAttention)
@@ -28,10 +28,10 @@ remember_forwards(crossvit.CrossAttention)
 class CrossAttentionBlock(DropIn, crossvit.CrossAttentionBlock):
     """y = x_0 + drop_path(CA(norm(x))), Eq. 6 and 7 of CrossViT: the first token attends to all tokens.
 
-    Takes and holds what timm's CrossAttentionBlock does. Keys and values are never written; nor, where a kernel runs and
-    not the reference, are the normalised tokens and the concatenation of class token and patches. Attention dropout in
-    training makes the attention weights of a token not sum to one; timm's forward runs then, as it does where a part
-    was changed.
+    Takes and holds what timm's CrossAttentionBlock does. Keys and values are never written; nor, where a kernel runs
+    and not the reference, are the normalised tokens and the concatenation of class token and patches. With attention
+    dropout in training, where the attention weights of a token do not sum to one, and with a part that was changed,
+    timm's forward runs.
     """
 
     @staticmethod

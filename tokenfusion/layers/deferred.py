@@ -41,7 +41,7 @@ _KNOWN = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")),
 }
 
-# What is asked of its node.
+# What its node is asked for.
 _OF_THE_NODE = {
     torch.Tensor.register_hook,
     torch.Tensor.retain_grad,
@@ -104,7 +104,7 @@ class _Call:
 
 
 def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-    """Tells of changes, but for inference tensors: there the input is a copy that nobody else has."""
+    """Differs after a change of the tensor. Inference tensors have none: there the input is a copy of our own."""
     return None if tensor is None or tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
@@ -338,7 +338,7 @@ def _computed_below_autograd(result: DeferredUpConv) -> torch.Tensor:
 
 
 def _with_edges(outputs, inputs, *args, **kwargs):
-    """The arguments of torch.autograd.grad, that asks for the gradient of the node and not of the value after it."""
+    """Arguments with which torch.autograd.grad asks for the gradient of the node, not of the value after it."""
     return (outputs, tree_map_only(DeferredUpConv, _edge, inputs), *args), kwargs
 
 
@@ -394,7 +394,7 @@ def _pad_by_nothing(input, pad, mode="constant", value=None) -> torch.Tensor | N
 
 
 def only_runs() -> bool:
-    """Whether calls are neither compiled, traced or transformed nor seen by a mode, such as a counter."""
+    """Whether calls just run: not compiled, traced or transformed, and not seen by a mode, such as a counter."""
     return (
         not torch.compiler.is_compiling()
         and dispatch.transform() is None

@@ -1,8 +1,8 @@
 """Modules in the place of others: fused while that is valid, and the original otherwise.
 
 A fused forward reads past some of the parts of a module: it takes their parameters and does not call them. Whatever
-people do to such a part, a hook, an adapter, another class, another size, has to count, so that `why_not` is asked at
-every call; `fuse` asks the same function first.
+people do to such a part (a hook, an adapter, another class, another size) has to count. So `why_not` is asked at every
+call, and `fuse` asks the same function first.
 """
 
 import logging
@@ -17,10 +17,10 @@ from torch.utils.module_tracker import ModuleTracker
 
 from tokenfusion.kernels import dispatch
 
+_NAME = "_fused_as"  # an attribute of the module, so that its copies and pickles have it
 _PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: quantized, distributed and other weights multiply in their own way
 
 _log = logging.getLogger("tokenfusion")
-_names: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 _reported: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _forwards: dict[type[nn.Module], types.FunctionType] = {}
 
@@ -48,7 +48,7 @@ class DropIn:
 
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
-        """What about the parts of a module, of either class, makes the fused forward invalid; None where it is valid."""
+        """What rules the fused forward out in the parts of a module, of either class; None where it is valid."""
         raise NotImplementedError
 
     @classmethod
@@ -70,13 +70,19 @@ class DropIn:
 
 def name(module: nn.Module, path: str) -> None:
     """What to call the module in the log."""
-    _names[module] = path
+    vars(module)[_NAME] = path
+
+
+def restore(module: DropIn) -> None:
+    """Gives a module the class back that its fused one stands in for."""
+    module.__class__ = module.original
+    vars(module).pop(_NAME, None)
 
 
 def _report(module: nn.Module, reason: str) -> None:
     if module not in _reported:
         _reported.add(module)
-        where = _names.get(module) or "a module"
+        where = vars(module).get(_NAME) or "a module"
         _log.warning("%s (%s) runs its original forward: %s", where, type(module).__name__, reason)
 
 
@@ -89,7 +95,11 @@ def _renamed(function: types.FunctionType, new: str) -> types.FunctionType:
 
 
 def remember_forwards(*kinds: type[nn.Module]) -> None:
-    """Takes the forward of these classes, as it is when they are first seen, for the one that is read past."""
+    """Takes the forward of these classes, as it is when they are first seen, for the one that is read past.
+
+    One that is patched at that moment counts as the class's own. When the patch is taken off, the class counts as
+    changed, and its modules run their original forward until the process ends.
+    """
     for kind in kinds:
         _forwards.setdefault(kind, kind.forward)
 
@@ -142,7 +152,7 @@ def why_not_norm(part: nn.Module | None, name: str) -> str | None:
 
 
 def why_not_dropout(part: nn.Module | None, name: str, training: bool) -> str | None:
-    """`why_not_part` of a dropout, which must not drop anything now."""
+    """`why_not_part` of a dropout layer, which must not drop anything at present."""
     reason = why_not_part(part, name, nn.Dropout, nn.Identity)
     if reason is None and type(part) is nn.Dropout and part.p > 0 and (training or part.training):
         return f"{name}: {dropout(part)} in training needs the attention weights"
@@ -150,7 +160,7 @@ def why_not_dropout(part: nn.Module | None, name: str, training: bool) -> str | 
 
 
 def why_not_watched() -> str | None:
-    """Hooks on every module are not called for the parts that are read past; those that only keep track do not count."""
+    """Hooks on all modules are not called for the parts that are read past; those that only keep track do not count."""
     if not (
         global_hooks._global_forward_hooks
         or global_hooks._global_forward_pre_hooks

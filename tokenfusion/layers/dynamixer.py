@@ -129,8 +129,7 @@ class DynaMixerBlock(OwnLayer, nn.Module):
     """Mixes tokens along columns and rows, and channels, and adds up the three with weights of their own.
 
     DynaMixer's block (Fig. 2 and 3.2) with its reweighting: of the mean over positions of the sum of the parts, a
-    two-layer network makes a softmax over the parts for each channel. Parts that are left out take their share of the
-    network's outputs with them.
+    two-layer network makes a softmax over the parts for each channel. It has no outputs for parts that are left out.
 
     Args:
         dim: channels D.

@@ -134,7 +134,7 @@ class SingleQueryAttention(OwnLayer, nn.Module):
 
     Args:
         dim: channels of the tokens and of the output.
-        num_heads: heads, which share out dim.
+        num_heads: heads, among which the channels are divided.
         num_latents: how many learned queries there are; 0 where the queries come with each call.
         qkv_bias: whether q, k and v have a bias.
         norm_layer: makes the LayerNorm of all tokens, called as nn.LayerNorm is; None for tokens that need none.

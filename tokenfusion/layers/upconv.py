@@ -20,8 +20,8 @@ remember_forwards(nn.ConvTranspose2d, nn.Conv2d)
 class UpConvConcat(nn.ConvTranspose2d):
     """ConvTranspose2d with kernel = stride, then concatenation with a skip connection.
 
-    Equivalent to torch.cat((up(x), skip), 1) with up = nn.ConvTranspose2d(in_channels, out_channels, k, stride=k), whose
-    parameters and names it has.
+    Equivalent to torch.cat((up(x), skip), 1) with up = nn.ConvTranspose2d(in_channels, out_channels, k, stride=k). Its
+    parameters have the same names.
 
     Args:
         in_channels, out_channels, bias: as of nn.ConvTranspose2d.

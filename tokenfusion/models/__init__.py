@@ -1,13 +1,14 @@
 """The package's own models, registered with timm: `timm.create_model` finds them once this module is imported.
 
-One file a family, and one that registers its variants, which must not have the base name of a file of timm's.
+The class of each family has a file, and the registration of its models is in `<family>_entrypoints.py` or in the same
+file. One that registers must not have the base name of a file of timm's.
 """
 
 from tokenfusion.models import (  # noqa: F401  (they register their models)
-    crossvit_variants,
-    dynamixer_variants,
+    crossvit_entrypoints,
+    dynamixer_entrypoints,
     resnet_pe,
-    token_fusion_variants,
+    token_fusion_entrypoints,
     vit_pe,
 )
 from tokenfusion.models.checkpoints import load_checkpoint

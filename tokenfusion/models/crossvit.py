@@ -1,4 +1,4 @@
-"""CrossViT (arXiv:2103.14899); `crossvit_variants.py` has the registered models."""
+"""CrossViT (arXiv:2103.14899); `crossvit_entrypoints.py` has the registered models."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,9 @@ from timm.models.crossvit import scale_image
 from torch import nn
 
 from tokenfusion.models.checkpoints import CheckedModel
+from tokenfusion.models.common import check_choice, check_lengths, check_output_fmt, init_weights
 from tokenfusion.models.crossvit_fusions import FUSIONS
 from tokenfusion.models.crossvit_tokenizers import make_tokenizer
-
-_POOLS = ("token", "avg")
 
 
 class CrossViT(CheckedModel):
@@ -28,11 +27,11 @@ class CrossViT(CheckedModel):
 
     Args:
         img_size: height and width of the images; img_scale times that, rounded down, is what each branch sees.
-        patch_size, embed_dim, num_heads, mlp_ratio: of each branch, the small one first; further entries of mlp_ratio, which
-            the official configurations have, are not used.
+        patch_size, embed_dim, num_heads, mlp_ratio: of each branch, the small one first. Further entries of mlp_ratio,
+            which the official configurations have, are not used.
         depth: (N, M, L) of each encoder: blocks of the small and of the large branch, fusions (0 stands for one).
         fusion: "cross_attention", "all_attention", "class_token", "pairwise" or "none", see `crossvit_fusions.py`.
-        tokenizer: "conv", "multi_conv" (the dagger variants) or "t2t", see `crossvit_tokenizers.py`.
+        tokenizer: "conv", "multi_conv" (the dagger models) or "t2t", see `crossvit_tokenizers.py`.
         class_token: False leaves class tokens out: the mean of a branch's patch tokens is the query of its
             cross-attention, whose result is added to each of them (the paper does not say where it goes).
         norm_layer: called with the channels, device and dtype; None for LayerNorm with an eps of 1e-6.
@@ -74,11 +73,11 @@ class CrossViT(CheckedModel):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        _check_lengths(2, img_scale=img_scale, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads)
+        sizes = dict(img_scale=img_scale, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads)
+        check_lengths(2, "branch", **sizes)
         if not depth or any(len(triple) != 3 for triple in depth):
             raise ValueError(f"depth: got {depth!r}, expected (N, M, L) for each encoder")
-        if fusion not in FUSIONS:
-            raise ValueError(f"fusion: got {fusion!r}, expected one of {', '.join(map(repr, FUSIONS))}")
+        check_choice("fusion", fusion, FUSIONS)
         if not class_token and fusion != "cross_attention":
             raise ValueError(f"class_token: got False with fusion {fusion!r}, expected 'cross_attention'")
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
@@ -131,14 +130,12 @@ class CrossViT(CheckedModel):
         self.norm = nn.ModuleList(norm_layer(dim, **dd) for dim in embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._classifier(**dd)
-        self.apply(_init_weights)
-        for name in self.no_weight_decay():
-            trunc_normal_(getattr(self, name), std=0.02)
+        self.apply(init_weights)
+        for parameter in self.parameters(recurse=False):
+            trunc_normal_(parameter, std=0.02)
 
     def _pool(self, global_pool: str) -> str:
-        pools = _POOLS if self.class_token else ("avg",)
-        if global_pool not in pools:
-            raise ValueError(f"global_pool: got {global_pool!r}, expected {' or '.join(map(repr, pools))}")
+        check_choice("global_pool", global_pool, ("token", "avg") if self.class_token else ("avg",))
         return global_pool
 
     def _classifier(self, **dd) -> nn.ModuleList:
@@ -236,8 +233,7 @@ class CrossViT(CheckedModel):
         Returns:
             (final normalised tokens of each branch, the features), or the features alone.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
+        check_output_fmt(output_fmt)
         taken, _ = feature_take_indices(self.num_branches * self.num_encoders, indices)
         last = max(index % self.num_encoders for index in taken)
         branches, features = self._embed(x), {}
@@ -287,16 +283,3 @@ def _resized(table: torch.Tensor, grid: tuple[int, int], prefix: int) -> torch.T
     if side * side != table.shape[1] - prefix:
         return table  # of no square image: load_state_dict says what does not fit
     return resample_abs_pos_embed(table, grid, num_prefix_tokens=prefix, antialias=False, align_corners=False)
-
-
-def _check_lengths(expected: int, **arguments: Sequence) -> None:
-    for name, values in arguments.items():
-        if len(values) != expected:
-            raise ValueError(f"{name}: got {values!r}, expected {expected} values, one for each branch")
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

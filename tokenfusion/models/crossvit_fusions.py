@@ -14,20 +14,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenfusion.layers import CrossAttentionBlock
+from tokenfusion.layers.block_inference import run_blocks
 from tokenfusion.layers.crossvit import exchange_class_tokens
-from tokenfusion.layers.in_place import run_blocks
 
 Tokens = list[torch.Tensor]
 
 
 @register_notrace_module
 class MultiScaleEncoder(nn.Module):
-    """Transformer blocks of two branches without a fusion (row "None" of Table 6), and the base of the encoders with one.
+    """Transformer blocks of two branches without a fusion (row "None" of Table 6); the base of the encoders with one.
 
     Args:
         dim, num_heads, mlp_ratio: of each branch.
         grids: (height, width) of the patches of each branch.
-        depth: (N, M, L): blocks of the small and of the large branch, fusions; L = 0 stands for one, see CrossAttention.
+        depth: (N, M, L): blocks of the small and of the large branch, and fusions; L = 0 stands for one fusion, see
+            `CrossAttention`.
         class_token: whether the first token of a branch is its class token.
         drop_path: rate of block i in both branches; the last one is the fusion's.
     """

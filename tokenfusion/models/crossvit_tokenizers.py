@@ -8,6 +8,8 @@ from timm.models.crossvit import PatchEmbed
 from torch import nn
 from torch.nn import functional as F
 
+from tokenfusion.models.common import check_choice
+
 TOKENIZERS = ("conv", "multi_conv", "t2t")
 
 _KERNELS = {  # patch size -> kernel, stride and padding of each unfolding
@@ -22,10 +24,10 @@ def make_tokenizer(
     """[B, in_chans, H, W] -> [B, N, embed_dim], with the attributes img_size, patch_size and num_patches.
 
     Raises:
-        ValueError: an unknown kind, or one that does not exist for the patch size, or an image that it does not cut evenly.
+        ValueError: an unknown kind; for "multi_conv" and "t2t" another patch size than 12 and 16, or images that are no
+            multiple of it.
     """
-    if kind not in TOKENIZERS:
-        raise ValueError(f"tokenizer: got {kind!r}, expected one of {', '.join(map(repr, TOKENIZERS))}")
+    check_choice("tokenizer", kind, TOKENIZERS)
     if kind != "conv" and patch_size not in _KERNELS:
         raise ValueError(f"patch_size: got {patch_size} with tokenizer {kind!r}, expected 12 or 16")
     if kind != "conv" and any(length % patch_size for length in img_size):
@@ -41,8 +43,8 @@ class T2T(nn.Module):
     """Tokens-to-token transformation (arXiv:2101.11986) in place of the patch embedding, as in CrossViT-18 + T2T.
 
     Three unfoldings of overlapping windows; after the first and the second a transformer of one head and 64 channels
-    over all positions, and a linear layer in the end. Patch 12 unfolds by (7, 4, 2), (3, 3, 1), (3, 1, 1) (kernel, stride,
-    padding), patch 16 by (7, 4, 2), (3, 2, 1), (3, 2, 1). The position table is the learnable one of the other tokenizers.
+    over all positions, and a linear layer in the end. `_KERNELS` has the windows for each size of patches. The position
+    table is the learnable one of the other tokenizers.
     """
 
     def __init__(

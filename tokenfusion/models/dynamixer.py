@@ -1,22 +1,21 @@
-"""DynaMixer (arXiv:2201.12083); `dynamixer_variants.py` has the registered models."""
+"""DynaMixer (arXiv:2201.12083); `dynamixer_entrypoints.py` has the registered models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, to_ntuple, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, to_ntuple
 from timm.models import checkpoint_seq, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import nn
 
 from tokenfusion.kernels.checks import symbolic
 from tokenfusion.layers import DynaMixerBlock
-from tokenfusion.layers.in_place import add, are_plain, may_run_in_place, run_mlp
+from tokenfusion.layers.block_inference import add, are_plain, may_run_in_place, run_mlp
 from tokenfusion.models.checkpoints import CheckedModel
-from tokenfusion.models.dynamixer_plain import plain
+from tokenfusion.models.common import check_choice, check_lengths, check_output_fmt, init_weights
+from tokenfusion.models.dynamixer_reference import plain
 from tokenfusion.models.dynamixer_resampling import resampled
-
-_POOLS = ("avg", "")
 
 
 class PatchEmbed(nn.Module):
@@ -134,9 +133,9 @@ class DynaMixer(CheckedModel):
             of_each_stage, (embed_dims, num_heads, reduced_dims, mlp_ratios)
         )
         transitions = tuple(transitions)[: stages - 1]
-        _check_lengths(stages, embed_dims=embed_dims, num_heads=num_heads)
-        _check_lengths(stages, reduced_dims=reduced_dims, mlp_ratios=mlp_ratios)
-        _check_lengths(stages - 1, transitions=transitions)
+        check_lengths(stages, "stage", embed_dims=embed_dims, num_heads=num_heads)
+        check_lengths(stages, "stage", reduced_dims=reduced_dims, mlp_ratios=mlp_ratios)
+        check_lengths(stages - 1, "stage", transitions=transitions)
         self.num_classes, self.in_chans, self.img_size = num_classes, in_chans, to_2tuple(img_size)
         self.global_pool = _checked_pool(global_pool)
         self.embed_dims = embed_dims
@@ -172,13 +171,13 @@ class DynaMixer(CheckedModel):
         self.norm = norm_layer(embed_dims[-1], **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._classifier(**dd)
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
     def _classifier(self, **dd) -> nn.Module:
         return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
-        """None but what has one dimension, which timm's optimizers exempt themselves."""
+        """No names: what has one dimension is exempt in timm's optimizers anyway."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -258,7 +257,7 @@ class DynaMixer(CheckedModel):
             ValueError: another output_fmt.
         """
         if not torch.jit.is_scripting():
-            _check_output_fmt(output_fmt)
+            check_output_fmt(output_fmt)
         taken, last = feature_take_indices(len(self.stage_places), indices)
         wanted = [self.stage_places[index] for index in taken]
         end = len(self.network) - 1
@@ -300,17 +299,12 @@ class DynaMixer(CheckedModel):
         return taken
 
     def plain(self) -> nn.Module:
-        """A copy with layers in plain PyTorch, as the paper has them, to compare with; see `dynamixer_plain.py`."""
+        """A copy with blocks in plain PyTorch, as the paper has them, to compare with; see `dynamixer_reference.py`."""
         return plain(self)
 
     def checkpoint_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint of this model or of the official code; generators of another resolution are resampled."""
         return resampled(super().checkpoint_filter(state_dict.get("model", state_dict)), self)
-
-
-def _check_output_fmt(output_fmt: str) -> None:
-    if output_fmt not in ("NCHW", "NLC"):
-        raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
 
 
 def _check_images(x: torch.Tensor, expected: list[int]) -> None:
@@ -336,19 +330,5 @@ def _resolutions(
 
 
 def _checked_pool(global_pool: str) -> str:
-    if global_pool not in _POOLS:
-        raise ValueError(f"global_pool: got {global_pool!r}, expected {' or '.join(map(repr, _POOLS))}")
+    check_choice("global_pool", global_pool, ("avg", ""))
     return global_pool
-
-
-def _check_lengths(expected: int, **arguments: Sequence) -> None:
-    for name, values in arguments.items():
-        if len(values) != expected:
-            raise ValueError(f"{name}: got {values!r}, expected {expected} values, one for each stage")
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

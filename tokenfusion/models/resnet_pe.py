@@ -1,4 +1,6 @@
-"""ResNet50-PE: ResNet-50 whose stages have one matrix for all their 1x1 convolutions (Koyun and Töreyin 2024, Eq. 6 to 9).
+"""ResNet50-PE: ResNet-50 whose stages have one matrix for all their 1x1 convolutions.
+
+Koyun and Töreyin 2024, Eq. 6 to 9.
 
 The paper gives 12.8 M parameters with all stages tied (PE1) and 13.4 M with the last two (PE2). One family of
 structures fits both: in a tied stage W is all the 1x1 weight there is, first block and its shortcut included, 3x3
@@ -18,19 +20,10 @@ from torch import nn
 
 from tokenfusion.layers import TiedStage
 from tokenfusion.models.checkpoints import CheckedModel
+from tokenfusion.models.common import imagenet_cfg
 from tokenfusion.models.factory import build
 
-_CFG = {
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "pool_size": (7, 7),
-    "crop_pct": 0.875,
-    "interpolation": "bilinear",
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "first_conv": "conv1",
-    "classifier": "fc",
-}
+_CFG = imagenet_cfg(pool_size=(7, 7), crop_pct=0.875, interpolation="bilinear", first_conv="conv1", classifier="fc")
 default_cfgs = generate_default_cfgs({"resnet50_pe1": _CFG, "resnet50_pe2": _CFG})
 
 
@@ -58,17 +51,13 @@ class ResNetPE(CheckedModel, ResNet):
         return super().group_matcher(coarse) | {"blocks": blocks}
 
 
-def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build(ResNetPE, name, pretrained, **kwargs)
-
-
 @register_model
 def resnet50_pe1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet50-PE1: all four stages tied."""
-    return _build("resnet50_pe1", pretrained, **kwargs)
+    return build(ResNetPE, "resnet50_pe1", pretrained, **kwargs)
 
 
 @register_model
 def resnet50_pe2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet50-PE2: the last two stages tied, those of 14 x 14 and 7 x 7 pixels."""
-    return _build("resnet50_pe2", pretrained, **({"tied_stages": (3, 4)} | kwargs))
+    return build(ResNetPE, "resnet50_pe2", pretrained, **({"tied_stages": (3, 4)} | kwargs))

@@ -1,7 +1,7 @@
 """Token Fusion: tokens of a CNN and of image patches (Choi et al., "Improved Image Classification with Token Fusion").
 
 The paper leaves open widths, taps and kernels; what is settled here is said where it is, and in the arguments.
-`token_fusion_variants.py` has the registered models.
+`token_fusion_methods.py` has the three methods, `token_fusion_entrypoints.py` the registered models.
 """
 
 import logging
@@ -11,7 +11,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
@@ -19,14 +18,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenfusion.kernels.checks import symbolic
-from tokenfusion.layers.upconv import UpConvAdd, UpConvConcat, UpConvConcatProject, UpCopyAdd, UpCopyConcat
 from tokenfusion.models import hub
 from tokenfusion.models.checkpoints import CheckedModel
+from tokenfusion.models.common import check_choice, check_output_fmt, init_weights
 
 _log = logging.getLogger("tokenfusion")
-_POOLS = ("channel", "token", "mixing")
-_STAGES = 5  # the stem before its max-pool, and four stages
-_DEEPEST = 32  # pixels of the image to one of the last stage
+DEEPEST = 32  # pixels of the image to one of the last stage
+_init = partial(init_weights, kinds=(nn.Linear, nn.Conv2d))
 
 Grid = tuple[int, int]
 Seen = list[tuple[torch.Tensor, Grid]]
@@ -35,7 +33,7 @@ Seen = list[tuple[torch.Tensor, Grid]]
 class TokenFusion(CheckedModel):
     """What the three models share: the CNN, transformer blocks, positions and the three classification heads.
 
-    No class token (but of one variant) and no norm before the head, whose mean over channels it would make zero.
+    There is no class token, but in one setting, and no norm before the head: it would make the mean over channels zero.
 
     Args:
         img_size: of the images, multiples of 32; with the "channel" head the model takes images of other such sizes,
@@ -43,8 +41,8 @@ class TokenFusion(CheckedModel):
         embed_dim, depth, num_heads, mlp_ratio: of the transformer, ViT-B's; depth is that of the whole model.
         global_pool: "channel" (mean over the tokens), "token" (mean over the channels) or "mixing" (both), Figure 5.
         cnn: a model of timm, whose stem and four stages are the CNN's features.
-        pretrained_cnn: with timm's weights. None for "if they can be had", which is tried once, and a line in the log where
-            they cannot. On the meta device nothing is fetched.
+        pretrained_cnn: with timm's weights. None for "if they can be had", which is tried once, and a line in the log
+            where they cannot. On the meta device nothing is fetched.
         train_cnn: train the CNN; otherwise it is frozen, and its batch norms are in eval mode.
 
     Raises:
@@ -80,8 +78,8 @@ class TokenFusion(CheckedModel):
         super().__init__()
         self.dd = {"device": device, "dtype": dtype}
         self.img_size = to_2tuple(img_size)
-        if any(length <= 0 or length % _DEEPEST for length in self.img_size):
-            raise ValueError(f"img_size: got {img_size!r}, expected multiples of {_DEEPEST}")
+        if any(length <= 0 or length % DEEPEST for length in self.img_size):
+            raise ValueError(f"img_size: got {img_size!r}, expected multiples of {DEEPEST}")
         self.num_classes, self.in_chans, self.embed_dim, self.depth = num_classes, in_chans, embed_dim, depth
         self.global_pool = _pool(global_pool or "channel")
         self.grad_checkpointing = False
@@ -117,9 +115,9 @@ class TokenFusion(CheckedModel):
         self._make_head()
         for name, child in self.named_children():
             if name != "cnn":
-                child.apply(_init_weights)
-        for name in self.no_weight_decay():
-            trunc_normal_(getattr(self, name), std=0.02)
+                child.apply(_init)
+        for parameter in self.parameters(recurse=False):
+            trunc_normal_(parameter, std=0.02)
 
     def _make_head(self) -> None:
         widths = {
@@ -229,8 +227,7 @@ class TokenFusion(CheckedModel):
         Raises:
             ValueError: another output_fmt, or images that `forward_features` does not take.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
+        check_output_fmt(output_fmt)
         taken, last = feature_take_indices(len(self.blocks), indices)
         _check_size(x, self.img_size, self.global_pool)
         seen: Seen = []
@@ -238,7 +235,7 @@ class TokenFusion(CheckedModel):
         features = []
         for tokens, grid in (seen[i] for i in taken):
             tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
-            features.append(_as_map(tokens, grid).contiguous() if output_fmt == "NCHW" else tokens)
+            features.append(as_map(tokens, grid).contiguous() if output_fmt == "NCHW" else tokens)
         return features if intermediates_only else (out, features)
 
     def prune_intermediate_layers(
@@ -272,7 +269,7 @@ class TokenFusion(CheckedModel):
         table = next(self.blocks.parameters())
         self.dd = {"device": table.device, "dtype": table.dtype}
         self._make_head()
-        self.head.apply(_init_weights).train(self.training)
+        self.head.apply(_init).train(self.training)
 
     def _position_grids(self) -> dict[str, Grid]:
         return {"pos_embed": self.grid}
@@ -290,149 +287,12 @@ class TokenFusion(CheckedModel):
         return state_dict
 
 
-class LateTokenFusion(TokenFusion):
-    """Method 1: two transformers in parallel, over patches of 32 x 32 pixels and over the pixels of the last stage.
-
-    The CNN has an output stride of 16, so that its last stage has four times as many tokens; the others are up-sampled
-    to them. The first half of the blocks is that of the pixels: timm wants features with the finer grid first.
-
-    Args:
-        up: "upconv" or "copy" (Figure 6).
-        join: "concat" or "add".
-        up_kernel: of the transposed convolution with stride 2; 4 has a padding of 1, and its patches overlap.
-    """
-
-    output_stride = 16
-
-    def __init__(self, *args, up: str = "upconv", join: str = "concat", up_kernel: int = 2, **kwargs):
-        _check_choice("up", up, ("upconv", "copy"))
-        _check_choice("join", join, ("concat", "add"))
-        _check_choice("up_kernel", up_kernel, (2, 4))
-        super().__init__(*args, **kwargs)
-        dim = self.embed_dim
-        self.patch_embed = self._patch_embed(_DEEPEST, self.in_chans)
-        self.pos_embed = self._new_positions(self.grid[0] // 2 * (self.grid[1] // 2))
-        self.cnn_embed = nn.Linear(self.cnn_channels[-1], dim, **self.dd)
-        self.pos_embed_cnn = self._new_positions(self.grid[0] * self.grid[1])
-        layers = {
-            ("upconv", "concat"): partial(UpConvConcat, dim, dim, **self.dd),
-            ("upconv", "add"): partial(UpConvAdd, dim, dim, **self.dd),
-            ("copy", "concat"): UpCopyConcat,
-            ("copy", "add"): UpCopyAdd,
-        }
-        if (up, up_kernel) == ("upconv", 4):
-            self.fusion = _OverlappingUpConv(dim, join, **self.dd)
-        else:
-            self.fusion = layers[up, join]()
-        self._finish(2 * dim if join == "concat" else dim)
-
-    def _reduction(self, block: int) -> int:
-        return 16 if block < self.depth // 2 else _DEEPEST
-
-    def _position_grids(self) -> dict[str, Grid]:
-        return {"pos_embed": (self.grid[0] // 2, self.grid[1] // 2), "pos_embed_cnn": self.grid}
-
-    def _features(self, x: torch.Tensor, depth: int, seen: Seen | None = None) -> torch.Tensor:
-        half = self.depth // 2
-        coarse, fine = _grid(x, 32), _grid(x, 16)
-        pixels = self.cnn_embed(_as_tokens(self._cnn_features(x)[-1]))
-        pixels = self._add_positions(pixels, self.pos_embed_cnn, fine, self.grid)
-        pixels = self._run_blocks(pixels, 0, min(half, depth), fine, seen)
-        own = self.grid[0] // 2, self.grid[1] // 2
-        patches = self._add_positions(self.patch_embed(x), self.pos_embed, coarse, own)
-        patches = self._run_blocks(patches, half, depth, coarse, seen)
-        return _as_tokens(self.fusion(_as_map(patches, coarse), _as_map(pixels, fine)))
-
-
-class EarlyTokenFusion(TokenFusion):
-    """Method 2: maps of all CNN stages, brought to the image's size in 3 channels each, are concatenated to the image.
-
-    With five bridges that is the H x W x 18 of the paper. It is cut into patches as by a ViT.
-
-    Args:
-        up: "upconv" (and a 1x1 convolution) or "copy" (Figure 7), for which the 1x1 convolution comes first: it commutes
-            with copying.
-        bridges: "multi", or "single" for one bridge, from the last stage.
-        bridge_width: channels between up-convolution and 1x1 convolution.
-    """
-
-    def __init__(self, *args, up: str = "upconv", bridges: str = "multi", bridge_width: int = 4, **kwargs):
-        _check_choice("up", up, ("upconv", "copy"))
-        _check_choice("bridges", bridges, ("multi", "single"))
-        super().__init__(*args, **kwargs)
-        stages = range(_STAGES) if bridges == "multi" else [_STAGES - 1]
-        self.bridges = nn.ModuleDict()
-        for i in stages:
-            channels, scale = self.cnn_channels[i], 2 ** (i + 1)
-            self.bridges[str(i)] = (
-                UpConvConcatProject(channels, bridge_width, 0, 3, scale, **self.dd)
-                if up == "upconv"
-                else nn.Sequential(nn.Conv2d(channels, 3, 1, **self.dd), UpCopyConcat(scale))
-            )
-        self.patch_embed = self._patch_embed(16, self.in_chans + 3 * len(self.bridges))
-        self.pos_embed = self._new_positions(self.grid[0] * self.grid[1])
-        self._finish(self.embed_dim)
-
-    def _features(self, x: torch.Tensor, depth: int, seen: Seen | None = None) -> torch.Tensor:
-        grid, maps = _grid(x, 16), self._cnn_features(x)
-        joined = [x]
-        for i, bridge in enumerate(self.bridges.values()):
-            joined.append(bridge(maps[i - len(self.bridges)]))
-        tokens = self._add_positions(self.patch_embed(torch.cat(joined, dim=1)), self.pos_embed, grid, self.grid)
-        return self._run_blocks(tokens, 0, depth, grid, seen)
-
-
-class LayerwiseTokenFusion(TokenFusion):
-    """Method 3: after every sixth of the blocks, the map of one CNN stage is concatenated to the tokens and integrated.
-
-    The map is brought to the grid of the tokens by average pooling, or, for the last stage, by an up-convolution, and a
-    linear layer brings the concatenation back to the width of the tokens. It starts as [identity | small].
-
-    Args:
-        class_token: with a class token, which takes part in the blocks and not in the integration (Figure 8).
-    """
-
-    def __init__(self, *args, class_token: bool = False, **kwargs):
-        super().__init__(*args, **kwargs)
-        dim = self.embed_dim
-        if len(self.blocks) < _STAGES + 1:
-            raise ValueError(f"depth: got {len(self.blocks)}, expected {_STAGES + 1} or more")
-        self.patch_embed = self._patch_embed(16, self.in_chans)
-        self.pos_embed = self._new_positions(self.grid[0] * self.grid[1] + class_token)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **self.dd)) if class_token else None
-        *pooled, last = self.cnn_channels
-        self.integrate = nn.ModuleList(nn.Linear(dim + channels, dim, **self.dd) for channels in pooled)
-        self.integrate_last = UpConvConcatProject(last, dim, dim, dim, 2, skip_first=True, **self.dd)
-        self._finish(dim, extra_tokens=int(class_token))
-        with torch.no_grad():
-            for weight in (*(linear.weight for linear in self.integrate), self.integrate_last.proj.weight.flatten(1)):
-                weight[:, :dim] = torch.eye(dim, **self.dd)
-
-    def _features(self, x: torch.Tensor, depth: int, seen: Seen | None = None) -> torch.Tensor:
-        grid, maps = _grid(x, 16), self._cnn_features(x)
-        last = len(self.integrate)
-        each = self.depth // (last + 2)
-        tokens, prefix = self.patch_embed(x), 0
-        if self.cls_token is not None:
-            tokens, prefix = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), tokens), dim=1), 1
-        tokens = self._add_positions(tokens, self.pos_embed, grid, self.grid)
-        for i, integrate in enumerate(self.integrate):
-            tokens = self._run_blocks(tokens, i * each, min((i + 1) * each, depth), grid, seen)
-            pooled = F.avg_pool2d(maps[i], maps[i].shape[2] // grid[0])
-            patches = integrate(torch.cat((tokens[:, prefix:], _as_tokens(pooled)), dim=2))
-            tokens = torch.cat((tokens[:, :prefix], patches), dim=1) if prefix > 0 else patches
-        tokens = self._run_blocks(tokens, last * each, min((last + 1) * each, depth), grid, seen)
-        patches = _as_tokens(self.integrate_last(maps[-1], _as_map(tokens[:, prefix:], grid)))
-        tokens = torch.cat((tokens[:, :prefix], patches), dim=1) if prefix > 0 else patches
-        return self._run_blocks(tokens, (last + 1) * each, depth, grid, seen)
-
-
 def _check_size(x: torch.Tensor, img_size: Grid, global_pool: str) -> None:
     if symbolic(x) or tuple(x.shape[2:]) == img_size:
         return
     size = tuple(x.shape[2:])
-    if any(length % _DEEPEST for length in size):
-        raise ValueError(f"images: got {size[0]} x {size[1]} pixels, expected multiples of {_DEEPEST}")
+    if any(length % DEEPEST for length in size):
+        raise ValueError(f"images: got {size[0]} x {size[1]} pixels, expected multiples of {DEEPEST}")
     if global_pool != "channel":
         raise ValueError(
             f"images: got {size[0]} x {size[1]} pixels, expected {img_size[0]} x {img_size[1]}: "
@@ -440,7 +300,7 @@ def _check_size(x: torch.Tensor, img_size: Grid, global_pool: str) -> None:
         )
 
 
-def _grid(x: torch.Tensor, patch: int) -> Grid:
+def grid_of(x: torch.Tensor, patch: int) -> Grid:
     return x.shape[2] // patch, x.shape[3] // patch
 
 
@@ -458,20 +318,20 @@ def _make_cnn(
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         _log.warning(
-            "pretrained_cnn: no weights of %s: %s; random ones are used, which a frozen CNN keeps: load a checkpoint, or "
-            "pass train_cnn=True",
+            "pretrained_cnn: no weights of %s: %s; random ones are used, which a frozen CNN keeps: load a checkpoint, "
+            "or pass train_cnn=True",
             name,
             reason[0],
         )
         return make(pretrained=False)
 
 
-def _as_map(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+def as_map(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
     """[B, H W, C] -> [B, C, H, W], channels_last."""
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
-def _as_tokens(maps: torch.Tensor) -> torch.Tensor:
+def as_tokens(maps: torch.Tensor) -> torch.Tensor:
     return maps.flatten(2).transpose(1, 2)
 
 
@@ -485,29 +345,5 @@ def _resized(table: torch.Tensor, grid: Grid, own: Grid, prefix: int) -> torch.T
 
 
 def _pool(global_pool: str) -> str:
-    _check_choice("global_pool", global_pool, _POOLS)
+    check_choice("global_pool", global_pool, ("channel", "token", "mixing"))
     return global_pool
-
-
-def _check_choice(name: str, value: Any, choices: Sequence) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-class _OverlappingUpConv(nn.ConvTranspose2d):
-    """The reading of the late fusion block with a kernel of 4, stride of 2 and padding of 1."""
-
-    def __init__(self, dim: int, join: str, **dd):
-        super().__init__(dim, dim, 4, stride=2, padding=1, **dd)
-        self.join = join
-
-    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        up = F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding)
-        return torch.cat((up, skip), dim=1) if self.join == "concat" else up + skip
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -14,21 +14,18 @@ from torch import nn
 
 from tokenfusion.layers import TiedAttention, TiedFFN
 from tokenfusion.models.checkpoints import CheckedModel
+from tokenfusion.models.common import imagenet_cfg
 from tokenfusion.models.factory import build
 
 default_cfgs = generate_default_cfgs(
     {
-        "vit_pe_small_patch16_224": {
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "fixed_input_size": True,
-            "crop_pct": 0.9,
-            "interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
+        "vit_pe_small_patch16_224": imagenet_cfg(
+            fixed_input_size=True,
+            crop_pct=0.9,
+            interpolation="bicubic",
+            first_conv="patch_embed.proj",
+            classifier="head",
+        )
     }
 )
 

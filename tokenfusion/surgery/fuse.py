@@ -30,8 +30,8 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
     by dynamic_mixing, DynaMixer's block and operation in the official code or any other, found by the names and shapes
     of their parameters; a trial on random numbers shows first that such a module computes the same;
 
-    and by upconv_concat, in U-Net decoders, nn.ConvTranspose2d with kernel = stride. The model's own forward runs: where
-    torch.cat joins the result with one other tensor along the channels, both are one operator, and whatever else is
+    and by upconv_concat, in U-Net decoders, nn.ConvTranspose2d with kernel = stride. The model's own forward runs:
+    where torch.cat joins the result with one other tensor along the channels, both are one operator; whatever else is
     done with it computes the convolution as before.
 
     A module that cannot be replaced is left as it was, and the report says why: dropout of attention weights in
@@ -39,7 +39,8 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
     module looks at its parts again. Where one was changed, by a hook, an adapter, pruning, quantisation, another class,
     and for what only a call can tell, such as a mask, the original forward pass runs; a change is logged once for each
     module, as a warning of the logger "tokenfusion". So it does under torch.func, forward-mode differentiation,
-    tracing, scripting and exporting.
+    tracing, scripting and exporting. Patch the forward of a class, if at all, after a first `fuse` of its modules: one
+    that is patched when it is first seen keeps to its original forward when the patch is taken off.
 
     Args:
         model: any nn.Module.
@@ -103,7 +104,7 @@ def unfuse(model: nn.Module) -> None:
         if reason is not None:
             raise ValueError(f"model: {name or 'the model itself'} cannot be unfused: {reason}; take that off first")
     for module in fused.values():
-        module.__class__ = module.original
+        drop_in.restore(module)
 
 
 def _check_module(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from benchmarks.measure import problem
 from benchmarks.measure.problem import Problem
 from benchmarks.ops.dynamic_mixing import cases
 from tokenfusion import layers
-from tokenfusion.models.dynamixer_plain import PlainBlock
+from tokenfusion.models.dynamixer_reference import PlainBlock
 
 CASES = cases.CASES
 

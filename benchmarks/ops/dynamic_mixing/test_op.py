@@ -10,7 +10,7 @@ from benchmarks.measure.problem import Problem
 from benchmarks.ops.dynamic_mixing import cases
 from tokenfusion.kernels import dynamic_mixing
 from tokenfusion.kernels.dynamic_mixing import reference
-from tokenfusion.models.dynamixer_plain import PlainOp
+from tokenfusion.models.dynamixer_reference import PlainOp
 
 CASES = cases.CASES
 _DIM = 1

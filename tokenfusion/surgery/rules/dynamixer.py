@@ -137,7 +137,7 @@ def _is_block(module: nn.Module) -> bool:
 class StructuralRule:
     """As `DropInRule`, for modules of any class with a certain structure.
 
-    found is the package's layer for them, parameters are all names that there may be.
+    found is the package's layer for them, and parameters are the names of all the parameters that it has.
     """
 
     found: type[_Found]

@@ -1,6 +1,8 @@
-"""DynaMixer's layers as the paper and the official code have them: plain PyTorch, one operation after the other.
+"""DynaMixer's block as the paper and the official code have it: plain PyTorch, one operation after the other.
 
-What the package's own layers are compared with, in results and in time. Parameter names are the official ones.
+The package's own layers are compared with it, in results and in time, and `fuse` finds it by its structure. It is
+written on its own: `plain_forward` of the package's layers serves their ablations, too. Parameter names are the
+official ones.
 """
 
 import copy
@@ -52,30 +54,18 @@ class PlainBlock(nn.Module):
         return self.proj(h * h_share + w * w_share + c * c_share)
 
 
-class PlainLayer(nn.Module):
-    """x + block(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, norm1: nn.Module, block: PlainBlock, norm2: nn.Module, mlp: nn.Module, drop_path: nn.Module):
-        super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp, self.drop_path = norm1, block, norm2, mlp, drop_path
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
 def plain(model: nn.Module) -> nn.Module:
-    """A copy of a DynaMixer with plain layers, of the same state_dict.
+    """A copy of a DynaMixer with plain blocks, of the same state_dict. With them its layers are plain, too.
 
     Raises:
-        ValueError: a model with another generator, or without one of the parts; the official code has no such.
+        ValueError: a model with another generator, or without one of the parts: the official code has none such.
     """
     model = copy.deepcopy(model)
     for stage in model.network:
         if isinstance(stage, nn.Sequential):
-            for i, layer in enumerate(stage):
-                stage[i] = PlainLayer(layer.norm1, _plain_block(layer.attn), layer.norm2, layer.mlp, layer.drop_path)
-    return model.train(model.training)
+            for layer in stage:
+                layer.attn = _plain_block(layer.attn)
+    return model
 
 
 def _plain_block(block: nn.Module) -> PlainBlock:

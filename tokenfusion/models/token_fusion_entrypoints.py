@@ -2,24 +2,17 @@
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from tokenfusion.models.common import imagenet_cfg
 from tokenfusion.models.factory import build
-from tokenfusion.models.token_fusion import EarlyTokenFusion, LateTokenFusion, LayerwiseTokenFusion, TokenFusion
+from tokenfusion.models.token_fusion import TokenFusion
+from tokenfusion.models.token_fusion_methods import EarlyTokenFusion, LateTokenFusion, LayerwiseTokenFusion
 
-_CFG = {
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "pool_size": None,
-    "crop_pct": 224 / 256,
-    "interpolation": "bilinear",
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-    "first_conv": ("patch_embed.proj", "cnn.conv1"),
-    "classifier": "head",
-}
+_CFG = imagenet_cfg(
+    crop_pct=224 / 256, interpolation="bilinear", first_conv=("patch_embed.proj", "cnn.conv1"), classifier="head"
+)
 default_cfgs = generate_default_cfgs({f"token_fusion_{name}": _CFG for name in ("late", "early", "layerwise")})
 
 

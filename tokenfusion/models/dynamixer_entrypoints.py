@@ -5,38 +5,26 @@ The paper counts the stages of one resolution as one. It trains with a drop_path
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from tokenfusion.models.common import imagenet_cfg
 from tokenfusion.models.dynamixer import DynaMixer
 from tokenfusion.models.factory import build
 
-
-def _cfg(crop_pct: float = 0.9) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "fixed_input_size": True,
-        "crop_pct": crop_pct,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
+_CFG = imagenet_cfg(
+    fixed_input_size=True, crop_pct=0.9, interpolation="bicubic", first_conv="patch_embed.proj", classifier="head"
+)
+default_cfgs = generate_default_cfgs(
+    {"dynamixer_s": _CFG, "dynamixer_m": _CFG, "dynamixer_l": _CFG | {"crop_pct": 0.875}}
+)
 
 
-default_cfgs = generate_default_cfgs({"dynamixer_s": _cfg(), "dynamixer_m": _cfg(), "dynamixer_l": _cfg(0.875)})
-
-
-def _dynamixer(variant: str, pretrained: bool, config: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+def _dynamixer(name: str, pretrained: bool, config: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
     config = config | kwargs
     out_indices = config.pop("out_indices", tuple(range(len(config["layers"]))))
     feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
-    return build(DynaMixer, variant, pretrained, feature_cfg=feature_cfg, **config)
+    return build(DynaMixer, name, pretrained, feature_cfg=feature_cfg, **config)
 
 
 @register_model

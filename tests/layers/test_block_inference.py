@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.crossvit import randomize
 from tests.parity import assert_parity
-from tokenfusion.layers import in_place
+from tokenfusion.layers import block_inference
 
 X = torch.randn(2, 9, 16)
 
@@ -23,8 +23,8 @@ def blocks(**options) -> nn.Sequential:
 def runs_in_place(monkeypatch):
     """How many blocks went the in-place way."""
     calls = []
-    run_block = in_place._run_block
-    monkeypatch.setattr(in_place, "_run_block", lambda block, x: calls.append(block) or run_block(block, x))
+    run_block = block_inference._run_block
+    monkeypatch.setattr(block_inference, "_run_block", lambda block, x: calls.append(block) or run_block(block, x))
     return calls
 
 
@@ -34,7 +34,7 @@ def test_same_bits_and_untouched_input(options, autocast, runs_in_place):
     model, x = blocks(**options), X.clone()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         expected = model(x)
-        got = in_place.run_blocks(model, x)
+        got = block_inference.run_blocks(model, x)
     assert len(runs_in_place) == 2
     assert got.dtype == expected.dtype and torch.equal(got, expected)
     assert torch.equal(x, X)
@@ -47,7 +47,7 @@ def test_fused_products(options, dtype, runs_in_place):
     with torch.no_grad():
         expected, exact = model(x), copy.deepcopy(model).double()(x.double())
         with torch.autograd.profiler.profile() as profile:
-            got = in_place.run_blocks(model, x)
+            got = block_inference.run_blocks(model, x)
     assert len(runs_in_place) == 2
     if dtype == torch.float32:
         assert "mkldnn::_linear_pointwise" in {event.name for event in profile.function_events}
@@ -59,17 +59,17 @@ def test_a_hook_inside_a_block_runs(name):
     model, seen = blocks(), []
     model.get_submodule(name).register_forward_hook(lambda *_: seen.append(name))
     with torch.no_grad():
-        torch.testing.assert_close(in_place.run_blocks(model, X), model(X))
+        torch.testing.assert_close(block_inference.run_blocks(model, X), model(X))
     assert len(seen) == 2
 
 
 def test_training_and_changed_blocks_go_the_usual_way(runs_in_place):
-    assert torch.equal(in_place.run_blocks(blocks(), X), blocks()(X))  # gradients are recorded
+    assert torch.equal(block_inference.run_blocks(blocks(), X), blocks()(X))  # gradients are recorded
     identity = blocks()
     for block in identity:
         block.mlp, block.norm2 = nn.Identity(), nn.Identity()
     with torch.no_grad():
-        assert torch.equal(in_place.run_blocks(identity, X), identity(X))
+        assert torch.equal(block_inference.run_blocks(identity, X), identity(X))
     assert not runs_in_place
 
 
@@ -77,7 +77,7 @@ def test_hooks_run_and_keep_what_they_saw():
     model, seen = blocks(), []
     model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
-        in_place.run_blocks(model, X)
+        block_inference.run_blocks(model, X)
         assert torch.equal(seen[0], model[0](X))
 
 
@@ -88,5 +88,5 @@ def test_what_a_hook_keeps_does_not_change(name):
     model.get_submodule(name).register_forward_hook(
         lambda module, inputs, output: kept.append((output, output.clone()))
     )
-    in_place.run_blocks(model, X)
+    block_inference.run_blocks(model, X)
     assert all(torch.equal(output, copy) for output, copy in kept) and kept

@@ -1,4 +1,4 @@
-"""The tied layers against the same layers with a matrix for each use, their gradients summed."""
+"""The tied layers of a transformer against layers with a matrix for each use, their gradients summed."""
 
 import os
 import socket
@@ -7,43 +7,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
-from timm.models.resnet import Bottleneck
 from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from tests.crossvit import randomize
+from tests.layers.tied import copy_values, with_gradients
 from tests.parity import assert_runs
-from tokenfusion.layers import TiedAttention, TiedBottleneck, TiedFFN, TiedStage
+from tokenfusion.layers import TiedAttention, TiedFFN
 
 B, N, C = 2, 7, 16
-
-
-def _with_gradients(module, x, parameters):
-    x = x.detach().requires_grad_()
-    y = module(x)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    return y, torch.autograd.grad((y * weights).sum(), (x, *parameters))
-
-
-def _copy(pairs) -> None:
-    with torch.no_grad():
-        for parameter, value in pairs:
-            parameter.copy_(value)
 
 
 @pytest.mark.parametrize("act_layer", [nn.GELU, nn.ReLU, nn.SiLU, nn.Identity])
 def test_ffn_is_the_untied_mlp(act_layer):
     tied = randomize(TiedFFN(C, 40, act_layer=act_layer)).double()
     mlp = Mlp(C, 40, act_layer=act_layer).double()
-    _copy(((mlp.fc1.weight, tied.weight), (mlp.fc1.bias, tied.bias_in)))
-    _copy(((mlp.fc2.weight, tied.weight.t()), (mlp.fc2.bias, tied.bias_out)))
+    copy_values(((mlp.fc1.weight, tied.weight), (mlp.fc1.bias, tied.bias_in)))
+    copy_values(((mlp.fc2.weight, tied.weight.t()), (mlp.fc2.bias, tied.bias_out)))
     x = torch.randn(B, N, C, dtype=torch.float64)
-    y, (dx, dw, db_in, db_out) = _with_gradients(tied, x, (tied.weight, tied.bias_in, tied.bias_out))
+    y, (dx, dw, db_in, db_out) = with_gradients(tied, x, (tied.weight, tied.bias_in, tied.bias_out))
     parameters = (mlp.fc1.weight, mlp.fc2.weight, mlp.fc1.bias, mlp.fc2.bias)
-    want, (dx_, dw1, dw2, db1, db2) = _with_gradients(mlp, x, parameters)
+    want, (dx_, dw1, dw2, db1, db2) = with_gradients(mlp, x, parameters)
     torch.testing.assert_close((y, dx, dw, db_in, db_out), (want, dx_, dw1 + dw2.t(), db1, db2))
 
 
@@ -52,15 +38,15 @@ def test_attention_is_the_untied_attention(bias):
     tied = randomize(TiedAttention(C, 4, qkv_bias=bias, proj_bias=bias)).double()
     attn = Attention(C, 4, qkv_bias=bias, proj_bias=bias).double()
     w_q, w_kv = tied.weight_q, tied.weight_kv
-    _copy(((attn.qkv.weight, torch.cat((w_q, w_kv, w_kv.t()))), (attn.proj.weight, w_q.t())))
+    copy_values(((attn.qkv.weight, torch.cat((w_q, w_kv, w_kv.t()))), (attn.proj.weight, w_q.t())))
     biases = []
     if bias:
         biases = [tied.bias_q, tied.bias_k, tied.bias_v, tied.bias_out]
-        _copy(((attn.qkv.bias, torch.cat(biases[:3])), (attn.proj.bias, tied.bias_out)))
+        copy_values(((attn.qkv.bias, torch.cat(biases[:3])), (attn.proj.bias, tied.bias_out)))
     x = torch.randn(B, N, C, dtype=torch.float64)
-    y, (dx, dq, dkv, *db) = _with_gradients(tied, x, (w_q, w_kv, *biases))
+    y, (dx, dq, dkv, *db) = with_gradients(tied, x, (w_q, w_kv, *biases))
     parameters = [attn.qkv.weight, attn.proj.weight, *([attn.qkv.bias, attn.proj.bias] if bias else [])]
-    want, (dx_, dqkv, dproj, *db_) = _with_gradients(attn, x, parameters)
+    want, (dx_, dqkv, dproj, *db_) = with_gradients(attn, x, parameters)
     torch.testing.assert_close((y, dx), (want, dx_))
     torch.testing.assert_close(dq, dqkv[:C] + dproj.t())
     torch.testing.assert_close(dkv, dqkv[C : 2 * C] + dqkv[2 * C :].t())
@@ -76,42 +62,6 @@ def test_attention_takes_masks_as_timms_does():
     torch.testing.assert_close(tied(x, is_causal=True), tied(x, attn_mask=mask))
 
 
-def _untied_block(tied: TiedBottleneck, weight: torch.Tensor) -> nn.Module:
-    block = Bottleneck(4 * len(weight), len(weight), stride=tied.stride).to(weight)
-    _copy(((block.conv1.weight, weight[:, :, None, None]), (block.conv3.weight, weight.t()[:, :, None, None])))
-    block.conv2.load_state_dict(tied.conv2.state_dict())
-    for name in ("bn1", "bn2", "bn3"):
-        getattr(block, name).load_state_dict(getattr(tied, name).state_dict())
-    return block
-
-
-@pytest.mark.parametrize("in_channels, stride, size", [(32, 1, 6), (8, 1, 6), (16, 2, 6), (16, 2, 5), (32, 2, 1)])
-def test_bottleneck_is_the_untied_one_on_repeated_channels(in_channels, stride, size):
-    stage = randomize(TiedStage(TiedBottleneck(in_channels, 8, stride))).double()
-    block = _untied_block(stage.blocks[0], stage.weight)
-    if stride == 2:
-        block.downsample = nn.AvgPool2d(2, ceil_mode=True)
-
-    def untied(x):
-        return block(x.repeat(1, 32 // in_channels, 1, 1))
-
-    x = torch.randn(B, in_channels, size, size, dtype=torch.float64)
-    y, (dx, dw) = _with_gradients(stage, x, (stage.weight,))
-    want, (dx_, dw1, dw3) = _with_gradients(untied, x, (block.conv1.weight, block.conv3.weight))
-    torch.testing.assert_close((y, dx, dw), (want, dx_, dw1[:, :, 0, 0] + dw3[:, :, 0, 0].t()))
-
-
-def test_stage_shares_its_matrix_and_iterates_for_checkpointing():
-    stage = randomize(TiedStage(TiedBottleneck(16, 8, 2), TiedBottleneck(32, 8))).eval()
-    x = torch.randn(B, 16, 6, 6)
-    one_by_one = x
-    for block in stage:
-        one_by_one = checkpoint(block, one_by_one, use_reentrant=False)
-    assert torch.equal(one_by_one, stage(x))
-    matrices = [name for name, p in stage.named_parameters() if p.dim() == 2]
-    assert matrices == ["weight"] and len(stage) == 2
-
-
 @pytest.mark.parametrize(
     "make, parts",
     [
@@ -120,8 +70,6 @@ def test_stage_shares_its_matrix_and_iterates_for_checkpointing():
         (lambda: TiedFFN(8, 16, norm_layer=nn.LayerNorm), ["norm_layer", "None"]),
         (lambda: TiedAttention(10, 4), ["dim", "10", "4"]),
         (lambda: TiedAttention(8, 4, qk_norm=True), ["qk_norm", "False"]),
-        (lambda: TiedBottleneck(24, 8), ["in_channels", "24", "32"]),
-        (lambda: TiedBottleneck(32, 8, stride=3), ["stride", "3", "1 or 2"]),
     ],
 )
 def test_bad_arguments(make, parts):

@@ -1,8 +1,8 @@
 """The registered CrossViTs: Tables 1, 2 and 4 of arXiv:2103.14899.
 
 timm groups models by the base name of the file that registers them: one named crossvit.py would join timm's own group.
-Names give the pixels of the small branch, as timm's do, and the paper those of the large one: 240 is its 224, 408 its 384
-and 504 its 480.
+Names give the pixels of the small branch, as timm's do, and the paper those of the large one: 240 is its 224, 408 its
+384 and 504 its 480.
 """
 
 import dataclasses
@@ -29,19 +29,19 @@ _OF_TIMM = ("tiny_240", "small_240", "base_240", "9_240", "15_240", "18_240")
 _OF_TIMM += ("9_dagger_240", "15_dagger_240", "18_dagger_240", "15_dagger_408", "18_dagger_408")
 
 
-def _cfg(variant: str, **changes: Any) -> PretrainedCfg:
-    """timm's configuration of its crossvit_<variant>: its hub repository, mean and deviation, crop, classifier."""
-    return dataclasses.replace(timm.get_pretrained_cfg(f"crossvit_{variant}.in1k"), **changes)
+def _cfg(name: str, **changes: Any) -> PretrainedCfg:
+    """timm's configuration of its crossvit_<name>: its hub repository, mean and deviation, crop, classifier."""
+    return dataclasses.replace(timm.get_pretrained_cfg(f"crossvit_{name}.in1k"), **changes)
 
 
 default_cfgs = generate_default_cfgs(
-    {f"tokenfusion_crossvit_{variant}.in1k": _cfg(variant) for variant in _OF_TIMM}
+    {f"tokenfusion_crossvit_{name}.in1k": _cfg(name) for name in _OF_TIMM}
     | {"tokenfusion_crossvit_18_dagger_504": _cfg("18_dagger_408", hf_hub_id=None, input_size=(3, 504, 504))}
 )
 
 
-def _crossvit(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    size, *dagger, pixels = variant.split("_")
+def _crossvit(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    size, *dagger, pixels = name.split("_")
     embed_dim, heads, blocks, ratio = _SIZES[size]
     config = {
         "img_scale": (1.0, _LARGE_BRANCH[int(pixels)] / int(pixels)),
@@ -54,7 +54,7 @@ def _crossvit(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
     encoders = len(config["depth"])
     out_indices = config.pop("out_indices", (encoders - 1, 2 * encoders - 1))  # the last of each branch
     feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
-    return build(CrossViT, f"tokenfusion_crossvit_{variant}", pretrained, feature_cfg=feature_cfg, **config)
+    return build(CrossViT, f"tokenfusion_crossvit_{name}", pretrained, feature_cfg=feature_cfg, **config)
 
 
 @register_model
