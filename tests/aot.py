@@ -1,4 +1,4 @@
-"""Compiles what a Triton host would launch, ahead of time and without a GPU; run as a program, with no TRITON_INTERPRET.
+"""Compiles what a Triton host would launch, ahead of time and without a GPU; a program, with no TRITON_INTERPRET.
 
 Reads a JSON list of calls from stdin, {"host": module, "call": function, "capability": 90, "arguments": [...]}, where a
 tensor is {"shape": [...], "dtype": "bfloat16"}. Prints a JSON list: for each call its launches, one record a kernel.

@@ -64,4 +64,4 @@ def check(use: Callable, *tensors, up: nn.Module | None = None, runs: bool | Non
         stride = name.startswith("result")
         scale = tolerance * max(1.0, value.abs().max().item()) if value.is_floating_point() else 0
         limits = {"rtol": 0, "atol": scale, "check_stride": stride, "equal_nan": True}
-        torch.testing.assert_close(actual[name], value, **limits, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(actual[name], value, **limits, msg=lambda text, name=name: f"{name}: {text}")

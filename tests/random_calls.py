@@ -77,7 +77,9 @@ def _dynamic_mixing(pick):
 
     rows = segments * reduced
     generate = (length**2, length * reduced), (length**2,)
-    return Call(run, ((pick.choice((0, 1, 2)), height, width, channels), (rows, channels), (rows,), *generate), innermost=(0,))
+    return Call(
+        run, ((pick.choice((0, 1, 2)), height, width, channels), (rows, channels), (rows,), *generate), innermost=(0,)
+    )
 
 
 def _tied_ffn(pick):

@@ -137,4 +137,3 @@ def test_odd_strides_of_sizes_of_one(name):
     with tokenfusion.backend("reference"):
         expected = tokenfusion.kernels.upconv_concat(given["x"].clone(), weight, bias, given["skip"])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-

@@ -1,4 +1,4 @@
-"""The GPU check itself, on a machine without a GPU: what fails, hangs or is missing is recorded, and the rest goes on."""
+"""The GPU check on a machine without a GPU: what fails, hangs or is missing is recorded, and the rest goes on."""
 
 import json
 import os

@@ -36,9 +36,7 @@ def check(operator: str, number: int) -> None:
     call, dtype = random_call(pick, operator), pick.choice(DTYPES)
     layouts = [pick.choice(LAYOUTS) for _ in (*call.shapes, "gradient")]
     tensors = [
-        None
-        if shape is None
-        else laid_out(drawn(shape).to(dtype), layout, pick, i in call.innermost)
+        None if shape is None else laid_out(drawn(shape).to(dtype), layout, pick, i in call.innermost)
         for i, (shape, layout) in enumerate(zip(call.shapes, layouts))
     ]
     present = [t for t in tensors if t is not None]
@@ -60,7 +58,7 @@ def check(operator: str, number: int) -> None:
 def assert_call(actual, others, exact, summands: int, where: str) -> None:
     """The parity rule, with the worst tensor of eager, and of the kernel for contiguous operands, for all of a call.
 
-    On a few elements eager alone is too often lucky; that the kernel is right for contiguous operands is tested elsewhere.
+    On a few elements eager alone is too often lucky; the kernel for contiguous operands is tested elsewhere.
     """
     scale = max((e for e in exact if e.numel()), key=lambda e: e.abs().max(), default=None)
     found = {}

@@ -28,8 +28,8 @@ at::DataPtr allocate(int64_t bytes) { return c10::GetCPUAllocator()->allocate(by
 void check_operands(const Tensor& out, at::TensorList branches, at::TensorList weights, const Tensor& gates) {
   check_rank("out", out, 3);
   check_rank("gates", gates, 3);
-  TORCH_CHECK_VALUE(branches.size() == weights.size() && !branches.empty(), "branches, weights: got ", branches.size(), " and ",
-                    weights.size(), ", expected the same number of each, and at least one");
+  TORCH_CHECK_VALUE(branches.size() == weights.size() && !branches.empty(), "branches, weights: got ", branches.size(),
+                    " and ", weights.size(), ", expected the same number of each, and at least one");
   const int64_t batch = out.size(0), tokens = out.size(1), channels = gates.size(2), count = branches.size();
   check("gates", gates, {batch, count, channels}, out.options());
   for (int64_t k = 0; k < count; ++k) {
@@ -107,8 +107,8 @@ void forward(at::TensorList branches_, at::TensorList weights, const Tensor& gat
 
 typedef std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> Gradients;
 
-// The gradients of gates, weights and branches, in float32. Items are images times branches; each worker has its own sums of
-// the weights' gradients.
+// The gradients of gates, weights and branches, in float32. Items are images times branches; each worker has its own
+// sums of the weights' gradients.
 Gradients backward(const Tensor& grad_, const Tensor& gates, at::TensorList branches_, at::TensorList weights) {
   const auto& kernels = gemm_kernels(at::kFloat);
   TORCH_CHECK_TYPE(grad_.scalar_type() == at::kFloat, "grad: got dtype ", grad_.scalar_type(), ", expected float32");

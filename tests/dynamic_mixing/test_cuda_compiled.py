@@ -1,4 +1,4 @@
-"""The CUDA kernels of dynamic_mixing compiled for GPUs that are not here: no spill, wide loads, products on tensor cores."""
+"""The CUDA kernels of dynamic_mixing compiled for GPUs that are not here: no spill, wide loads, tensor cores."""
 
 import re
 

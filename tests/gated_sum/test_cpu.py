@@ -167,10 +167,14 @@ def test_another_backend_is_left_to_pytorch():
 def test_transforms_are_left_to_pytorch():
     branches, *others = problem(torch.float32)
     with torch.no_grad(), assert_runs():
-        batched = torch.func.vmap(lambda *branches: projected(list(branches), *others))(*(p.unsqueeze(0) for p in branches))
+        batched = torch.func.vmap(lambda *branches: projected(list(branches), *others))(
+            *(p.unsqueeze(0) for p in branches)
+        )
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(branch, branch) for branch in branches]
             tangent = forward_ad.unpack_dual(projected(duals, *others)).tangent
     expected = plain(branches, *others)
     torch.testing.assert_close(batched[0], expected, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(tangent, expected - plain([0 * branch for branch in branches], *others), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        tangent, expected - plain([0 * branch for branch in branches], *others), rtol=1e-4, atol=1e-3
+    )

@@ -21,7 +21,7 @@ def make_inputs(
     seed: int = 0,
     device: str = "cpu",
 ) -> Tensors:
-    """query, tokens and extra_token that require gradients, and a gradient of the context; scores of about unit size."""
+    """query, tokens and extra_token that require gradients, a gradient of the context; scores of about unit size."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The Triton kernels of single_query_attention compiled for GPUs that are not here: no spill, one read of the tokens."""
+"""The Triton kernels of single_query_attention compiled for GPUs that are not here: no spill, one read of tokens."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The CUDA kernels of single_query_attention compiled for GPUs that are not here: no spill, one wide read of the tokens."""
+"""The CUDA kernels of single_query_attention compiled for GPUs that are not here: no spill, one read of tokens."""
 
 import re
 

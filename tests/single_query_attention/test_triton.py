@@ -1,4 +1,4 @@
-"""The Triton kernels of single_query_attention against the reference: in the interpreter, or on a GPU where there is one."""
+"""The Triton kernels of single_query_attention against the reference: in the interpreter, or on a GPU."""
 
 import functools
 

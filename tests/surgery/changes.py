@@ -451,5 +451,3 @@ CHANGES = {
         _on_all_modules(every.register_module_full_backward_pre_hook, lambda module, out: _noted(out)), _model
     ),
 }
-
-

@@ -68,9 +68,10 @@ def test_an_autocast_dtype_without_a_kernel():
 def test_inference_tensors_as_inputs():
     up, (x, skip) = upconv(), inputs()
     fused = fused_copy(up)
-    for x in (x.detach(), x.detach().repeat(1, 2, 1, 1)[:, ::2], x.detach().to(memory_format=torch.channels_last)):
+    plain = x.detach()
+    for laid_out in (plain, plain.repeat(1, 2, 1, 1)[:, ::2], plain.to(memory_format=torch.channels_last)):
         with torch.inference_mode():
-            x, skip = x * 1, skip * 1
+            x, skip = laid_out * 1, skip * 1
             with assert_runs("upconv_concat_cpu"):
                 y = fused(x)
                 joined = torch.cat((y, skip), 1)

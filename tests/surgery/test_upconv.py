@@ -121,9 +121,7 @@ def test_every_decoder_that_concatenates_with_one_tensor(make):
         torch.testing.assert_close(actual, everything(plain.train(training), x, skip))
 
 
-@pytest.mark.parametrize(
-    "make, sizes", [(TripleDecoder, (6, 10)), (WideDecoder, (7, 10)), (BranchingDecoder, None)]
-)
+@pytest.mark.parametrize("make, sizes", [(TripleDecoder, (6, 10)), (WideDecoder, (7, 10)), (BranchingDecoder, None)])
 def test_decoders_that_do_something_else_are_computed(make, sizes):
     plain = make(4)
     fused = fused_copy(plain)
@@ -201,8 +199,19 @@ def dyn_unet() -> nn.Module:
 def nnu_net(make: type[nn.Module], deep_supervision: bool = True) -> nn.Module:
     blocks = {"n_blocks_per_stage": 1} if make is ResidualEncoderUNet else {"n_conv_per_stage": 1}
     return make(
-        3, 3, (4, 8, 8), nn.Conv2d, 3, (1, 2, 2), **blocks, num_classes=2, n_conv_per_stage_decoder=1, conv_bias=True,
-        norm_op=nn.InstanceNorm2d, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+        3,
+        3,
+        (4, 8, 8),
+        nn.Conv2d,
+        3,
+        (1, 2, 2),
+        **blocks,
+        num_classes=2,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm2d,
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
         deep_supervision=deep_supervision,
     )
 

@@ -50,7 +50,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 def progress_bar(subject: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Yields step(stage=None, advance=0), which names the stage and moves the bar; total None has no end.
 
-    Nothing is shown where standard error is no terminal, or one that cannot take a line back. Nothing may be printed on standard output meanwhile.
+    Nothing is shown where standard error is no terminal, or one that cannot take a line back. Nothing may be printed
+    on standard output meanwhile.
     """
     terminal = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())

@@ -17,8 +17,8 @@ LIBRARY = torch.library.Library("tokenfusion", "DEF")
 class Form:
     """What is the same for an operator on every backend, and for its backward, which is an operator, too.
 
-    schema: arguments and results, as in "(Tensor x) -> Tensor". The last argument of a backward is bool[n] needed: which
-        of its n results are wanted; the others are empty.
+    schema: arguments and results, as in "(Tensor x) -> Tensor". The last argument of a backward is bool[n] needed:
+        which of its n results are wanted; the others are empty.
     fake: returns empty results with the shapes, strides and dtypes of the real ones.
     flops: of the shapes of the arguments, how many floating-point operations the matrix products take; see
         torch.utils.flop_counter.register_flop_formula.
@@ -36,7 +36,7 @@ class Form:
 
 
 def define_differentiable(name: str, backends: Sequence[str], forward: Form, backward: Form) -> dict[str, Callable]:
-    """Declares tokenfusion::<name>_<backend> and <name>_backward_<backend> for each backend; devices add kernels to them.
+    """Declares tokenfusion::<name>_<backend> and <name>_backward_<backend> for each backend; devices add kernels.
 
     Returns:
         The operators by backend, to be called.

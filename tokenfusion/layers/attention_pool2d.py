@@ -36,9 +36,8 @@ class AttentionPool2d(DropIn, attention_pool2d.AttentionPool2d):
             reason = why_not_linear(parts.get(name), name, 3 * rows // len(projections), columns)
             if reason is not None:
                 return reason
-        return (
-            why_not_part(drop, "drop", nn.Dropout, nn.Identity)
-            or why_not_part(parts.get("proj"), "proj", nn.Linear, nn.Identity)
+        return why_not_part(drop, "drop", nn.Dropout, nn.Identity) or why_not_part(
+            parts.get("proj"), "proj", nn.Linear, nn.Identity
         )
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -39,9 +39,7 @@ def are_plain(*modules: nn.Module) -> bool:
 
 
 def _is_plain(block: nn.Module) -> bool:
-    return (
-        type(block) is Block and type(block.attn) is Attention and type(block.mlp) is Mlp and are_plain(block)
-    )
+    return type(block) is Block and type(block.attn) is Attention and type(block.mlp) is Mlp and are_plain(block)
 
 
 def _run_block(block: Block, x: torch.Tensor) -> torch.Tensor:

@@ -130,9 +130,7 @@ def _backward(grad, x, weight, needed):
     if backend != "reference":
         return getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{backend}").default(grad, x, weight, needed)
     sizes, step = [weight.shape[1]], weight.shape[2:]
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, sizes, step, [0, 0], [1, 1], True, [0, 0], 1, needed
-    )
+    return torch.ops.aten.convolution_backward(grad, x, weight, sizes, step, [0, 0], [1, 1], True, [0, 0], 1, needed)
 
 
 class _Same(torch.autograd.Function):

@@ -46,9 +46,8 @@ class ClassAttention(DropIn, volo.ClassAttention):
     def why_not(module: nn.Module) -> str | None:
         parts, kv = module._modules, module._modules.get("kv")
         channels = kv.in_features if type(kv) is nn.Linear else 0
-        return (
-            why_not_linear(kv, "kv", 2 * module.num_heads * module.head_dim, channels)
-            or why_not_dropout(parts.get("attn_drop"), "attn_drop", module.training)
+        return why_not_linear(kv, "kv", 2 * module.num_heads * module.head_dim, channels) or why_not_dropout(
+            parts.get("attn_drop"), "attn_drop", module.training
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@
 namespace tokenfusion {
 namespace {
 
-constexpr int64_t kWorkPerThread = 1 << 15;  // elements below which threads do not pay
+constexpr int64_t kWorkPerThread = 1 << 15;       // elements below which threads do not pay
 constexpr int64_t kColumns = 512, kDepth = 2048;  // what is packed together
 
 at::DataPtr allocate(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }

@@ -10,7 +10,7 @@ ROWS = 16  # tl.dot's least
 TARGETS = 16
 INPUTS = 16  # of the N * d of a row, whose gradients a program makes
 WEIGHT_SPLITS = 32  # programs among which the rows are divided for the gradient of the generator's weight
-# itemsize: padded number of tokens: warps; of (forward_kernel, grad_x_kernel, grad_compressed_kernel, grad_weight_kernel)
+# itemsize: padded number of tokens: warps; of the kernels forward, grad_x, grad_compressed and grad_weight
 _WARPS = {
     2: {16: (4, 4, 4, 8), 32: (8, 16, 8, 8), 64: (16, 16, 16, 16)},
     4: {16: (8, 8, 16, 16), 32: (16, 16, 16, 16), 64: (32, 32, 32, 32)},

@@ -147,8 +147,8 @@ def gated_sum(
 
     Raises:
         TypeError: a dtype that is not floating point, or differing dtypes.
-        ValueError: mismatching numbers of tensors or sizes, tensors on different devices; an out that is not contiguous,
-            or while a gradient is recorded.
+        ValueError: mismatching numbers of tensors or sizes, tensors on different devices; an out that is not
+            contiguous, or while a gradient is recorded.
     """
     count = len(branches)
     tensors = autocast(*branches, *weights, *biases, gates, proj_weight, proj_bias)

@@ -18,9 +18,9 @@ def gated_sum(
 
         y[b, t] = sum_k g_k[b] * (branch_k[b, t] W_k^T + bias_k)
 
-    The gates g_k[b] scale the output channels of W_k, so that each image needs one product with as many K-loops as there
-    are branches, and the output of no layer is written. The same holds for gradients: M_k[b] = dy[b]^T branch_k[b] gives
-    dW_k = sum_b diag(g_k[b]) M_k[b] as well as dg_k[b], the row sums of W_k * M_k[b].
+    The gates g_k[b] scale the output channels of W_k, so that each image needs one product with as many loops over its
+    depth as there are branches, and the output of no layer is written. The same holds for gradients: M_k[b] =
+    dy[b]^T branch_k[b] gives dW_k = sum_b diag(g_k[b]) M_k[b] as well as dg_k[b], the row sums of W_k * M_k[b].
     """
     y = of_scaled(branches, scaled(weights, gates), gated_bias(biases, gates))
     return y if proj_weight is None else F.linear(y, proj_weight, proj_bias)

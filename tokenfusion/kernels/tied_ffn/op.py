@@ -133,8 +133,9 @@ def tied_ffn(
 ) -> torch.Tensor:
     """A feed-forward network with one matrix for both its layers: y = act(x W^T + b_in) W + b_out.
 
-    The parameter-efficient feed-forward network of Koyun and Töreyin (2024), Eq. 4; `reference.py` has the algebra of its
-    gradients. Differentiable, twice, in all four tensors; the weight gets one gradient, the sum over both its uses.
+    The parameter-efficient feed-forward network of Koyun and Töreyin (arXiv:2401.16438), Eq. 4; `reference.py` has the
+    algebra of its gradients. Differentiable, twice, in all four tensors; the weight gets one gradient, the sum over
+    both its uses.
 
     Args:
         x: [..., C], of any number of dimensions. Copied where its leading dimensions cannot be merged, as by F.linear.
@@ -143,7 +144,8 @@ def tied_ffn(
         bias_out: [C], or None.
         activation: "gelu" (exact), "gelu_tanh", "relu", "silu" or "identity".
         recompute: hold x alone for the backward pass, which computes x W^T again. False holds the pre-activation
-            x W^T + b_in too: F / C times the memory of x, and one matrix product of seven less. The reference backend holds all that autograd does.
+            x W^T + b_in too: F / C times the memory of x, and one matrix product of seven less. The reference backend
+            holds all that autograd does.
 
     All of one device and of one dtype: float16, bfloat16, float32 or float64. Under autocast they are cast to its
     dtype, as those of F.linear are.

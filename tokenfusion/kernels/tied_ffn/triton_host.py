@@ -12,14 +12,14 @@ MAX_SPLITS = 16
 
 
 def _options(itemsize: int, accumulators: int = 1) -> dict[str, int]:
-    """Tile sizes in the order rows, columns, depth of a product, and how they are run; none spills on sm_80 to sm_100."""
+    """Tile sizes in the order rows, columns, depth of a product, and how they run; none spills on sm_80 to sm_100."""
     if itemsize == 4:
         return {"rows": 32, "columns": 32, "depth": 16, "num_warps": 4, "num_stages": 2}
     return {"rows": 128 // accumulators, "columns": 128, "depth": 32, "num_warps": 8, "num_stages": 3}
 
 
 def _linear(x, weight, bias, out, *, transposed: bool, activation: str = "identity", held=None) -> None:
-    """out = activation(x weight^T + bias) where transposed, else of x weight + bias; held gets what it is applied to."""
+    """out = activation(x weight^T + bias) where transposed, else of x weight + bias; held gets its argument."""
     rows, depth = x.shape
     columns = out.shape[1]
     tile = _options(x.element_size())
