@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist
-if IS_WORKER:
-    torch.set_num_threads(1)  # the workers share the processors
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
@@ -22,13 +19,23 @@ SLOW = {  # marker: where its tests are
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items):
-    for item in items:
-        for marker in (name for name, places in SLOW.items() if any(map(item.path.match, places))):
-            item.add_marker(marker)
-            if IS_WORKER:  # what a file compiles once, one worker compiles
-                item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+def pytest_configure(config):
+    if _is_worker(config):
+        torch.set_num_threads(1)  # the workers share the processors
+        del os.environ["PYTEST_XDIST_WORKER"]  # what a test starts is none
+
+
+def _is_worker(config) -> bool:
+    """Of pytest-xdist."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_itemcollected(item):
+    for marker in (name for name, places in SLOW.items() if any(map(item.path.match, places))):
+        item.add_marker(marker)
+        if _is_worker(item.config):  # what a file compiles once, one worker compiles
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+
 
 
 @pytest.fixture(autouse=True)
