@@ -37,7 +37,6 @@ def pytest_itemcollected(item):
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
 
 
-
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
     """torch.empty gives NaN, so that a value that nobody wrote is seen."""
