@@ -31,10 +31,14 @@ def _is_worker(config) -> bool:
 
 
 def pytest_itemcollected(item):
-    for marker in (name for name, places in SLOW.items() if any(map(item.path.match, places))):
-        item.add_marker(marker)
-        if _is_worker(item.config):  # what a file compiles once, one worker compiles
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+    for marker, places in SLOW.items():
+        if any(map(item.path.match, places)):
+            item.add_marker(marker)
+
+
+def pytest_collection_modifyitems(config, items):
+    if _is_worker(config):  # long files first, so that no worker waits for the last one
+        items.sort(key=lambda item: not any(map(item.get_closest_marker, SLOW)))
 
 
 @pytest.fixture(autouse=True)
