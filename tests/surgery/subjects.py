@@ -73,6 +73,16 @@ def _patches_and_class(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module(x[:, 1:], x[:, :1])
 
 
+def _class_and_patches(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    patches = x[:, 1:]
+    return module(x[:, :1], patches, patches, need_weights=False)[0]
+
+
+def _with_weights(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    patches = x[:, 1:]
+    return torch.cat([result.flatten(1) for result in module(x[:, :1], patches, patches)], dim=1)
+
+
 _CLASS_ATTENTION = dict(attn="attn", norm="norm1", dropout="attn.attn_drop")
 _HEADS = dict(num_heads=4, qkv_bias=True)
 SUBJECTS = {
@@ -143,6 +153,20 @@ SUBJECTS = {
         ("q", "k", "v"),
         attn="",
         others=("drop", "proj"),
+    ),
+    "torch's attention": Subject(
+        lambda: nn.MultiheadAttention(16, 4, batch_first=True),
+        (3, 6, 16),
+        ("out_proj",),
+        attn="",
+        call=_class_and_patches,
+    ),
+    "torch's attention with its weights": Subject(
+        lambda: nn.MultiheadAttention(16, 4, batch_first=True, bias=False),
+        (3, 6, 16),
+        (),
+        attn="",
+        call=_with_weights,
     ),
     "DynaMixer block": Subject(
         lambda: PlainBlock(16, (3, 2), 4, 2),
