@@ -20,20 +20,24 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def attention_weights(
-    scores: torch.Tensor, mask: torch.Tensor | None, dropout: float, empty: float = 0.0
+    scores: torch.Tensor, mask: torch.Tensor | None, dropout: float, empty_is_zero: bool = True
 ) -> torch.Tensor:
-    """softmax(scores + mask) with dropout; `empty` throughout, 0 or NaN, where the mask leaves no token.
+    """softmax(scores + mask) with dropout.
 
     Args:
         scores: [B, heads, L, N], contiguous: random numbers are drawn in the order of memory.
-        mask: additive, broadcast to the scores; one that is shorter leaves the first tokens as they are.
+        mask: as `additive` takes it, broadcast to the scores; one that is shorter leaves the first tokens as they are.
+        empty_is_zero: where the mask leaves no token, weights are zero, and not NaN.
     """
-    if mask is None:
-        weights = scores.softmax(dim=-1)
-    else:
+    none_left = None
+    if mask is not None:
         scores = scores + F.pad(additive(mask, scores.dtype), [scores.shape[-1] - mask.shape[-1], 0])
-        none_left = scores.amax(dim=-1, keepdim=True) == float("-inf")
-        weights = scores.masked_fill(none_left, 0.0).softmax(dim=-1).masked_fill(none_left, empty)
+        if empty_is_zero:
+            none_left = scores.amax(dim=-1, keepdim=True) == float("-inf")
+            scores = scores.masked_fill(none_left, 0.0)
+    weights = scores.softmax(dim=-1)
+    if none_left is not None:
+        weights = weights.masked_fill(none_left, 0.0)
     return F.dropout(weights, dropout) if dropout > 0 else weights
 
 

@@ -106,10 +106,8 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         if mask is None and dropout == 0 and not need_weights:
             return absorbed_attention(q(query), tokens, None, None, k, v, **heads), None
-        empty = float("nan") if need_weights else 0.0  # as torch has it
-        out, weights = attention_with_weights(
-            q(query), tokens, None, None, k, v, **heads, mask=mask, dropout=dropout, empty=empty
-        )
+        masked = {"mask": mask, "empty_is_zero": not need_weights}  # torch gives NaN together with the weights
+        out, weights = attention_with_weights(q(query), tokens, None, None, k, v, **heads, **masked, dropout=dropout)
         return out, weights if need_weights else None
 
     def _serves(self, query: torch.Tensor, key: torch.Tensor, need_weights: bool) -> bool:

@@ -95,7 +95,7 @@ def attention_with_weights(
     scale: float,
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
-    empty: float = 0.0,
+    empty_is_zero: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `absorbed_attention`, with the attention weights; keys and values are formed no more than there.
 
@@ -106,7 +106,7 @@ def attention_with_weights(
     Args:
         mask: boolean (True leaves a token out) or additive, broadcast to [B, heads, L, N]; the extra token has none.
         dropout: the rate at which weights are dropped, with the random numbers of an unfused attention.
-        empty: the weights where the mask leaves no token, 0 or NaN.
+        empty_is_zero: where the mask leaves no token, weights are zero, and not NaN.
 
     Returns:
         [B, L, D] and the weights [B, heads, L, N], or 1 + N with the extra token first, after dropout.
@@ -114,7 +114,7 @@ def attention_with_weights(
     absorbed = _absorbed(query * scale, norm, key, num_heads).expand(tokens.shape[0], -1, -1)
     n, extra_n = normalized(tokens, norm), normalized(extra_token, norm)
     scores = scores_of(absorbed, n, extra_n).unflatten(1, (num_heads, -1))
-    weights = attention_weights(scores, mask, dropout, empty)
+    weights = attention_weights(scores, mask, dropout, empty_is_zero)
     if mask is None and dropout == 0:
         context, mass = _attend(absorbed, tokens, extra_token, norm), None
     else:
