@@ -37,7 +37,8 @@ class Up(nn.Module):
 class Subject:
     """Names are those of parts of the module: the one that holds the heads, and parts that are read past.
 
-    others are called, and checked, too.
+    others are called, and checked, too. read are linear layers that the plain module does not call either: it reads
+    their weights.
     """
 
     make: Callable[[], nn.Module]
@@ -47,6 +48,7 @@ class Subject:
     norm: str | None = None
     dropout: str | None = None
     others: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
     fused: str = ""
     call: Callable = nn.Module.__call__
 
@@ -60,7 +62,7 @@ class Subject:
     @property
     def parts(self) -> tuple[str, ...]:
         """All of them by their names in the model, the fused module among them."""
-        found = (self.fused, self.attn, *self.linears, self.norm, self.dropout, *self.others)
+        found = (self.fused, self.attn, *self.linears, *self.read, self.norm, self.dropout, *self.others)
         names = dict.fromkeys(name for name in found if name is not None)
         return tuple(f"module.{name}".rstrip(".") for name in names)
 
@@ -157,15 +159,17 @@ SUBJECTS = {
     "torch's attention": Subject(
         lambda: nn.MultiheadAttention(16, 4, batch_first=True),
         (3, 6, 16),
-        ("out_proj",),
+        (),
         attn="",
+        read=("out_proj",),
         call=_class_and_patches,
     ),
     "torch's attention with its weights": Subject(
-        lambda: nn.MultiheadAttention(16, 4, batch_first=True, bias=False),
+        lambda: nn.MultiheadAttention(16, 4, batch_first=True),
         (3, 6, 16),
         (),
         attn="",
+        read=("out_proj",),
         call=_with_weights,
     ),
     "DynaMixer block": Subject(

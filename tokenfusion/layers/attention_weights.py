@@ -29,16 +29,15 @@ def attention_weights(
         mask: as `additive` takes it, broadcast to the scores; one that is shorter leaves the first tokens as they are.
         empty_is_zero: where the mask leaves no token, weights are zero, and not NaN.
     """
-    none_left = None
     if mask is not None:
         scores = scores + F.pad(additive(mask, scores.dtype), [scores.shape[-1] - mask.shape[-1], 0])
-        if empty_is_zero:
-            none_left = scores.amax(dim=-1, keepdim=True) == float("-inf")
-            scores = scores.masked_fill(none_left, 0.0)
-    weights = scores.softmax(dim=-1)
-    if none_left is not None:
-        weights = weights.masked_fill(none_left, 0.0)
+    weights = scores.softmax(dim=-1) if mask is None or not empty_is_zero else _softmax_or_zeros(scores)
     return F.dropout(weights, dropout) if dropout > 0 else weights
+
+
+def _softmax_or_zeros(scores: torch.Tensor) -> torch.Tensor:
+    none_left = scores.amax(dim=-1, keepdim=True) == float("-inf")
+    return scores.masked_fill(none_left, 0.0).softmax(dim=-1).masked_fill(none_left, 0.0)
 
 
 def scores_of(query: torch.Tensor, tokens: torch.Tensor, extra_token: torch.Tensor | None) -> torch.Tensor:

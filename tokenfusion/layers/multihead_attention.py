@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenfusion.layers.attention_weights import additive
-from tokenfusion.layers.drop_in import PLAIN, DropIn
+from tokenfusion.layers.drop_in import PLAIN, DropIn, within
 from tokenfusion.layers.single_query_attention import (
     Projection,
     absorbed_attention,
@@ -33,14 +33,11 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             return "it has bias_k and bias_v, one more key and value for all images"
         if module.add_zero_attn:
             return "add_zero_attn is set: a key and value of zeros"
-        weight, bias, out = module.in_proj_weight, module.in_proj_bias, module.out_proj  # torch does not call it
-        for name, tensor in (("in_proj_weight", weight), ("in_proj_bias", bias)):
-            if type(tensor) not in PLAIN and tensor is not None:
-                return f"it has {name} of class {type(tensor).__name__}"
-        for name in ("weight", "bias"):
-            tensor = getattr(out, name, None)
-            if type(tensor) not in PLAIN and (name == "weight" or tensor is not None):
-                return f"out_proj: its {name} is of class {type(tensor).__name__}"
+        parts, out = module._parameters, module._modules.get("out_proj")
+        reason = _why_not_tensors(parts, "in_proj_") or within("out_proj", _why_not_tensors(out._parameters))
+        if reason is not None:
+            return reason
+        weight = parts["in_proj_weight"]
         if weight is None or weight.size() != (3 * channels, channels):
             got = "keys and values of other sizes" if weight is None else f"in_proj_weight {list(weight.shape)}"
             return f"it has {got}, expected kdim and vdim equal to embed_dim = {channels}"
@@ -157,6 +154,17 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             rows = additive(rows, dtype)
             mask = rows if mask is None else mask + rows
         return mask
+
+
+def _why_not_tensors(parameters: dict[str, torch.Tensor | None], prefix: str = "") -> str | None:
+    """Why the fused form may not read a weight and a bias, which torch's forward reads, too: parametrized ones and
+    subclasses do more than that when they are read."""
+    for name in (f"{prefix}weight", f"{prefix}bias"):
+        if name not in parameters:
+            return f"{name} is no parameter"
+        if parameters[name] is not None and type(parameters[name]) not in PLAIN:
+            return f"{name} is of class {type(parameters[name]).__name__}"
+    return None
 
 
 def _are_masks(

@@ -250,7 +250,6 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         tokens: torch.Tensor,
         query: torch.Tensor | None = None,
         extra_token: torch.Tensor | None = None,
-        *,
         mask: torch.Tensor | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
@@ -283,7 +282,6 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         tokens: torch.Tensor,
         query: torch.Tensor | None = None,
         extra_token: torch.Tensor | None = None,
-        *,
         mask: torch.Tensor | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
@@ -295,7 +293,7 @@ class SingleQueryAttention(OwnLayer, nn.Module):
             extra_token: [B, dim], one more token that is attended to, such as a class token kept apart; or None.
             mask: [B, N], as the key_padding_mask of nn.MultiheadAttention: boolean, in which True leaves a token out,
                 or floating point, added to the scores. The extra token is always attended to. Where no token is left,
-                all weights are zero.
+                all weights are zero. By keyword, as what follows, though TorchScript knows no way to ask for that.
             need_weights: whether the attention weights are returned, too; not in TorchScript.
             average_attn_weights: whether they are the mean over the heads, [B, L, N], or [B, heads, L, N].
 
@@ -308,17 +306,22 @@ class SingleQueryAttention(OwnLayer, nn.Module):
                 single_query_attention raises.
             TypeError: a mask that is neither boolean nor floating point.
         """
-        if not torch.jit.is_scripting():
-            self._check(tokens, query, mask)
-        if torch.jit.is_scripting() or not self.fuses():
-            return self.plain_forward(
-                tokens,
-                query,
-                extra_token,
-                mask=mask,
-                need_weights=need_weights,
-                average_attn_weights=average_attn_weights,
-            )
+        if torch.jit.is_scripting():
+            return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights)
+        self._check(tokens, query, mask)
+        if not self.fuses():
+            return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights)
+        return self._fused(tokens, query, extra_token, mask, need_weights, average_attn_weights)
+
+    def _fused(
+        self,
+        tokens: torch.Tensor,
+        query: torch.Tensor | None,
+        extra_token: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        need_weights: bool,
+        average_attn_weights: bool,
+    ):
         if query is None:
             query = self.latent
         elif self.norm is not None:
