@@ -354,7 +354,7 @@ def _linears(subject: Subject) -> tuple[str, ...]:
 
 
 def _weights(subject: Subject) -> tuple[str, ...]:
-    return _linears(subject) + tuple(f"module.{name}" for name in subject.read)
+    return tuple(f"module.{name}" for name in subject.weighted)
 
 
 def _biases(subject: Subject) -> tuple[str, ...]:

@@ -60,9 +60,14 @@ class Subject:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(1))
 
     @property
+    def weighted(self) -> tuple[str, ...]:
+        """The linear layers that are not called, in the fused form or in either."""
+        return self.linears + self.read
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """All of them by their names in the model, the fused module among them."""
-        found = (self.fused, self.attn, *self.linears, *self.read, self.norm, self.dropout, *self.others)
+        found = (self.fused, self.attn, *self.weighted, self.norm, self.dropout, *self.others)
         names = dict.fromkeys(name for name in found if name is not None)
         return tuple(f"module.{name}".rstrip(".") for name in names)
 
