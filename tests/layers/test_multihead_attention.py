@@ -155,12 +155,14 @@ def test_strides_of_the_output():
 
 @pytest.mark.parametrize("call", [{}, MASKS["both"], {"need_weights": False}], ids=["weights", "masks", "none"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_compiles_without_graph_breaks(call, dropout):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(call, dropout, dynamic):
     torch.compiler.reset()
     plain = Pool({"dropout": dropout}, call).attn
     query, tokens = inputs()
     outs = []
-    for model in (plain, torch.compile(fused_copy(plain), fullgraph=True, backend="aot_eager")):
+    compiled = torch.compile(fused_copy(plain), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for model in (plain, compiled):
         torch.manual_seed(3)
         outs.append(model(query, tokens, tokens, **call)[0])
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
@@ -291,6 +293,16 @@ class Embedded(nn.Module):
 
     def forward(self, query, tokens):
         return self.attn(query, tokens, tokens)[0]
+
+
+class OfOnes(Embedded):
+    def forward(self, tokens):
+        return self.attn(torch.ones(1, B, C), tokens, tokens)[0]
+
+
+def test_traced_with_a_constant_query():
+    model, (_, tokens) = fused_copy(OfOnes().eval()), inputs()
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(tokens), model(tokens))
 
 
 def test_scripted_and_traced():

@@ -8,13 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenfusion.kernels.checks import symbolic
 from tokenfusion.layers.attention_weights import additive
 from tokenfusion.layers.drop_in import PLAIN, DropIn, within
-from tokenfusion.layers.single_query_attention import (
-    Projection,
-    absorbed_attention,
-    attention_with_weights,
-)
+from tokenfusion.layers.single_query_attention import Projection, absorbed_attention, attention_with_weights
 
 
 class MultiheadAttention(DropIn, nn.MultiheadAttention):
@@ -63,11 +60,10 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             return self.plain_forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        if isinstance(query, torch.fx.Proxy):  # nn.MultiheadAttention is a leaf for torch.fx
+        if symbolic(query, key, value):
             options = {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
             options |= {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
-            tracer = query.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (query, key, value), options)
+            return self._as_leaf((query, key, value), options)
         if (
             key is not value
             or query is key
@@ -93,6 +89,11 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         elif not self.batch_first:
             out = out.transpose(0, 1).contiguous()
         return F.linear(out, self.out_proj.weight, self.out_proj.bias), weights  # torch does not call it either
+
+    def _as_leaf(self, tensors: tuple[torch.Tensor, ...], options: dict) -> torch.fx.Proxy:
+        """The call of a module in a graph of torch.fx, which looks into no nn.MultiheadAttention."""
+        tracer = next(tensor.tracer for tensor in tensors if isinstance(tensor, torch.fx.Proxy))
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), tensors, options)
 
     def _attend(
         self, query: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None, need_weights: bool
@@ -133,13 +134,13 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             return x.unsqueeze(0)
         return x if self.batch_first else x.transpose(0, 1)
 
-    def _mask_shapes(self, query: torch.Tensor, key: torch.Tensor) -> tuple[set[tuple[int, ...]], ...]:
+    def _mask_shapes(self, query: torch.Tensor, key: torch.Tensor) -> tuple[list[list[int]], ...]:
         """Of key_padding_mask and attn_mask."""
         batch, tokens = self._dimensions(query)
         length, count = query.shape[tokens], key.shape[tokens]
         images = 1 if batch is None else query.shape[batch]
-        padding = (count,) if batch is None else (images, count)
-        return {padding}, {(length, count), (images * self.num_heads, length, count)}
+        padding = [count] if batch is None else [images, count]
+        return [padding], [[length, count], [images * self.num_heads, length, count]]
 
     def _mask(
         self, key_padding_mask: torch.Tensor | None, attn_mask: torch.Tensor | None, dtype: torch.dtype
@@ -171,12 +172,12 @@ def _are_masks(
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
     dtype: torch.dtype,
-    shapes: tuple[set[tuple[int, ...]], ...],
+    shapes: tuple[list[list[int]], ...],
 ) -> bool:
     """Whether both are None or of what torch takes without a complaint."""
     given = [(mask, allowed) for mask, allowed in zip((key_padding_mask, attn_mask), shapes) if mask is not None]
     return (
-        all(type(mask) in PLAIN and tuple(mask.shape) in allowed for mask, allowed in given)
+        all(type(mask) in PLAIN and list(mask.shape) in allowed for mask, allowed in given)
         and all(mask.dtype in (torch.bool, dtype) for mask, _ in given)
         and len({mask.dtype for mask, _ in given}) < 2
     )
