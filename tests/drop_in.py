@@ -36,12 +36,14 @@ def terms_of_biases(module: nn.Module) -> dict[str, torch.Tensor]:
     return terms
 
 
-def check_parity(fused: nn.Module, plain: nn.Module, *inputs: torch.Tensor) -> None:
-    """fused, on the C++ kernels, against plain, both against plain in float64."""
+def check_parity(
+    fused: nn.Module, plain: nn.Module, *inputs: torch.Tensor, runs: tuple[str, ...] = (FORWARD, BACKWARD)
+) -> None:
+    """fused, on these C++ kernels, against plain, both against plain in float64."""
     exactly = copy.deepcopy(plain).double()
     terms = terms_of_biases(exactly)
     exact = outputs_and_gradients(exactly, *(x.double() for x in inputs))
-    with assert_runs(FORWARD, BACKWARD):
+    with assert_runs(*runs):
         actual = outputs_and_gradients(fused, *inputs)
     unfused = outputs_and_gradients(plain, *inputs)
     assert set(actual) == set(unfused) == set(exact)

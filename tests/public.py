@@ -8,6 +8,7 @@ from torch import nn
 
 from tokenfusion import kernels, layers
 from tokenfusion.layers.attention_pool import AttentionPoolLatent
+from tokenfusion.layers.multihead_attention import MultiheadAttention
 
 
 class Case(NamedTuple):
@@ -69,6 +70,22 @@ class _TiedBottleneck(layers.TiedBottleneck):
         return super().forward(x, self.weight)
 
 
+class _Masked(layers.SingleQueryAttention):
+    """Leaves some tokens out."""
+
+    def forward(self, tokens):
+        return super().forward(tokens, mask=tokens[..., 0] < 0)
+
+
+class _FewQueries(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.attn = MultiheadAttention(dim, num_heads, batch_first=True)
+
+    def forward(self, query, tokens):
+        return self.attn(query, tokens, tokens)[0]
+
+
 _LAYERS = {
     "CrossAttentionBlock": (lambda: layers.CrossAttentionBlock(8, 2, qkv_bias=True), [(2, 4, 8)]),
     "CrossAttentionBlock, patches apart": (lambda: layers.CrossAttentionBlock(8, 2), [(2, 1, 8), (2, 4, 8)]),
@@ -81,6 +98,8 @@ _LAYERS = {
         lambda: layers.SingleQueryAttention(8, 2, norm_layer=nn.LayerNorm),
         [(2, 4, 8), (2, 1, 8), (2, 8)],
     ),
+    "SingleQueryAttention, masked": (lambda: _Masked(8, 2, num_latents=2), [(2, 4, 8)]),
+    "MultiheadAttention": (lambda: _FewQueries(32, 2), [(2, 1, 32), (2, 4, 32)]),
     "AttentionPoolLatent": (lambda: AttentionPoolLatent(8, num_heads=2), [(2, 4, 8)]),
     "DynaMixerOp": (lambda: layers.DynaMixerOp(8, 4, 2), [(2, 4, 8)]),
     "DynaMixerOp, dense": (lambda: layers.DynaMixerOp(8, 4, 2, generator="dense"), [(2, 4, 8)]),

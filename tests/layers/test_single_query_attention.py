@@ -1,13 +1,15 @@
 """SingleQueryAttention against the formula of its docstring."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tests.crossvit import randomize
-from tests.drop_in import check_parity
-from tests.parity import assert_runs
+from tests.drop_in import BACKWARD, FORWARD, check_parity
+from tests.parity import assert_parity, assert_runs
 from tokenfusion.layers import SingleQueryAttention
 
 
@@ -51,6 +53,141 @@ def test_more_queries_than_a_kernel_takes():
     check_parity(*pair(num_latents=23), torch.randn(2, 30, 48))
 
 
+class Torchs(nn.Module):
+    """nn.MultiheadAttention with the parameters of a layer and the layer's arguments; result 1 is the weights."""
+
+    def __init__(self, layer, result):
+        super().__init__()
+        self.norm, self.result = layer.norm, result
+        self.attn = nn.MultiheadAttention(48, 6, layer.dropout, batch_first=True)
+        parts = layer.q, layer.k, layer.v
+        self.attn.in_proj_weight = nn.Parameter(torch.cat([part.weight for part in parts]).detach())
+        self.attn.in_proj_bias = nn.Parameter(torch.cat([part.bias for part in parts]).detach())
+        self.attn.out_proj.load_state_dict(layer.proj.state_dict())
+
+    def forward(self, tokens, query, extra_token=None, mask=None, average_attn_weights=True):
+        if extra_token is not None:
+            tokens = torch.cat((extra_token.unsqueeze(1), tokens), dim=1)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=0)
+        n, query = (tokens, query) if self.norm is None else (self.norm(tokens), self.norm(query))
+        need = {"need_weights": bool(self.result), "average_attn_weights": average_attn_weights}
+        return self.attn(query, n, n, key_padding_mask=mask, **need)[self.result]
+
+
+class Seeded(nn.Module):
+    def __init__(self, module, result=0, **call):
+        super().__init__()
+        self.module, self.result, self.call = module, result, call
+
+    def forward(self, *tensors):
+        torch.manual_seed(3)
+        call = dict(self.call)
+        if call.get("mask") is not None and call["mask"].is_floating_point():
+            call["mask"] = call["mask"].to(tensors[0].dtype)
+        if isinstance(self.module, SingleQueryAttention):
+            out = self.module(*tensors, need_weights=bool(self.result), **call)
+            return out[1] if self.result else out
+        return self.module(*tensors, **call)
+
+
+def padding(tokens=40):
+    return torch.rand(3, tokens, generator=torch.Generator().manual_seed(2)) < 0.4
+
+
+MASKS = {"none": None, "boolean": padding(), "additive": torch.randn(3, 40)}
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("options", [{}, {"norm_layer": nn.LayerNorm}], ids=str)
+@pytest.mark.parametrize("result", ["output", "weights", "weights of each head"])
+def test_as_torchs_attention(result, options, mask, dropout, extra):
+    """Masks, dropout by the same random numbers, and the weights, with gradients of either result."""
+    layer, _ = pair(dropout=dropout, **options)
+    index, call = int(result != "output"), dict(mask=MASKS[mask], average_attn_weights=result != "weights of each head")
+    tensors = (torch.randn(3, 40, 48), torch.randn(3, 2, 48), *([torch.randn(3, 48)] if extra else []))
+    kernels = () if dropout or mask != "none" else (FORWARD, BACKWARD)[: 2 - index]
+    _check(Seeded(layer, index, **call), Seeded(Torchs(layer, index), index, **call), tensors, kernels)
+
+
+def _check(fused, plain, tensors, kernels):
+    """As check_parity, whose modules have the same parameters by the same names."""
+    exact = _outputs(copy.deepcopy(plain).double(), [x.double() for x in tensors])
+    with assert_runs(*kernels):
+        actual = _outputs(fused, tensors)
+    for got, unfused, expected in zip(actual, _outputs(plain, tensors), exact, strict=True):
+        assert_parity(got, unfused, expected)
+
+
+def _outputs(module, tensors):
+    """The output, and the gradients of the inputs and of the projections, as they are in nn.MultiheadAttention."""
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    module.zero_grad()
+    out = module(*tensors)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype))
+    inner, norm = module.module, module.module.norm
+    parts = (inner.q, inner.k, inner.v, inner.proj) if isinstance(inner, SingleQueryAttention) else None
+    if parts is None:
+        of_inner = [inner.attn.in_proj_weight.grad, inner.attn.in_proj_bias.grad, inner.attn.out_proj.weight.grad]
+    else:
+        of_inner = [_joined(parts[:3], "weight"), _joined(parts[:3], "bias"), inner.proj.weight.grad]
+    of_norm = [] if norm is None else [norm.weight.grad, norm.bias.grad]
+    return [out.detach(), *(x.grad for x in tensors), *(x for x in of_inner + of_norm if x is not None)]
+
+
+def _joined(parts, name):
+    """Zeros where no gradient came, as in a slice of nn.MultiheadAttention's."""
+    tensors = [getattr(part, name) for part in parts]
+    return torch.cat([torch.zeros_like(x) if x.grad is None else x.grad for x in tensors])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mask_that_leaves_no_token(training, dtype):
+    """Its weights are zeros, and so the output is what the projection makes of zeros."""
+    mask = padding()
+    mask[1] = True
+    layer, _ = pair(dtype, num_latents=1, norm_layer=nn.LayerNorm, dropout=0.2)
+    tokens = torch.randn(3, 40, 48).to(dtype).requires_grad_()
+    out, weights = layer.train(training)(tokens, mask=mask, need_weights=True)
+    assert torch.equal(out[1, 0], layer.proj.bias) and not weights[1].any()
+    assert not weights.squeeze(1)[mask].any()
+    out.sum().backward()
+    assert not tokens.grad[1].any() and all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_nan_in_the_padding_of_one_image_leaves_the_others():
+    layer, _ = pair(num_latents=1)
+    mask, tokens = padding(), torch.randn(3, 40, 48)
+    broken = tokens.clone()
+    broken[1, mask[1]] = float("nan")
+    assert torch.equal(layer(broken, mask=mask)[[0, 2]], layer(tokens, mask=mask)[[0, 2]])
+
+
+@pytest.mark.parametrize("call", [{}, {"mask": padding()}, {"need_weights": True}], ids=["none", "mask", "weights"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_plain_form(call, dropout):
+    """The plain form takes and gives the same, and draws the same random numbers."""
+    layer, _ = pair(num_latents=2, norm_layer=nn.LayerNorm, dropout=dropout)
+    tensors, results = (torch.randn(3, 40, 48), None, torch.randn(3, 48)), []
+    for forward in (layer, layer.plain_forward):
+        torch.manual_seed(3)
+        results.append(forward(*tensors, **call))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_scripted_with_a_mask():
+    layer, _ = pair(num_latents=2, dropout=0.3)
+    scripted, tokens = torch.jit.script(layer.eval()), torch.randn(3, 40, 48)
+    torch.testing.assert_close(scripted(tokens, mask=padding()), layer(tokens, mask=padding()), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_at_evaluation_runs_the_kernel():
+    layer, formula = pair(num_latents=2, dropout=0.3)
+    check_parity(layer.eval(), formula, torch.randn(3, 40, 48))
+
+
 def test_an_empty_batch():
     layer, _ = pair(num_latents=2)
     assert layer(torch.randn(0, 5, 48)).shape == (0, 2, 48)
@@ -69,6 +206,18 @@ def test_compiles_without_graph_breaks():
     "call, error, parts",
     [
         (lambda: SingleQueryAttention(48, 5), ValueError, ["num_heads", "5", "48"]),
+        (lambda: SingleQueryAttention(48, dropout=1.0), ValueError, ["dropout", "1.0", "[0, 1)"]),
+        (lambda: SingleQueryAttention(48, dropout=-0.1), ValueError, ["dropout", "-0.1"]),
+        (
+            lambda: SingleQueryAttention(48, num_latents=1)(torch.randn(2, 5, 48), mask=torch.ones(2, 6).bool()),
+            ValueError,
+            ["mask", "[2, 6]", "[2, 5]"],
+        ),
+        (
+            lambda: SingleQueryAttention(48, num_latents=1)(torch.randn(2, 5, 48), mask=torch.ones(2, 5).int()),
+            TypeError,
+            ["mask", "int32"],
+        ),
         (lambda: SingleQueryAttention(48, norm_layer=nn.Identity), TypeError, ["norm_layer", "Identity"]),
         (lambda: SingleQueryAttention(48)(torch.randn(2, 5, 48)), ValueError, ["query", "None", "[B, L, dim]"]),
         (

@@ -300,7 +300,7 @@ def evaluated(model, part, undo):
 def lora(model, part, undo):
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, target_modules=r".*\.(wk|wv|k|v|kv|qkv|generate)", init_lora_weights=False)
+    config = peft.LoraConfig(r=2, target_modules=r".*\.(wk|wv|k|v|kv|qkv|generate|out_proj)", init_lora_weights=False)
     return peft.get_peft_model(model, config)
 
 
@@ -353,8 +353,12 @@ def _linears(subject: Subject) -> tuple[str, ...]:
     return tuple(f"module.{name}" for name in subject.linears)
 
 
-def _linears_with_bias(subject: Subject) -> tuple[str, ...]:
-    return tuple(name for name in _linears(subject) if not name.endswith("mlp_c"))
+def _weights(subject: Subject) -> tuple[str, ...]:
+    return tuple(f"module.{name}" for name in subject.weighted)
+
+
+def _biases(subject: Subject) -> tuple[str, ...]:
+    return tuple(name for name in _weights(subject) if not name.endswith("mlp_c"))
 
 
 def _true_linears(subject: Subject) -> tuple[str, ...]:
@@ -387,7 +391,12 @@ def _model(subject: Subject) -> tuple[str | None]:
 
 
 def _with_linears(subject: Subject) -> tuple[str | None, ...]:
-    return (None,) if _true_linears(subject) else ()
+    return (None,) if _true_linears(subject) or subject.read else ()
+
+
+def _called(subject: Subject) -> tuple[str | None, ...]:
+    """Where every part with weights is called, which is when they are brought."""
+    return () if subject.read else (None,)
 
 
 CHANGES = {
@@ -403,14 +412,14 @@ CHANGES = {
     "other dtype": Change(other_dtype, _own_parts, may_fail=True),
     "frozen": Change(frozen, _own_parts),
     "pruned": Change(pruned, _linears, copies=False),
-    "weight_norm": Change(weight_norm, _linears, unfuses=False),
+    "weight_norm": Change(weight_norm, _weights, unfuses=False),
     "old weight_norm": Change(old_weight_norm, _linears, copies=False),
-    "spectral_norm": Change(spectral_norm, _linears, unfuses=False),
-    "weight of a subclass": Change(weight_of_a_subclass, _linears, copies=False),
-    "bias of a subclass": Change(bias_of_a_subclass, _linears_with_bias, copies=False),
-    "without bias": Change(without_bias, _linears),
+    "spectral_norm": Change(spectral_norm, _weights, unfuses=False),
+    "weight of a subclass": Change(weight_of_a_subclass, _weights, copies=False),
+    "bias of a subclass": Change(bias_of_a_subclass, _biases, copies=False),
+    "without bias": Change(without_bias, _weights),
     "more rows": Change(longer_by_its_weight, _true_linears, may_fail=True),
-    "weight is a tensor": Change(weight_is_a_tensor, _linears),
+    "weight is a tensor": Change(weight_is_a_tensor, _weights),
     "tied": Change(tied, _true_linears),
     "norm swapped": Change(norm_swapped, _norm),
     "norm of another kind": Change(norm_of_another_kind, _norm),
@@ -436,7 +445,7 @@ CHANGES = {
     "LoRA": Change(lora, _with_linears),
     "int8 weights": Change(int8_weights, _with_linears, inference=True),
     "dynamic int8": Change(dynamic_int8, _with_linears, inference=True),
-    "offloaded": Change(offloaded, _model, inference=True, unfuses=False),
+    "offloaded": Change(offloaded, _called, inference=True, unfuses=False),
     "gradients of samples": Change(gradients_of_samples, _with_linears, may_fail=True),
     "forward hook on all": Change(
         _on_all_modules(every.register_module_forward_hook, lambda module, args, out: _noted(out)), _model

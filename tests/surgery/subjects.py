@@ -37,7 +37,8 @@ class Up(nn.Module):
 class Subject:
     """Names are those of parts of the module: the one that holds the heads, and parts that are read past.
 
-    others are called, and checked, too.
+    others are called, and checked, too. read are linear layers that the plain module does not call either: it reads
+    their weights.
     """
 
     make: Callable[[], nn.Module]
@@ -47,6 +48,7 @@ class Subject:
     norm: str | None = None
     dropout: str | None = None
     others: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
     fused: str = ""
     call: Callable = nn.Module.__call__
 
@@ -58,9 +60,14 @@ class Subject:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(1))
 
     @property
+    def weighted(self) -> tuple[str, ...]:
+        """The linear layers that are not called, in the fused form or in either."""
+        return self.linears + self.read
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """All of them by their names in the model, the fused module among them."""
-        found = (self.fused, self.attn, *self.linears, self.norm, self.dropout, *self.others)
+        found = (self.fused, self.attn, *self.weighted, self.norm, self.dropout, *self.others)
         names = dict.fromkeys(name for name in found if name is not None)
         return tuple(f"module.{name}".rstrip(".") for name in names)
 
@@ -71,6 +78,16 @@ def _two_branches(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _patches_and_class(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module(x[:, 1:], x[:, :1])
+
+
+def _class_and_patches(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    patches = x[:, 1:]
+    return module(x[:, :1], patches, patches, need_weights=False)[0]
+
+
+def _with_weights(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    patches = x[:, 1:]
+    return torch.cat([result.flatten(1) for result in module(x[:, :1], patches, patches)], dim=1)
 
 
 _CLASS_ATTENTION = dict(attn="attn", norm="norm1", dropout="attn.attn_drop")
@@ -143,6 +160,22 @@ SUBJECTS = {
         ("q", "k", "v"),
         attn="",
         others=("drop", "proj"),
+    ),
+    "torch's attention": Subject(
+        lambda: nn.MultiheadAttention(16, 4, batch_first=True),
+        (3, 6, 16),
+        (),
+        attn="",
+        read=("out_proj",),
+        call=_class_and_patches,
+    ),
+    "torch's attention with its weights": Subject(
+        lambda: nn.MultiheadAttention(16, 4, batch_first=True),
+        (3, 6, 16),
+        (),
+        attn="",
+        read=("out_proj",),
+        call=_with_weights,
     ),
     "DynaMixer block": Subject(
         lambda: PlainBlock(16, (3, 2), 4, 2),

@@ -18,7 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 from tokenfusion.kernels import dispatch
 
 _NAME = "_fused_as"  # an attribute of the module, so that its copies and pickles have it
-_PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: quantized, distributed and other weights multiply in their own way
+PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: quantized, distributed and other weights multiply in their own way
 
 _log = logging.getLogger("tokenfusion")
 _reported: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -127,7 +127,7 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
     ):
         return f"{name} has hooks, which would not run as before"
     for parameter in state["_parameters"].values():
-        if parameter is not None and type(parameter) not in _PLAIN:
+        if parameter is not None and type(parameter) not in PLAIN:
             return f"{name} has a parameter of class {type(parameter).__name__}"
     return None
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenfusion.kernels import dispatch, single_query_attention
-from tokenfusion.kernels.checks import check_rank, symbolic
+from tokenfusion.kernels.checks import check_floating, check_rank, check_shape, symbolic
 from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES
+from tokenfusion.layers.attention_weights import attention_weights, normalized, scores_of, weighted_sum
 from tokenfusion.layers.drop_in import why_not_linear, why_not_norm
 from tokenfusion.layers.own_layer import OwnLayer
 
@@ -77,27 +78,86 @@ def absorbed_attention(
     Returns:
         [B, L, D], the heads' outputs side by side, before the output projection.
     """
+    absorbed = _absorbed(query * scale, norm, key, num_heads)
+    context = _attend(absorbed.expand(tokens.shape[0], -1, -1), tokens, extra_token, norm)
+    return _heads_side_by_side(context, norm, value, num_heads)
 
-    def heads_of(weight: torch.Tensor) -> torch.Tensor:
-        return weight.unflatten(0, (num_heads, -1))  # [heads, d, C]
 
-    batch, length = tokens.shape[0], query.shape[1]
-    query = query * scale
+def attention_with_weights(
+    query: torch.Tensor,
+    tokens: torch.Tensor,
+    extra_token: torch.Tensor | None,
+    norm: nn.LayerNorm | None,
+    key: nn.Linear | Projection,
+    value: nn.Linear | Projection,
+    *,
+    num_heads: int,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    empty_is_zero: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `absorbed_attention`, with the attention weights; keys and values are formed no more than there.
+
+    With a mask or dropout the weights need not add up to one, so what is constant in the values, the biases of `value`
+    and of `norm`, is multiplied by their sum. Without, the kernel runs beside them, and where nobody uses the weights
+    its backward pass alone.
+
+    Args:
+        mask: boolean (True leaves a token out) or additive, broadcast to [B, heads, L, N]; the extra token has none.
+        dropout: the rate at which weights are dropped, with the random numbers of an unfused attention.
+        empty_is_zero: where the mask leaves no token, weights are zero, and not NaN.
+
+    Returns:
+        [B, L, D] and the weights [B, heads, L, N], or 1 + N with the extra token first, after dropout.
+    """
+    absorbed = _absorbed(query * scale, norm, key, num_heads).expand(tokens.shape[0], -1, -1)
+    n, extra_n = normalized(tokens, norm), normalized(extra_token, norm)
+    scores = scores_of(absorbed, n, extra_n).unflatten(1, (num_heads, -1))
+    weights = attention_weights(scores, mask, dropout, empty_is_zero)
+    if mask is None and dropout == 0:
+        context, mass = _attend(absorbed, tokens, extra_token, norm), None
+    else:
+        context, mass = weighted_sum(weights.flatten(1, 2), n, extra_n), weights.sum(dim=-1, keepdim=True)
+    return _heads_side_by_side(context, norm, value, num_heads, mass), weights
+
+
+def _absorbed(
+    query: torch.Tensor, norm: nn.LayerNorm | None, key: nn.Linear | Projection, num_heads: int
+) -> torch.Tensor:
+    """Projected queries [B, L, D] -> [B, heads L, C], whose products with normalised tokens are the scores."""
     if key.bias is not None and torch.is_grad_enabled() and dispatch.transform() is None:
         query = query + 0 * key.bias  # its gradient is zero, and not absent, as optimizers and DDP expect
     query = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, heads, L, d]
-    absorbed = _times_each_head(query, heads_of(key.weight)).flatten(1, 2)  # [B, heads L, C]
-    if norm is not None and norm.weight is not None:
-        absorbed = absorbed * norm.weight
-    context = _attend(absorbed.expand(batch, -1, -1), tokens, extra_token, norm)
+    absorbed = _times_each_head(query, _heads_of(key.weight, num_heads)).flatten(1, 2)
+    return absorbed if norm is None or norm.weight is None else absorbed * norm.weight
+
+
+def _heads_side_by_side(
+    context: torch.Tensor,
+    norm: nn.LayerNorm | None,
+    value: nn.Linear | Projection,
+    num_heads: int,
+    mass: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[B, heads L, C], sums of normalised tokens -> [B, L, D].
+
+    mass: what the weights of each sum add up to, [B, heads, L, 1]; None where that is one.
+    """
+    context = context.unflatten(1, (num_heads, -1))
     if norm is not None and norm.weight is not None:
         context = context * norm.weight
     if norm is not None and norm.bias is not None:
-        context = context + norm.bias
-    context = context.unflatten(1, (num_heads, length))
-    out = _times_each_head(context, heads_of(value.weight).transpose(1, 2))  # [B, heads, L, d]
-    out = out.transpose(1, 2).flatten(2)
-    return out if value.bias is None else out + value.bias
+        context = context + (norm.bias if mass is None else mass * norm.bias)
+    out = _times_each_head(context, _heads_of(value.weight, num_heads).transpose(1, 2))  # [B, heads, L, d]
+    if value.bias is not None:
+        bias = value.bias.unflatten(0, (num_heads, 1, -1))
+        out = out + (bias if mass is None else mass * bias)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _heads_of(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return weight.unflatten(0, (num_heads, -1))  # [heads, d, C]
 
 
 def _times_each_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -130,17 +190,20 @@ class SingleQueryAttention(OwnLayer, nn.Module):
     which is the class attention of CaiT (arXiv:2103.17239, Eq. 5 to 7) with the class token as query and extra token,
     and the pooling by multi-head attention of the Set Transformer (arXiv:1810.00825, Eq. 11) with learned queries,
     which are not normalised. Keys and values are never written, nor, where a kernel runs, are n(x) and x: one pass
-    reads the tokens. It pays while heads times queries stay well below dim. Attention weights have no dropout.
+    reads the tokens. It pays while heads times queries stay well below dim. A call with a mask, with dropout in
+    training or for the weights forms these, [B, heads, L, N], in plain PyTorch, and still neither keys nor values.
 
     Args:
         dim: channels of the tokens and of the output.
         num_heads: heads, among which the channels are divided.
         num_latents: how many learned queries there are; 0 where the queries come with each call.
         qkv_bias: whether q, k and v have a bias.
+        dropout: rate at which attention weights are dropped in training, as in nn.MultiheadAttention and with the
+            same random numbers.
         norm_layer: makes the LayerNorm of all tokens, called as nn.LayerNorm is; None for tokens that need none.
 
     Raises:
-        ValueError: num_heads does not divide dim.
+        ValueError: num_heads does not divide dim, or dropout is not in [0, 1).
         TypeError: norm_layer makes something other than a LayerNorm.
     """
 
@@ -151,6 +214,7 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         *,
         num_latents: int = 0,
         qkv_bias: bool = True,
+        dropout: float = 0.0,
         norm_layer: type[nn.LayerNorm] | None = None,
         device=None,
         dtype=None,
@@ -158,9 +222,12 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, expected a divisor of dim = {dim}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: got {dropout}, expected a rate in [0, 1)")
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
+        self.dropout = dropout
         self.latent = nn.Parameter(torch.empty(1, num_latents, dim, **dd)) if num_latents else None
         self.norm = None if norm_layer is None else norm_layer(dim, **dd)
         if self.norm is not None and not isinstance(self.norm, nn.LayerNorm):
@@ -179,8 +246,14 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         return reason if norm is None else reason or why_not_norm(norm, "norm")
 
     def plain_forward(
-        self, tokens: torch.Tensor, query: torch.Tensor | None = None, extra_token: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        tokens: torch.Tensor,
+        query: torch.Tensor | None = None,
+        extra_token: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        need_weights: bool = False,
+        average_attn_weights: bool = True,
+    ):
         if query is None:
             assert self.latent is not None
             query = self.latent
@@ -192,48 +265,88 @@ class SingleQueryAttention(OwnLayer, nn.Module):
             tokens = self.norm(tokens)
         q, k, v = self._split(self.q(query)), self._split(self.k(tokens)), self._split(self.v(tokens))
         scores = (q * self.scale) @ k.transpose(-2, -1)
-        return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+        mask = None if mask is None else mask[:, None, None]
+        weights = attention_weights(scores, mask, self.dropout if self.training else 0.0)
+        out = self.proj((weights @ v).transpose(1, 2).flatten(2))
+        if torch.jit.is_scripting():
+            assert not need_weights, "in TorchScript the result is of one type"
+            return out
+        return self._result(out, weights, average_attn_weights) if need_weights else out
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, dim] -> [B, heads, N, d]."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(
-        self, tokens: torch.Tensor, query: torch.Tensor | None = None, extra_token: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        tokens: torch.Tensor,
+        query: torch.Tensor | None = None,
+        extra_token: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        need_weights: bool = False,
+        average_attn_weights: bool = True,
+    ):
         """
         Args:
             tokens: [B, N, dim], N >= 1, any strides; read in place where the innermost dimension is contiguous.
             query: [B, L, dim], the tokens that attend, or [1, L, dim] for all images; None for the learned ones.
             extra_token: [B, dim], one more token that is attended to, such as a class token kept apart; or None.
+            mask: [B, N], as the key_padding_mask of nn.MultiheadAttention: boolean, in which True leaves a token out,
+                or floating point, added to the scores. The extra token is always attended to. Where no token is left,
+                all weights are zero. By keyword, as what follows, though TorchScript knows no way to ask for that.
+            need_weights: whether the attention weights are returned, too; not in TorchScript.
+            average_attn_weights: whether they are the mean over the heads, [B, L, N], or [B, heads, L, N].
 
         Returns:
-            [B, L, dim].
+            [B, L, dim]; with need_weights a tuple of that and the weights, after dropout. With an extra token they are
+            1 + N, of which its is the first.
 
         Raises:
-            ValueError: no query where none is learned, or one where they are; or what single_query_attention raises.
+            ValueError: no query where none is learned, or one where they are; a mask of another shape; or what
+                single_query_attention raises.
+            TypeError: a mask that is neither boolean nor floating point.
         """
         if torch.jit.is_scripting():
-            return self.plain_forward(tokens, query, extra_token)
+            return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights)
+        self._check(tokens, query, mask)
+        if not self.fuses():
+            return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights)
+        return self._fused(tokens, query, extra_token, mask, need_weights, average_attn_weights)
+
+    def _fused(
+        self,
+        tokens: torch.Tensor,
+        query: torch.Tensor | None,
+        extra_token: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        need_weights: bool,
+        average_attn_weights: bool,
+    ):
+        if query is None:
+            query = self.latent
+        elif self.norm is not None:
+            query = self.norm(query)
+        operands = (self.q(query), tokens, extra_token, self.norm, self.k, self.v)
+        heads = {"num_heads": self.num_heads, "scale": self.scale}
+        dropout = self.dropout if self.training else 0.0
+        if mask is None and dropout == 0 and not need_weights:
+            return self.proj(absorbed_attention(*operands, **heads))
+        mask = None if mask is None else mask[:, None, None]
+        out, weights = attention_with_weights(*operands, **heads, mask=mask, dropout=dropout)
+        out = self.proj(out)
+        return self._result(out, weights, average_attn_weights) if need_weights else out
+
+    def _check(self, tokens: torch.Tensor, query: torch.Tensor | None, mask: torch.Tensor | None) -> None:
         if (query is None) == (self.latent is None):
             expected = "a tensor [B, L, dim]" if self.latent is None else "None, because the queries are learned"
             raise ValueError(f"query: got {'None' if query is None else 'a tensor'}, expected {expected}")
         if query is not None and not symbolic(query):
             check_rank("query", query, "[B, L, dim]")
-        if not self.fuses():
-            return self.plain_forward(tokens, query, extra_token)
-        if query is None:
-            query = self.latent
-        elif self.norm is not None:
-            query = self.norm(query)
-        out = absorbed_attention(
-            self.q(query),
-            tokens,
-            extra_token,
-            self.norm,
-            self.k,
-            self.v,
-            num_heads=self.num_heads,
-            scale=self.scale,
-        )
-        return self.proj(out)
+        if mask is not None and not symbolic(mask, tokens):
+            if mask.dtype != torch.bool:
+                check_floating("mask", mask)
+            check_shape("mask", mask, list(tokens.shape[:2]), "of the tokens")
+
+    @torch.jit.unused
+    def _result(self, out: torch.Tensor, weights: torch.Tensor, average: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return out, weights.mean(dim=1) if average else weights

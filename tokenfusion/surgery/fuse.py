@@ -27,6 +27,9 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         SigLIP and other ViTs ("map")   AttentionPoolLatent, unless it normalises its keys
         CLIP's ResNets                  AttentionPool2d, where it pools; RotAttentionPool2d is left alone
 
+    and torch's own nn.MultiheadAttention, where a call has few queries over one tensor of keys and values, with masks,
+    dropout and weights. Self-attention, and whatever else it is called for, runs torch's forward;
+
     by dynamic_mixing, DynaMixer's block and operation in the official code or any other, found by the names and shapes
     of their parameters; a trial on random numbers shows first that such a module computes the same;
 
@@ -35,12 +38,13 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
     done with it computes the convolution as before.
 
     A module that cannot be replaced is left as it was, and the report says why: dropout of attention weights in
-    training, rotary or normalised keys, parts of another class, hooks that would no longer run. At every call a fused
-    module looks at its parts again. Where one was changed, by a hook, an adapter, pruning, quantisation, another class,
-    and for what only a call can tell, such as a mask, the original forward pass runs; a change is logged once for each
-    module, as a warning of the logger "tokenfusion". So it does under torch.func, forward-mode differentiation,
-    tracing, scripting and exporting. Patch the forward of a class, if at all, after a first `fuse` of its modules: one
-    that is patched when it is first seen keeps to its original forward when the patch is taken off.
+    training in timm's modules, rotary or normalised keys, parts of another class, hooks that would no longer run. At
+    every call a fused module looks at its parts again. Where one was changed, by a hook, an adapter, pruning,
+    quantisation, another class, and for what only a call can tell, such as a mask, the original forward pass runs; a
+    change is logged once for each module, as a warning of the logger "tokenfusion". So it does under torch.func,
+    forward-mode differentiation, tracing, scripting and exporting. Patch the forward of a class, if at all, after a
+    first `fuse` of its modules: one that is patched when it is first seen keeps to its original forward when the patch
+    is taken off.
 
     Args:
         model: any nn.Module.

@@ -8,7 +8,14 @@ from tokenfusion.surgery.rules.rule import Rule
 @functools.cache
 def rules() -> tuple[Rule, ...]:
     # timm takes seconds to import
-    from tokenfusion.surgery.rules import attention_pool, class_attention, crossvit, dynamixer, upconv
+    from tokenfusion.surgery.rules import (
+        attention_pool,
+        class_attention,
+        crossvit,
+        dynamixer,
+        multihead_attention,
+        upconv,
+    )
 
-    families = (crossvit, class_attention, attention_pool, dynamixer, upconv)
+    families = (crossvit, class_attention, attention_pool, multihead_attention, dynamixer, upconv)
     return tuple(rule for family in families for rule in family.RULES)

@@ -1,0 +1,353 @@
+"""nn.MultiheadAttention fused against its own forward: results, weights, gradients and random numbers."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import tokenfusion
+from tests.crossvit import fused_copy, randomize
+from tests.drop_in import BACKWARD, FORWARD, check_drop_in, check_parity, outputs_and_gradients
+from tests.parity import assert_parity, assert_runs
+from tokenfusion.layers.multihead_attention import MultiheadAttention
+
+B, L, N, C, HEADS = 3, 2, 20, 48, 6
+
+
+class Pool(nn.Module):
+    """Attention of one tensor over another: the output, or the weights, whose gradients are checked, too."""
+
+    def __init__(self, options: dict, call: dict, result: int = 0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = randomize(nn.MultiheadAttention(C, HEADS, **options))
+        self.call, self.result = call, result
+
+    def forward(self, query, tokens):
+        torch.manual_seed(3)
+        call = {name: to_dtype(value, query.dtype) for name, value in self.call.items()}
+        return self.attn(query, tokens, tokens, **call)[self.result]
+
+
+def to_dtype(value, dtype):
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def inputs(batch_first=False, batched=True, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(B, L, C), (B, N, C)] if batched else [(L, C), (N, C)]
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return tensors if batch_first or not batched else [x.transpose(0, 1).contiguous() for x in tensors]
+
+
+def drawn(*shape, share=0.4):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2)) < share
+
+
+def float_mask(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+MASKS = {
+    "none": {},
+    "padding": {"key_padding_mask": drawn(B, N)},
+    "float padding": {"key_padding_mask": float_mask(B, N)},
+    "rows": {"attn_mask": drawn(L, N)},
+    "rows of every head": {"attn_mask": float_mask(B * HEADS, L, N)},
+    "both": {"key_padding_mask": drawn(B, N), "attn_mask": drawn(B * HEADS, L, N)},
+}
+
+
+def kernels(call, options):
+    plain = not {"key_padding_mask", "attn_mask"} & call.keys() and not options.get("dropout")
+    return (FORWARD, BACKWARD) if plain else ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_outputs(mask, need_weights, dropout, dtype):
+    options, call = {"dropout": dropout}, MASKS[mask] | {"need_weights": need_weights}
+    plain = Pool(options, call).to(dtype)
+    check_parity(fused_copy(plain), plain, *inputs(dtype=dtype), runs=kernels(call, options))
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("mask", MASKS)
+def test_weights(mask, dropout, average):
+    options, call = {"dropout": dropout}, MASKS[mask] | {"average_attn_weights": average}
+    plain = Pool(options, call, result=1)
+    check_parity(fused_copy(plain), plain, *inputs(), runs=kernels(call, options)[:1])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"batch_first": True}, {"bias": False}, {"batch_first": True, "dropout": 0.3}], ids=str
+)
+def test_constructions(options, need_weights):
+    plain = Pool(options, {"need_weights": need_weights})
+    if options.get("dropout"):
+        check_parity(fused_copy(plain), plain, *inputs(batch_first=True), runs=())
+    else:
+        check_drop_in(plain, *inputs(options.get("batch_first", False)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [{}, {"key_padding_mask": drawn(N)}, {"attn_mask": float_mask(HEADS, L, N), "average_attn_weights": False}],
+    ids=["none", "padding", "rows of every head"],
+)
+@pytest.mark.parametrize("result", [0, 1])
+def test_unbatched(call, result):
+    plain = Pool({}, call, result)
+    check_parity(fused_copy(plain), plain, *inputs(batched=False), runs=kernels(call, {})[: 2 - result])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_no_token_left(need_weights, training):
+    """Weights of NaN where they are asked for, and zeros otherwise, as torch has it."""
+    padding = torch.zeros(B, N, dtype=torch.bool)
+    padding[1] = True
+    plain = Pool({"dropout": 0.3}, {"key_padding_mask": padding, "need_weights": need_weights}).train(training)
+    expected, got = (outputs_and_gradients(m, *inputs()) for m in (plain, fused_copy(plain)))
+    assert expected["out"][:, 1].isnan().all() == need_weights
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_one_query_expanded_for_all_images():
+    """Each of its rows has a gradient of its own."""
+    plain, (_, tokens) = Pool({"batch_first": True}, {}), inputs(batch_first=True)
+    check_parity(fused_copy(plain), plain, torch.randn(1, 1, C).expand(B, -1, -1), tokens)
+
+
+def test_the_gradient_of_the_keys_bias_is_zero():
+    fused = fused_copy(Pool({}, {}))
+    gradient = outputs_and_gradients(fused, *inputs())["attn.in_proj_bias"]
+    assert not gradient[C : 2 * C].any() and gradient[:C].any() and gradient[2 * C :].any()
+
+
+@pytest.mark.parametrize("call", [{}, {"need_weights": False}, MASKS["padding"]], ids=["weights", "none", "padding"])
+@pytest.mark.parametrize("result", [0, 1])
+def test_autocast(call, result):
+    if result and not call.get("need_weights", True):
+        return
+    plain = Pool({}, call, result).eval()
+    fused = fused_copy(plain)
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double()(*(x.double() for x in inputs()))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_parity(fused(*inputs()), plain(*inputs()), exact)
+
+
+def test_strides_of_the_output():
+    """Contiguous wherever torch's is, for whoever calls view."""
+    for batch_first in (False, True):
+        plain = Pool({"batch_first": batch_first}, {})
+        for model in (plain, fused_copy(plain)):
+            assert batch_first or model(*inputs(batch_first)).is_contiguous()
+
+
+@pytest.mark.parametrize("call", [{}, MASKS["both"], {"need_weights": False}], ids=["weights", "masks", "none"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(call, dropout, dynamic):
+    torch.compiler.reset()
+    plain = Pool({"dropout": dropout}, call).attn
+    query, tokens = inputs()
+    outs = []
+    compiled = torch.compile(fused_copy(plain), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for model in (plain, compiled):
+        torch.manual_seed(3)
+        outs.append(model(query, tokens, tokens, **call)[0])
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+
+
+SELF = {
+    "self-attention": lambda attn, q, x: attn(x, x, x),
+    "values apart": lambda attn, q, x: attn(q, x, x.clone()),
+    "many queries": lambda attn, q, x: attn(torch.cat((q, q)), x, x),
+    "causal": lambda attn, q, x: attn(q, x, x, is_causal=True, attn_mask=drawn(L, N)),
+    "no tokens": lambda attn, q, x: attn(q, *[x[:0]] * 2),
+    "nobody": lambda attn, q, x: attn(q[:, :0], *[x[:, :0]] * 2),
+}
+
+
+@pytest.mark.parametrize("call", SELF.values(), ids=SELF)
+def test_calls_that_run_torchs_forward(call, caplog):
+    plain = Pool({}, {}).attn
+    query, tokens = inputs()
+    with assert_runs():
+        out, weights = call(fused_copy(plain), query, tokens)
+    expected, expected_weights = call(plain, query, tokens)
+    assert torch.equal(out, expected) and torch.equal(weights, expected_weights)
+    assert not caplog.records
+
+
+BAD = {
+    "another batch": lambda attn, q, x: attn(q[:, :1], x, x),
+    "other channels": lambda attn, q, x: attn(q, *[x[..., :8]] * 2),
+    "another dtype": lambda attn, q, x: attn(q.double(), x, x),
+    "mask of another shape": lambda attn, q, x: attn(q, x, x, key_padding_mask=drawn(B, N + 1)),
+    "rows of another shape": lambda attn, q, x: attn(q, x, x, attn_mask=drawn(L + 1, N)),
+    "mask of integers": lambda attn, q, x: attn(q, x, x, key_padding_mask=torch.zeros(B, N, dtype=torch.uint8)),
+    "causal without a mask": lambda attn, q, x: attn(q, x, x, is_causal=True),
+    "rank": lambda attn, q, x: attn(q[0], x, x),
+}
+
+
+@pytest.mark.parametrize("call", BAD.values(), ids=BAD)
+def test_torchs_own_errors(call):
+    plain, errors = Pool({}, {}).attn, []
+    for attn in (plain, fused_copy(plain)):
+        with pytest.raises((RuntimeError, AssertionError)) as caught:
+            call(attn, *inputs())
+        errors.append((type(caught.value), str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+def test_torchs_own_warning():
+    attn = fused_copy(Pool({}, {}).attn)
+    query, tokens = inputs()
+    with pytest.warns(UserWarning, match="mismatched"):
+        attn(query, tokens, tokens, key_padding_mask=drawn(B, N), attn_mask=float_mask(L, N))
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"add_bias_kv": True}, "it has bias_k and bias_v"),
+        ({"add_zero_attn": True}, "add_zero_attn is set"),
+        ({"kdim": 8, "vdim": 8}, "expected kdim and vdim equal to embed_dim = 48"),
+        ({"num_heads": 24}, "24 heads of 48 channels"),
+    ],
+)
+def test_what_is_left_alone(options, reason):
+    model = nn.Sequential(nn.MultiheadAttention(C, **{"num_heads": HEADS} | options))
+    report = tokenfusion.fuse(model)
+    assert reason in report.left[0].reason and type(model[0]) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize(
+    "name, value", [("dropout", 0.4), ("num_heads", 3), ("add_zero_attn", True), ("training", False)]
+)
+def test_attributes_changed_after_fusing(name, value):
+    plain = Pool({"dropout": 0.3}, {})
+    fused = fused_copy(plain)
+    for model in (plain, fused):
+        setattr(model.attn, name, value)
+    torch.testing.assert_close(fused(*inputs()), plain(*inputs()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_of_the_keys_added_after_fusing(caplog):
+    plain = Pool({}, {})
+    fused = fused_copy(plain)
+    for model in (plain, fused):
+        model.attn.bias_k = model.attn.bias_v = nn.Parameter(torch.ones(1, 1, C))
+    with assert_runs():
+        assert torch.equal(fused(*inputs()), plain(*inputs()))
+    assert "bias_k" in caplog.text
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_transformers_of_torch(batch_first, training):
+    """Their encoders read the attention's attributes; a decoder's single query over the memory is fused."""
+    torch.manual_seed(0)
+    options = dict(dim_feedforward=32, dropout=0.2, batch_first=batch_first)
+    with warnings.catch_warnings(action="ignore"):  # of nested tensors, which some settings rule out
+        plain = nn.Transformer(C, HEADS, 2, 2, **options).train(training)
+    fused, results = fused_copy(plain), []
+    source, target = torch.randn(2, 9, B, C) if not batch_first else torch.randn(2, B, 9, C)
+    target = target[:, :1] if batch_first else target[:1]
+    padding = torch.zeros(B, 9, dtype=torch.bool)
+    padding[0, 6:] = True
+    for model in (plain, fused):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(training):
+            results.append(model(source, target, src_key_padding_mask=padding, memory_key_padding_mask=padding[:, :9]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_gives_the_same_bits():
+    with warnings.catch_warnings(action="ignore"):
+        layer = nn.TransformerEncoderLayer(C, HEADS, 32, batch_first=True)
+        plain = nn.TransformerEncoder(layer, 2).eval()
+    fused, x = fused_copy(plain), torch.randn(B, N, C)
+    padding = drawn(B, N).sort(dim=1).values
+    with torch.no_grad(), assert_runs():
+        assert torch.equal(fused(x), plain(x))
+        torch.testing.assert_close(fused(x, src_key_padding_mask=padding), plain(x, src_key_padding_mask=padding))
+    assert torch.equal(fused(x), plain(x))
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(C, HEADS)
+
+    def forward(self, query, tokens):
+        return self.attn(query, tokens, tokens)[0]
+
+
+class OfOnes(Embedded):
+    def forward(self, tokens):
+        return self.attn(torch.ones(1, B, C), tokens, tokens)[0]
+
+
+def test_traced_with_a_constant_query():
+    model, (_, tokens) = fused_copy(OfOnes().eval()), inputs()
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(tokens), model(tokens))
+
+
+def test_scripted_and_traced():
+    plain, (query, tokens) = Embedded().eval(), inputs()
+    fused = fused_copy(plain)
+    expected = plain(query, tokens)
+    graph = torch.fx.symbolic_trace(fused)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["attn"]
+    with warnings.catch_warnings(action="ignore"):
+        others = torch.jit.script(fused), torch.jit.trace(fused, (query, tokens))
+    exported = torch.export.export(fused, (query, tokens)).module()
+    for other in (graph, *others, exported):
+        torch.testing.assert_close(other(query, tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_learning_a_probe():
+    """Fifty steps on frozen tokens, with dropout: equal losses, and the mean of a class is found."""
+    torch.manual_seed(0)
+    classes = torch.arange(32) % 4
+    tokens = torch.randn(32, N, C) + torch.randn(4, 1, C)[classes]
+
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Parameter(0.1 * torch.randn(1, 1, C))
+            self.attn, self.head = nn.MultiheadAttention(C, HEADS, dropout=0.1, batch_first=True), nn.Linear(C, 4)
+
+        def forward(self, x):
+            return self.head(self.attn(self.query.expand(len(x), -1, -1), x, x)[0][:, 0])
+
+    plain, losses = Probe(), []
+    for model in (fused_copy(plain), plain):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        torch.manual_seed(1)
+        losses.append([])
+        for _ in range(50):
+            loss = nn.functional.cross_entropy(model(tokens), classes)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-4)
+    assert losses[0][-1] < 0.1 * losses[0][0]
+
+
+def test_the_class_is_torchs():
+    fused = fused_copy(Pool({}, {}))
+    assert isinstance(fused.attn, nn.MultiheadAttention) and type(fused.attn) is MultiheadAttention

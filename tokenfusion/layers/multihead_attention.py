@@ -1,0 +1,183 @@
+"""nn.MultiheadAttention of few queries over many tokens, with the key and value projections absorbed.
+
+A subclass of torch's module that changes the forward pass alone: same parameters, same state_dict, same results up to
+rounding, same random numbers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenfusion.kernels.checks import symbolic
+from tokenfusion.layers.attention_weights import additive
+from tokenfusion.layers.drop_in import PLAIN, DropIn, within
+from tokenfusion.layers.single_query_attention import Projection, absorbed_attention, attention_with_weights
+
+
+class MultiheadAttention(DropIn, nn.MultiheadAttention):
+    """Attention whose keys and values are never written where a call has few queries.
+
+    Takes and holds what nn.MultiheadAttention does. One class serves self-attention, too, so each call decides: the
+    fused form runs where key and value are one tensor and the query another, with fewer queries (heads x L) than half
+    of the channels. A call that asks for the weights, as is the default, has a mask, or drops weights in training
+    computes them in plain PyTorch. Any other call, and one with a part that was changed, runs torch's forward.
+    """
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        channels = module.embed_dim
+        if module.bias_k is not None or module.bias_v is not None:
+            return "it has bias_k and bias_v, one more key and value for all images"
+        if module.add_zero_attn:
+            return "add_zero_attn is set: a key and value of zeros"
+        parts, out = module._parameters, module._modules.get("out_proj")
+        reason = _why_not_tensors(parts, "in_proj_") or within("out_proj", _why_not_tensors(out._parameters))
+        if reason is not None:
+            return reason
+        weight = parts["in_proj_weight"]
+        if weight is None or weight.size() != (3 * channels, channels):
+            got = "keys and values of other sizes" if weight is None else f"in_proj_weight {list(weight.shape)}"
+            return f"it has {got}, expected kdim and vdim equal to embed_dim = {channels}"
+        if channels % module.num_heads:
+            return f"num_heads: {module.num_heads} does not divide embed_dim = {channels}"
+        if module.num_heads >= channels / 2:
+            return f"num_heads: {module.num_heads} heads of {channels} channels; projecting the tokens costs less"
+        return None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As nn.MultiheadAttention's."""
+        if torch.jit.is_scripting():
+            return self.plain_forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if symbolic(query, key, value):
+            options = {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
+            options |= {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
+            return self._as_leaf((query, key, value), options)
+        if (
+            key is not value
+            or query is key
+            or is_causal
+            or not self._serves(query, key, need_weights)
+            or not _are_masks(key_padding_mask, attn_mask, query.dtype, self._mask_shapes(query, key))
+            or not self.fuses()
+        ):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        out, weights = self._attend(
+            self._images_first(query),
+            self._images_first(key),
+            self._mask(key_padding_mask, attn_mask, query.dtype),
+            need_weights,
+        )
+        if weights is not None:
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if query.dim() == 3 else weights[0]
+        if query.dim() == 2:
+            out = out[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1).contiguous()
+        return F.linear(out, self.out_proj.weight, self.out_proj.bias), weights  # torch does not call it either
+
+    def _as_leaf(self, tensors: tuple[torch.Tensor, ...], options: dict) -> torch.fx.Proxy:
+        """The call of a module in a graph of torch.fx, which looks into no nn.MultiheadAttention."""
+        tracer = next(tensor.tracer for tensor in tensors if isinstance(tensor, torch.fx.Proxy))
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), tensors, options)
+
+    def _attend(
+        self, query: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None, need_weights: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (Projection(*each) for each in zip(self.in_proj_weight.chunk(3), biases))
+        heads = {"num_heads": self.num_heads, "scale": (self.embed_dim // self.num_heads) ** -0.5}
+        dropout = self.dropout if self.training else 0.0
+        if mask is None and dropout == 0 and not need_weights:
+            return absorbed_attention(q(query), tokens, None, None, k, v, **heads), None
+        masked = {"mask": mask, "empty_is_zero": not need_weights}  # torch gives NaN together with the weights
+        out, weights = attention_with_weights(q(query), tokens, None, None, k, v, **heads, **masked, dropout=dropout)
+        return out, weights if need_weights else None
+
+    def _serves(self, query: torch.Tensor, key: torch.Tensor, need_weights: bool) -> bool:
+        """Whether the fused form is for tensors of this kind and size. What torch does not take, it gets to refuse."""
+        if type(query) not in PLAIN or type(key) not in PLAIN or query.is_nested or key.is_nested:
+            return False
+        if query.dim() not in (2, 3) or query.dim() != key.dim() or query.numel() == 0 or key.numel() == 0:
+            return False
+        batch, tokens = self._dimensions(query)
+        if batch is not None and query.shape[batch] != key.shape[batch]:
+            return False
+        if query.shape[-1] != self.embed_dim or key.shape[-1] != self.embed_dim or query.dtype != key.dtype:
+            return False
+        if self.dropout > 0 and self.training and not need_weights and key.device.type != "cpu":
+            return False  # torch draws the random numbers inside a kernel
+        return self.num_heads * query.shape[tokens] < self.embed_dim / 2
+
+    def _dimensions(self, x: torch.Tensor) -> tuple[int | None, int]:
+        """Where the batch is, if there is one, and where the tokens."""
+        if x.dim() == 2:
+            return None, 0
+        return (0, 1) if self.batch_first else (1, 0)
+
+    def _images_first(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 2:
+            return x.unsqueeze(0)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _mask_shapes(self, query: torch.Tensor, key: torch.Tensor) -> tuple[list[list[int]], ...]:
+        """Of key_padding_mask and attn_mask."""
+        batch, tokens = self._dimensions(query)
+        length, count = query.shape[tokens], key.shape[tokens]
+        images = 1 if batch is None else query.shape[batch]
+        padding = [count] if batch is None else [images, count]
+        return [padding], [[length, count], [images * self.num_heads, length, count]]
+
+    def _mask(
+        self, key_padding_mask: torch.Tensor | None, attn_mask: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Both in one, broadcast to [B, heads, L, N]."""
+        mask = None
+        if key_padding_mask is not None:
+            padding = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
+            mask = additive(padding, dtype)[:, None, None]
+        if attn_mask is not None:
+            rows = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
+            rows = additive(rows, dtype)
+            mask = rows if mask is None else mask + rows
+        return mask
+
+
+def _why_not_tensors(parameters: dict[str, torch.Tensor | None], prefix: str = "") -> str | None:
+    """Why the fused form may not read a weight and a bias, which torch's forward reads, too: parametrized ones and
+    subclasses do more than that when they are read."""
+    for name in (f"{prefix}weight", f"{prefix}bias"):
+        if name not in parameters:
+            return f"{name} is no parameter"
+        if parameters[name] is not None and type(parameters[name]) not in PLAIN:
+            return f"{name} is of class {type(parameters[name]).__name__}"
+    return None
+
+
+def _are_masks(
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    dtype: torch.dtype,
+    shapes: tuple[list[list[int]], ...],
+) -> bool:
+    """Whether both are None or of what torch takes without a complaint."""
+    given = [(mask, allowed) for mask, allowed in zip((key_padding_mask, attn_mask), shapes) if mask is not None]
+    return (
+        all(type(mask) in PLAIN and list(mask.shape) in allowed for mask, allowed in given)
+        and all(mask.dtype in (torch.bool, dtype) for mask, _ in given)
+        and len({mask.dtype for mask, _ in given}) < 2
+    )
