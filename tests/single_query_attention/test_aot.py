@@ -36,8 +36,8 @@ def calls(capability: int, dtype: str, channels: int, queries: int) -> list[dict
     batch, tokens = 256, 401
     query, x, extra = tensor(batch, queries, channels), tensor(batch, tokens, channels), tensor(batch, channels)
     lse = tensor(batch, queries, dtype="float32")
-    forward = [query, x, extra, True, 1e-6]
-    backward = [query, query, x, extra, query, lse, True, 1e-6, [True, True, True]]
+    forward = [query, x, extra, None, True, 1e-6]
+    backward = [query, query, x, extra, None, query, lse, True, 1e-6, [True, True, True]]
     return [
         dict(host=HOST, call=call, capability=capability, arguments=arguments)
         for call, arguments in (("run_forward", forward), ("run_backward", backward))
