@@ -58,7 +58,8 @@ def _single_query_attention(pick):
     batch, tokens, queries = pick.choice((0, 1, 2, 3)), pick.choice((1, 2, 7, 16, 33, 64)), pick.choice((1, 3, 6, 17))
     channels = pick.choice((8, 16, 24, 64, 96))
     normalize, extra = pick.random() < 0.5, pick.random() < 0.5
-    lengths = torch.tensor([pick.randint(0, tokens) for _ in range(batch)]) if pick.random() < 0.5 else None
+    counts = torch.tensor([pick.randint(0, tokens) for _ in range(batch)], dtype=torch.int64)
+    lengths = counts if pick.random() < 0.5 else None
 
     def run(query, tokens, extra_token):
         options = dict(lengths=lengths, normalize=normalize, eps=1e-5)

@@ -44,7 +44,7 @@ void forward(const Params& p, int64_t begin_part, int64_t end_part, void* memory
   Scratch<A> s;
   Scratch<A>::layout(&s, memory, p.channels, p.queries);
   for (int64_t i_part = begin_part; i_part < end_part; ++i_part) {
-    const Part& part = p.parts[i_part];
+    const Part part = p.parts[i_part];
     widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride, p.query_stride, p.queries,
                p.channels, s.query, s);
     for (int64_t i = 0; i < s.queries * s.pitch; i += VecOf<A>::lanes) store(s.context + i, Vec<A>{});
@@ -170,7 +170,7 @@ void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memor
   Scratch<A> s;
   Scratch<A>::layout(&s, memory, p.channels, p.queries);
   for (int64_t i_part = begin_part; i_part < end_part; ++i_part) {
-    const Part& part = p.parts[i_part];
+    const Part part = p.parts[i_part];
     const bool lone = part.whole && part.end - part.begin == 1;
     const int64_t first_row = part.image * p.queries;
     widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride, p.query_stride, p.queries,
