@@ -72,6 +72,13 @@ def test_what_is_right_for_a_gpu_fails_for_want_of_it_alone(operator, backend):
     assert type(caught.value) is RuntimeError and "got" not in str(caught.value)
 
 
+@pytest.mark.parametrize("backend", [ON_GPU])
+@pytest.mark.parametrize("operator", [attention, attention_backward])
+def test_what_a_backend_does_not_take_yet(operator, backend):
+    with pytest.raises(NotImplementedError, match="lengths: got a tensor, expected None"):
+        operator(backend, lengths=torch.tensor([1, 2]))
+
+
 @pytest.mark.parametrize(
     "operator, changes",
     [
