@@ -122,6 +122,15 @@ def test_forward_allocates_nothing_of_the_size_of_the_tokens():
     assert peak < 0.05 * x.nbytes
 
 
+def test_backward_over_frozen_tokens_allocates_nothing_of_their_size():
+    from tokenfusion.measure import peak_extra_bytes
+
+    query, x, _, grad = make_inputs(2, 6, 4098, 64, dtype=torch.float32)
+    x = x.detach()
+    peak = peak_extra_bytes(lambda: torch.autograd.grad(single_query_attention(query, x, normalize=True), query, grad))
+    assert peak < 0.05 * x.nbytes
+
+
 def test_query_and_gradient_of_any_strides():
     query, tokens, _, grad = make_inputs(2, 6, 30, 32, dtype=torch.float32)
     expected = with_gradients(single_query_attention, (query, tokens, None, grad), normalize=True)
