@@ -282,6 +282,7 @@ def test_other_instruction_sets(capability, run_python):
                 for channels in (8, 24, 192):
                     inputs = make_inputs(2, 3, 37, channels, dtype=dtype, extra=True)
                     check_parity(single_query_attention, inputs, normalize=True)
+                    check_parity(single_query_attention, inputs, lengths=torch.tensor([5, 37]), normalize=True)
         """,
         ATEN_CPU_CAPABILITY=capability,
     )
