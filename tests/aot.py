@@ -1,7 +1,7 @@
-"""Compiles what a Triton host would launch, ahead of time and without a GPU; a program, with no TRITON_INTERPRET.
+"""Compiles what a Triton host would launch, ahead of time and without a GPU.
 
-Reads a JSON list of calls from stdin, {"host": module, "call": function, "capability": 90, "arguments": [...]}, where a
-tensor is {"shape": [...], "dtype": "bfloat16"}. Prints a JSON list: for each call its launches, one record a kernel.
+`compile` runs this module as a program, with no TRITON_INTERPRET: it reads a JSON list of calls from stdin and prints a
+JSON list, for each call its launches, one record a kernel.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Hashable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,42 @@ from triton.runtime.jit import JITFunction
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _MATRIX = r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"
+
+
+_SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def tensor(*shape: int, dtype: str) -> dict:
+    """An argument of a call."""
+    return dict(shape=shape, dtype=dtype)
+
+
+def call(host: str, function: str, capability: int, arguments: list) -> dict:
+    """A call of the function of the module `host`, on a GPU of this compute capability."""
+    return dict(host=host, call=function, capability=capability, arguments=arguments)
+
+
+def compile(calls: dict[Hashable, list[dict]]) -> dict[Hashable, list[dict]]:
+    """The records of the kernels that the calls under each key launch, all compiled by one process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.aot"],
+        input=json.dumps([call for each in calls.values() for call in each]),
+        cwd=Path(__file__).parent.parent,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    launches = iter(json.loads(done.stdout))
+    return {key: [kernel for _ in each for kernel in next(launches)] for key, each in calls.items()}
+
+
+def check(kernel: dict, capability: int, dtype: str, spilled: int = 0) -> None:
+    """The kernel spills at most so many bytes, fits into shared memory, and uses matrix units below float32."""
+    assert kernel["spilled"] <= spilled, kernel
+    assert kernel["shared"] <= _SHARED_MEMORY[capability], kernel
+    assert bool(kernel["matrix"]) == (dtype != "float32"), kernel
 
 
 class _Driver:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
+
+import tokenfusion
 
 ROOT = Path(__file__).parent.parent
 SLOW = {  # marker: where its tests are
@@ -31,10 +34,14 @@ def _is_worker(config) -> bool:
 
 
 def pytest_itemcollected(item):
-    for marker in (name for name, places in SLOW.items() if any(map(item.path.match, places))):
-        item.add_marker(marker)
-        if _is_worker(item.config):  # what a file compiles once, one worker compiles
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+    for marker, places in SLOW.items():
+        if any(map(item.path.match, places)):
+            item.add_marker(marker)
+
+
+def pytest_collection_modifyitems(config, items):
+    if _is_worker(config):  # long files first, so that no worker waits for the last one
+        items.sort(key=lambda item: not any(map(item.get_closest_marker, SLOW)))
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +51,28 @@ def uninitialised_memory_is_nan():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def marked_backend(request):
+    """The backend in force is that of the test's marker, if it has one."""
+    marker = request.node.get_closest_marker("backend")
+    with tokenfusion.backend(*marker.args) if marker else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, for the length of a test."""
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(set_threads):
+    """Threads that wait for each other take many times as long where other programs run."""
+    set_threads(1)
 
 
 @pytest.fixture(autouse=True)

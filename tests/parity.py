@@ -42,3 +42,9 @@ def assert_runs(*operators: str):
         yield
     ran = {"_".join(kernel) for kernel in seen.ran}
     assert ran == set(operators), f"ran {sorted(ran)}, expected {sorted(operators)}"
+
+
+def assert_trains(operator: str):
+    """The with-block runs this operator forward and backward on the backend in force, and no other operator."""
+    backend = dispatch.get_backend()
+    return assert_runs(f"{operator}_{backend}", f"{operator}_backward_{backend}")

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 import tokenfusion
 from benchmarks.gpu_check import kernels
+from tests.gradients import in_float64
 from tests.parity import assert_parity
 from tokenfusion.kernels.dispatch import CannotRun
 
@@ -24,9 +25,8 @@ def test_parity(call, backend):
     if reason is not None:
         pytest.skip(reason)
     tensors = kernels.on_device(call)
-    in_float64 = tuple(None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
     with tokenfusion.backend("reference"):
-        unfused, exact = kernels.with_gradients(call, tensors), kernels.with_gradients(call, in_float64)
+        unfused, exact = (kernels.with_gradients(call, each) for each in (tensors, in_float64(tensors)))
     try:
         with tokenfusion.backend(backend):
             actual = kernels.with_gradients(call, tensors)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import problem, timing
-from tokenfusion.cli import info
+from tokenfusion import environment
 
 COMMIT = "TOKENFUSION_COMMIT"  # the variable that names the commit of a copy without git
 _PACKAGES = (
@@ -32,7 +32,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def collect(profile: str) -> dict:
-    facts = info.collect()
+    facts = environment.collect()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "profile": profile,

@@ -9,7 +9,7 @@ from benchmarks.report.table import COMPILED, EAGER
 
 _TABLE = re.compile(r"(<!-- table ([^|>]+?) *\| *([^|>]+?) *-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _ROWS = re.compile(r"(<!-- rows (\S+)\n(.*?)-->\n)(.*?)(<!-- end -->)", re.DOTALL)
-_COLUMNS = ("eager", "torch.compile", "tokenfusion", "tokenfusion + compile", "peak MB, eager", "tokenfusion")
+_COLUMNS = ("eager", "torch.compile", "tokenfusion", "tokenfusion + compile", "peak MB, eager", "peak MB, tokenfusion")
 
 
 def updated(text: str) -> str:
@@ -21,9 +21,11 @@ def updated(text: str) -> str:
 
     def chosen_rows(block: re.Match) -> str:
         begin, path, chosen, _, end = block.groups()
-        lines = [_row(path, *re.split(r" *\| *", line)) for line in chosen.strip().splitlines()]
-        head = [f"| | {' | '.join(_COLUMNS)} |", "|:--|" + "--:|" * len(_COLUMNS)]
-        return f"{begin}\n{chr(10).join(head + lines)}\n\n{end}"
+        rows = [_row(path, *re.split(r" *\| *", line)) for line in chosen.strip().splitlines()]
+        columns = [column for column in zip(("", *_COLUMNS), *rows, strict=True) if set(column[1:]) != {"-"}]
+        head, *rows = (f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True))
+        lines = [head, "|:--|" + "--:|" * (len(columns) - 1), *rows]
+        return f"{begin}\n{chr(10).join(lines)}\n\n{end}"
 
     return _ROWS.sub(chosen_rows, _TABLE.sub(table_of, text))
 
@@ -35,16 +37,15 @@ def _cases(path: str, group: str) -> list[tuple[dict, list[dict]]]:
     return cases[group]
 
 
-def _row(path: str, label: str, group: str, name: str) -> str:
-    """The case of that name in a group, as one line of a table of many groups."""
+def _row(path: str, label: str, group: str, name: str) -> tuple[str, ...]:
+    """The label and the cells of the case of that name in a group."""
     found = {table.case_name(case): {row["variant"]: row for row in members} for case, members in _cases(path, group)}
     if name not in found:
         raise SystemExit(f"{path}, {group}: no case {name!r}, it has {', '.join(map(repr, found))}")
     rows = found[name]
     package = next(variant for variant, row in rows.items() if row["backend"])
     variants = rows[EAGER], rows.get(COMPILED), rows[package], rows.get(package + AND_COMPILE)
-    cells = [*map(_cell, variants), *(table.megabytes(rows[name]["peak_bytes"]) for name in (EAGER, package))]
-    return f"| {label} | {' | '.join(cells)} |"
+    return label, *map(_cell, variants), *(table.megabytes(rows[name]["peak_bytes"]) for name in (EAGER, package))
 
 
 def tables(loaded: dict) -> str:

@@ -56,7 +56,7 @@ def text(rows: list[dict]) -> str:
     """The headlines as a table for a terminal."""
     lines = [_line("", "cases", "x eager", "x compile", "x less memory")]
     for group, of_group in groupby(headlines(rows), key=lambda found: found.group):
-        lines.append(textwrap.fill(group, table.COLUMNS))
+        lines.append(textwrap.fill(group, table.COLUMNS, break_on_hyphens=False))
         for found in of_group:
             spreads = found.eager, found.compiled, found.memory
             lines.append(_line(found.variant, str(found.cases), *map(_compact, spreads)))

@@ -91,7 +91,7 @@ def duration(seconds: float) -> str:
 
 def head(group: str) -> str:
     """What stands above the lines of a group, for a terminal."""
-    return f"{textwrap.fill(group, COLUMNS)}\n{_line(HEADINGS)}"
+    return f"{textwrap.fill(group, COLUMNS, break_on_hyphens=False)}\n{_line(HEADINGS)}"
 
 
 def line(row: dict) -> str:

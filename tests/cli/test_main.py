@@ -6,11 +6,12 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tokenfusion.cli import info, main
+from tokenfusion import environment
+from tokenfusion.cli import main
 
 
 def test_an_interrupt_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(info, "collect", lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(environment, "collect", lambda: signal.raise_signal(signal.SIGINT))
     assert main.main(["info"]) == 130
     assert capsys.readouterr().err == "tokenfusion info: interrupted\n"
 
@@ -39,7 +40,7 @@ def test_a_closed_output_is_none(capsys, monkeypatch):
 def test_characters_that_a_terminal_lacks_are_escaped(capfdbinary, monkeypatch):
     with open(1, "w", encoding="ascii", closefd=False) as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        monkeypatch.setattr(info, "collect", lambda: print("caf\xe9") or sys.exit(0))
+        monkeypatch.setattr(environment, "collect", lambda: print("caf\xe9") or sys.exit(0))
         with pytest.raises(SystemExit):
             main.main(["info"])
     assert capfdbinary.readouterr().out == rb"caf\xe9" + b"\n"

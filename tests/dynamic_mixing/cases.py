@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from tests.parity import assert_parity
+from tests.gradients import Tensors, in_float64, with_gradients
+from tests.parity import assert_parity, assert_trains
+from tokenfusion.kernels import dynamic_mixing
 from tokenfusion.kernels.dynamic_mixing import reference
 
-Tensors = tuple[torch.Tensor, ...]
 NAMES = ("mixed", "x", "compress_weight", "compress_bias", "generate_weight", "generate_bias")
 
 
@@ -45,17 +46,6 @@ def make_inputs(
     return tensors
 
 
-def with_gradients(function: Callable, inputs: Tensors, **options) -> list[torch.Tensor]:
-    """The output, and the gradients of those inputs that require them."""
-    *tensors, grad = inputs
-    mixed = function(*tensors, **options)
-    return [mixed, *torch.autograd.grad(mixed, [t for t in tensors if t.requires_grad], grad)]
-
-
-def in_float64(inputs: Tensors) -> Tensors:
-    return tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
-
-
 def check_parity(function: Callable, inputs: Tensors, **options) -> None:
     """Output and gradients of function obey the parity rule."""
     actual = with_gradients(function, inputs, **options)
@@ -64,3 +54,9 @@ def check_parity(function: Callable, inputs: Tensors, **options) -> None:
     tokens, widest = inputs[0][..., 0].numel(), max(inputs[0].shape[-1], inputs[3].shape[1])
     for name, *tensors in zip(NAMES, actual, unfused, exact, strict=True):
         assert_parity(*tensors, name=name, summands=widest if name in ("mixed", "x") else tokens)
+
+
+def check(inputs: Tensors, **options) -> None:
+    """The backend in force computes output and gradients, and they obey the parity rule."""
+    with assert_trains("dynamic_mixing"):
+        check_parity(dynamic_mixing, inputs, **options)

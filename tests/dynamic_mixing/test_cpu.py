@@ -5,27 +5,16 @@ import functools
 import pytest
 import torch
 
-import tokenfusion
-from tests.dynamic_mixing.cases import check_parity, make_inputs, with_gradients
-from tests.parity import assert_parity, assert_runs
+from tests.dynamic_mixing.cases import check, make_inputs
+from tests.gradients import check_frozen, check_repeats, with_gradients
+from tests.parity import assert_parity, assert_trains
 from tokenfusion.kernels import dynamic_mixing
 from tokenfusion.kernels.dynamic_mixing import reference
 from tokenfusion.kernels.dynamic_mixing.op import mix
 
-FORWARD, BACKWARD = "dynamic_mixing_cpu", "dynamic_mixing_backward_cpu"
+pytestmark = pytest.mark.backend("cpu")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def on_cpu_backend():
-    with tokenfusion.backend("cpu"):
-        yield
-
-
-def check(inputs, **options):
-    with assert_runs(FORWARD, BACKWARD):
-        with_gradients(dynamic_mixing, inputs, **options)
-    check_parity(dynamic_mixing, inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,13 +40,9 @@ def test_any_reduced_dimension(reduced, dtype):
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 7])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_batch_and_threads(batch, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check(make_inputs(batch, 5, 7, 12, segments=2, dim=1), segments=2, dim=1)
-    finally:
-        torch.set_num_threads(before)
+def test_any_batch_and_threads(batch, threads, set_threads):
+    set_threads(threads)
+    check(make_inputs(batch, 5, 7, 12, segments=2, dim=1), segments=2, dim=1)
 
 
 @pytest.mark.parametrize("dim", [1, 2])
@@ -148,11 +133,7 @@ def test_guard_bands_are_not_read(dim):
 @pytest.mark.parametrize("trained", [{0}, {1}, {2}, {3}, {4}, {0, 3}, {1, 2, 3, 4}], ids=str)
 def test_frozen_inputs_and_weights(trained):
     inputs = make_inputs(2, 4, 5, 8, segments=2, dim=2)
-    full = with_gradients(dynamic_mixing, inputs, segments=2, dim=2)[1:]
-    partly = tuple(t if i in trained else t.detach() for i, t in enumerate(inputs))
-    got = with_gradients(dynamic_mixing, partly, segments=2, dim=2)[1:]
-    want = [grad for i, grad in enumerate(full) if i in trained]
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_frozen(dynamic_mixing, inputs, set(range(5)) - trained, segments=2, dim=2)
 
 
 @pytest.mark.parametrize("dim", [1, 2])
@@ -165,10 +146,7 @@ def test_empty_batch(dim):
 
 def test_fifty_calls_are_bit_equal():
     inputs = make_inputs(3, 8, 8, 24, segments=3, dim=1)
-    first = with_gradients(dynamic_mixing, inputs, segments=3, dim=1)
-    for _ in range(50):
-        again = with_gradients(dynamic_mixing, inputs, segments=3, dim=1)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_repeats(dynamic_mixing, inputs, segments=3, dim=1)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -219,7 +197,7 @@ def test_compiles_without_graph_breaks(backend):
     def eager(x, *weights):
         return dynamic_mixing(x * 1.0, *weights, segments=2, dim=1)
 
-    with assert_runs(FORWARD, BACKWARD):
+    with assert_trains("dynamic_mixing"):
         got = with_gradients(torch.compile(eager, fullgraph=True, backend=backend), inputs)
     for a, b in zip(got, with_gradients(eager, inputs), strict=True):
         torch.testing.assert_close(a, b)
@@ -237,7 +215,7 @@ def test_compiled_code_takes_another_batch_without_recompiling_each_time():
 
 def test_autocast_computes_in_its_dtype():
     *tensors, grad = make_inputs(2, 4, 5, 8, segments=2, dim=1)
-    with torch.autocast("cpu", dtype=torch.bfloat16), assert_runs(FORWARD, BACKWARD):
+    with torch.autocast("cpu", dtype=torch.bfloat16), assert_trains("dynamic_mixing"):
         mixed = dynamic_mixing(*tensors, segments=2, dim=1)
         assert mixed.dtype == torch.bfloat16
         mixed.backward(grad.bfloat16())

@@ -5,26 +5,17 @@ import functools
 import pytest
 import torch
 
-import tokenfusion
 from tests.dynamic_mixing import cases
-from tests.dynamic_mixing.cases import check_parity, with_gradients
-from tests.parity import assert_parity, assert_runs
+from tests.gradients import check_frozen, check_repeats, in_float64, with_gradients
+from tests.parity import assert_parity, assert_trains
 from tokenfusion.kernels import dynamic_mixing, extension
 from tokenfusion.kernels.dynamic_mixing import op, reference
 
-FORWARD, BACKWARD = "dynamic_mixing_cuda", "dynamic_mixing_backward_cuda"
+pytestmark = pytest.mark.backend("cuda")
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 on_gpu = pytest.mark.skipif(extension.why_not_cuda() is not None, reason=str(extension.why_not_cuda()))
 make_inputs = functools.partial(cases.make_inputs, device="cuda")
-
-
-@pytest.fixture
-def on_cuda_backend():
-    with tokenfusion.backend("cuda"):
-        yield
-
-
-pytestmark = pytest.mark.usefixtures("on_cuda_backend")
 
 
 def can_run(inputs, **options) -> str | None:
@@ -35,9 +26,7 @@ def can_run(inputs, **options) -> str | None:
 def check(inputs, **options):
     if can_run(inputs, **options) is not None:
         pytest.skip(can_run(inputs, **options))
-    with assert_runs(FORWARD, BACKWARD):
-        with_gradients(dynamic_mixing, inputs, **options)
-    check_parity(dynamic_mixing, inputs, **options)
+    cases.check(inputs, **options)
 
 
 @on_gpu
@@ -80,7 +69,7 @@ def test_mean_and_its_gradients(dtype):
         return [*outputs, *torch.autograd.grad(outputs, tensors, grads)]
 
     got = results(functools.partial(op.mix, with_mean=True), tensors, grads)
-    exact = results(plain, cases.in_float64(tensors), cases.in_float64(grads))
+    exact = results(plain, in_float64(tensors), in_float64(grads))
     for triple in zip(got, results(plain, tensors, grads), exact, strict=True):
         assert_parity(*triple, summands=x[..., 0].numel())
 
@@ -91,10 +80,7 @@ def test_fifty_calls_are_bit_equal(dtype):
     inputs = make_inputs(8, 32, 32, 96, segments=4, dim=1, dtype=dtype)
     if can_run(inputs, segments=4, dim=1) is not None:
         pytest.skip(can_run(inputs, segments=4, dim=1))
-    first = with_gradients(dynamic_mixing, inputs, segments=4, dim=1)
-    for _ in range(50):
-        again = with_gradients(dynamic_mixing, inputs, segments=4, dim=1)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_repeats(dynamic_mixing, inputs, segments=4, dim=1)
 
 
 @on_gpu
@@ -114,11 +100,7 @@ def test_strided_tensors_are_read_in_place(first):
 @pytest.mark.parametrize("trained", [{0}, {1, 2}, {3}, {4}], ids=str)
 def test_frozen_inputs_and_weights(trained):
     inputs = make_inputs(2, 4, 5, 16, segments=2, dim=2, dtype=torch.bfloat16)
-    full = with_gradients(dynamic_mixing, inputs, segments=2, dim=2)[1:]
-    partly = tuple(t if i in trained else t.detach() for i, t in enumerate(inputs))
-    got = with_gradients(dynamic_mixing, partly, segments=2, dim=2)[1:]
-    want = [grad for i, grad in enumerate(full) if i in trained]
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_frozen(dynamic_mixing, inputs, set(range(5)) - trained, segments=2, dim=2)
 
 
 @on_gpu
@@ -155,7 +137,7 @@ def test_compiles_without_graph_breaks():
     inputs = make_inputs(2, 5, 6, 24, segments=3, dim=1)
     torch.compiler.reset()
     function = functools.partial(dynamic_mixing, segments=3, dim=1)
-    with assert_runs(FORWARD, BACKWARD):
+    with assert_trains("dynamic_mixing"):
         got = with_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs)
     for a, b in zip(got, with_gradients(function, inputs), strict=True):
         torch.testing.assert_close(a, b)

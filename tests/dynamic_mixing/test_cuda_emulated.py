@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.dynamic_mixing.cases import check_parity, make_inputs, with_gradients
+from tests.dynamic_mixing.cases import check_parity, make_inputs
 from tests.dynamic_mixing.emulated import KERNELS, Emulated, plan
 from tests.emulation import COMPILER, DTYPES, SCHEDULES
+from tests.gradients import check_frozen, with_gradients
 from tests.parity import assert_parity
 from tokenfusion.kernels.dynamic_mixing import reference
 
@@ -160,11 +161,7 @@ def test_strided_tensors_between_guard_bands(dim, dtype):
 @pytest.mark.parametrize("trained", [{0}, {1, 2}, {3}, {4}], ids=str)
 def test_frozen_inputs_and_weights(trained):
     inputs = make_inputs(2, 4, 5, 16, segments=2, dim=2, dtype=torch.bfloat16)
-    full = with_gradients(Emulated(), inputs, segments=2, dim=2)[1:]
-    partly = tuple(t if i in trained else t.detach() for i, t in enumerate(inputs))
-    got = with_gradients(Emulated(), partly, segments=2, dim=2)[1:]
-    want = [grad for i, grad in enumerate(full) if i in trained]
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_frozen(Emulated(), inputs, set(range(5)) - trained, segments=2, dim=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,28 +7,17 @@ import torch
 
 pytest.importorskip("triton")
 
-import tokenfusion
 from tests.dynamic_mixing import cases
-from tests.dynamic_mixing.cases import check_parity, with_gradients
+from tests.dynamic_mixing.cases import check
+from tests.gradients import check_frozen, with_gradients
 from tests.interpreter import DEVICE, DTYPES
-from tests.parity import assert_runs
 from tokenfusion.kernels import dynamic_mixing
 from tokenfusion.kernels.dynamic_mixing import reference
 from tokenfusion.kernels.dynamic_mixing.op import mix
 
-FORWARD, BACKWARD = "dynamic_mixing_triton", "dynamic_mixing_backward_triton"
+pytestmark = pytest.mark.backend("triton")
+
 make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def on_triton_backend():
-    with tokenfusion.backend("triton"):
-        yield
-
-
-def check(inputs, **options):
-    with assert_runs(FORWARD, BACKWARD):
-        check_parity(dynamic_mixing, inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,11 +69,7 @@ def test_strided_tensors_are_read_in_place():
 @pytest.mark.parametrize("trained", [{0}, {1, 2}, {3}, {4}], ids=str)
 def test_frozen_inputs_and_weights(trained):
     inputs = make_inputs(1, 2, 5, 8, segments=2, dim=2)
-    full = with_gradients(dynamic_mixing, inputs, segments=2, dim=2)[1:]
-    partly = tuple(t if i in trained else t.detach() for i, t in enumerate(inputs))
-    got = with_gradients(dynamic_mixing, partly, segments=2, dim=2)[1:]
-    want = [grad for i, grad in enumerate(full) if i in trained]
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_frozen(dynamic_mixing, inputs, set(range(5)) - trained, segments=2, dim=2)
 
 
 def test_empty_batch():

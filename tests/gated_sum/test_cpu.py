@@ -131,15 +131,12 @@ def test_backward_called_directly_takes_a_gradient_of_the_channels_alone():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_do_not_matter(dtype):
+def test_threads_do_not_matter(dtype, set_threads):
     arguments, threads = problem(dtype, batch=3, tokens=130), torch.get_num_threads()
     with torch.no_grad():
         expected = projected(*arguments)
-        try:
-            torch.set_num_threads(5 - min(threads, 4))
-            assert torch.equal(projected(*arguments), expected)
-        finally:
-            torch.set_num_threads(threads)
+        set_threads(5 - min(threads, 4))
+        assert torch.equal(projected(*arguments), expected)
 
 
 def test_not_a_number_stays_in_its_row():

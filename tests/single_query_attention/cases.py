@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from tests.parity import assert_parity
+from tests.gradients import Tensors, in_float64, with_gradients
+from tests.parity import assert_parity, assert_trains
+from tokenfusion.kernels import single_query_attention
 from tokenfusion.kernels.single_query_attention import reference
-
-Tensors = tuple[torch.Tensor | None, ...]
 
 
 def make_inputs(
@@ -31,18 +31,6 @@ def make_inputs(
     x = (normal(batch, tokens, channels) + 0.3).to(dtype).requires_grad_()
     extra_token = normal(batch, channels).to(dtype).requires_grad_() if extra else None
     return query, x, extra_token, normal(batch, queries, channels).to(dtype)
-
-
-def with_gradients(function: Callable, inputs: Tensors, **options) -> list[torch.Tensor]:
-    """The context, and the gradients of those inputs that are there."""
-    *tensors, grad = inputs
-    present = [t for t in tensors if t is not None and t.requires_grad]
-    context = function(*tensors, **options)
-    return [context, *torch.autograd.grad(context, present, grad)]
-
-
-def in_float64(inputs: Tensors) -> Tensors:
-    return tuple(None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
 
 
 def check_parity(function: Callable, inputs: Tensors, **options) -> None:
@@ -70,3 +58,9 @@ def check_common_offset(function: Callable, dtype: torch.dtype, normalize: bool,
         for f in (function, reference.single_query_attention)
     )
     assert fused < unfused / 2, f"error {fused:.2e}, unfused {unfused:.2e}"
+
+
+def check(inputs: Tensors, **options) -> None:
+    """The backend in force computes output and gradients, and they obey the parity rule."""
+    with assert_trains("single_query_attention"):
+        check_parity(single_query_attention, inputs, **options)

@@ -1,19 +1,16 @@
 """The Triton kernels of single_query_attention compiled for GPUs that are not here: no spill, one read of tokens."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+pytest.importorskip("triton")
 
-triton = pytest.importorskip("triton")
+import triton
+
+from tests import aot
 
 HOST = "tokenfusion.kernels.single_query_attention.triton_host"
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 CROSSVIT = {96: 3, 128: 4, 192: 6, 224: 7, 256: 4, 384: 12, 448: 7, 768: 12}  # C: heads
 
@@ -29,45 +26,28 @@ CHOSEN_WITH = (3, 6)
 
 def calls(capability: int, dtype: str, channels: int, queries: int) -> list[dict]:
     """Forward and backward over a batch that needs no split, with everything switched on."""
-
-    def tensor(*shape: int, dtype: str = dtype) -> dict:
-        return dict(shape=shape, dtype=dtype)
-
+    tensor = functools.partial(aot.tensor, dtype=dtype)
     batch, tokens = 256, 401
     query, x, extra = tensor(batch, queries, channels), tensor(batch, tokens, channels), tensor(batch, channels)
     lse = tensor(batch, queries, dtype="float32")
     forward = [query, x, extra, None, True, 1e-6]
     backward = [query, query, x, extra, None, query, lse, True, 1e-6, [True, True, True]]
-    return [
-        dict(host=HOST, call=call, capability=capability, arguments=arguments)
-        for call, arguments in (("run_forward", forward), ("run_backward", backward))
-    ]
+    return [aot.call(HOST, "run_forward", capability, forward), aot.call(HOST, "run_backward", capability, backward)]
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def compiled() -> dict[tuple, list[dict]]:
-    """Every shape's launches, compiled by one process."""
-    program = [sys.executable, "-m", "tests.aot"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    request = json.dumps([call for shape in SHAPES for call in calls(*shape)])
-    done = subprocess.run(
-        program, input=request, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    launches = iter(json.loads(done.stdout))
-    return {shape: [*next(launches), *next(launches)] for shape in SHAPES}
+    return aot.compile({shape: calls(*shape) for shape in SHAPES})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_compiles_without_spills_and_reads_tokens_once(shape):
+def test_compiles_without_spills_and_reads_tokens_once(shape, compiled):
     capability, dtype, channels, _ = shape
-    kernels = compiled()[shape]
+    kernels = compiled[shape]
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     allowed = 0 if version == CHOSEN_WITH else SPILLED.get(shape[:3], 0)
     assert [kernel["name"] for kernel in kernels] == ["forward_kernel", "backward_kernel"]
     for kernel in kernels:
-        assert kernel["spilled"] <= allowed, kernel
-        assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
-        assert bool(kernel["matrix"]) == (dtype != "float32"), kernel
+        aot.check(kernel, capability, dtype, allowed)
         assert kernel["loop_bytes"] == kernel["arguments"]["BN"] * channels * ITEMSIZE[dtype], kernel
         assert kernel["narrowest_load"] >= 8, kernel

@@ -6,31 +6,15 @@ import pytest
 import torch
 
 import tokenfusion
-from tests.parity import assert_runs
-from tests.single_query_attention.cases import (
-    check_common_offset,
-    check_parity,
-    in_float64,
-    make_inputs,
-    with_gradients,
-)
+from tests.gradients import check_frozen, check_repeats, in_float64, with_gradients
+from tests.parity import assert_trains
+from tests.single_query_attention.cases import check, check_common_offset, check_parity, make_inputs
 from tokenfusion.kernels import single_query_attention
 
-FORWARD, BACKWARD = "single_query_attention_cpu", "single_query_attention_backward_cpu"
+pytestmark = pytest.mark.backend("cpu")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 OPTIONS = [dict(normalize=normalize, extra=extra) for normalize in (False, True) for extra in (False, True)]
-
-
-@pytest.fixture(autouse=True)
-def on_cpu_backend():
-    with tokenfusion.backend("cpu"):
-        yield
-
-
-def check(inputs, **options):
-    with assert_runs(FORWARD, BACKWARD):
-        with_gradients(single_query_attention, inputs, **options)
-    check_parity(single_query_attention, inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,13 +47,9 @@ def test_any_number_of_queries(queries, dtype):
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 7, 8, 33])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_batches_split_over_tokens_or_not(batch, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check(make_inputs(batch, 3, 700, 24, dtype=torch.float32, extra=True), normalize=True)
-    finally:
-        torch.set_num_threads(before)
+def test_batches_split_over_tokens_or_not(batch, threads, set_threads):
+    set_threads(threads)
+    check(make_inputs(batch, 3, 700, 24, dtype=torch.float32, extra=True), normalize=True)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -161,11 +141,7 @@ def test_guard_bands_are_not_read():
 @pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}], ids=str)
 def test_frozen_inputs(frozen):
     inputs = make_inputs(2, 3, 20, 16, dtype=torch.float32, extra=True)
-    full = with_gradients(single_query_attention, inputs, normalize=True)[1:]
-    partly = tuple(t.detach() if i in frozen else t for i, t in enumerate(inputs))
-    got = with_gradients(single_query_attention, partly, normalize=True)[1:]
-    want = [grad for i, grad in enumerate(full) if i not in frozen]
-    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    check_frozen(single_query_attention, inputs, frozen, normalize=True)
 
 
 @pytest.mark.parametrize("extra", [False, True])
@@ -178,10 +154,7 @@ def test_empty_batch(extra):
 
 def test_fifty_calls_are_bit_equal():
     inputs = make_inputs(3, 6, 500, 64, dtype=torch.float32, extra=True)
-    first = with_gradients(single_query_attention, inputs, normalize=True)
-    for _ in range(50):
-        again = with_gradients(single_query_attention, inputs, normalize=True)
-        assert all(torch.equal(a, b) for a, b in zip(first, again))
+    check_repeats(single_query_attention, inputs, normalize=True)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -241,7 +214,7 @@ def test_compiles_without_graph_breaks(backend):
     def eager(query, x, extra_token):
         return single_query_attention(query * 1.0, x[:, 1:], extra_token, normalize=True)
 
-    with assert_runs(FORWARD, BACKWARD):
+    with assert_trains("single_query_attention"):
         got = with_gradients(compiled, inputs)
     for a, b in zip(got, with_gradients(eager, inputs)):
         torch.testing.assert_close(a, b)
@@ -260,7 +233,7 @@ def test_compiled_code_takes_another_batch_without_recompiling_each_time():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_reads_the_tokens_as_they_are(dtype):
     query, tokens, extra_token, grad = make_inputs(2, 3, 20, 16, dtype=dtype, extra=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16), assert_runs(FORWARD, BACKWARD):
+    with torch.autocast("cpu", dtype=torch.bfloat16), assert_trains("single_query_attention"):
         context = single_query_attention(query.bfloat16(), tokens, extra_token.float(), normalize=True)
         assert context.dtype == dtype
         context.backward(grad)

@@ -3,24 +3,16 @@
 import pytest
 import torch
 
-import tokenfusion
-from tests.parity import assert_runs
-from tests.single_query_attention.cases import check_parity, make_inputs, with_gradients
+from tests.gradients import check_repeats, with_gradients
+from tests.parity import assert_trains
+from tests.single_query_attention.cases import check, make_inputs
 from tokenfusion.kernels import extension, single_query_attention
 from tokenfusion.kernels.single_query_attention import op
 
-FORWARD, BACKWARD = "single_query_attention_cuda", "single_query_attention_backward_cuda"
+pytestmark = pytest.mark.backend("cuda")
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 on_gpu = pytest.mark.skipif(extension.why_not_cuda() is not None, reason=str(extension.why_not_cuda()))
-
-
-@pytest.fixture
-def on_cuda_backend():
-    with tokenfusion.backend("cuda"):
-        yield
-
-
-pytestmark = pytest.mark.usefixtures("on_cuda_backend")
 
 
 def inputs_on_gpu(*sizes: int, device: str = "cuda", **options):
@@ -28,12 +20,6 @@ def inputs_on_gpu(*sizes: int, device: str = "cuda", **options):
         None if t is None else t.detach().to(device).requires_grad_(t.requires_grad)
         for t in make_inputs(*sizes, **options)
     )
-
-
-def check(inputs, **options):
-    with assert_runs(FORWARD, BACKWARD):
-        with_gradients(single_query_attention, inputs, **options)
-    check_parity(single_query_attention, inputs, **options)
 
 
 @on_gpu
@@ -67,10 +53,7 @@ def test_batches_split_over_tokens_or_not(batch, dtype):
 @pytest.mark.parametrize("batch", [2, 300])
 def test_fifty_calls_are_bit_equal(batch, dtype):
     inputs = inputs_on_gpu(batch, 6, 401, 384, dtype=dtype, extra=True)
-    first = with_gradients(single_query_attention, inputs, normalize=True)
-    for _ in range(50):
-        again = with_gradients(single_query_attention, inputs, normalize=True)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_repeats(single_query_attention, inputs, normalize=True)
 
 
 @on_gpu
@@ -164,7 +147,7 @@ def test_compiles_without_graph_breaks():
     def function(query, x, extra_token):
         return single_query_attention(query * 1.0, x[:, 1:], extra_token, normalize=True)
 
-    with assert_runs(FORWARD, BACKWARD):
+    with assert_trains("single_query_attention"):
         got = with_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs)
     for a, b in zip(got, with_gradients(function, inputs), strict=True):
         torch.testing.assert_close(a, b)

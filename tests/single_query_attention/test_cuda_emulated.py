@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.emulation import COMPILER, DTYPES, SCHEDULES
+from tests.gradients import check_frozen, with_gradients
 from tests.parity import assert_parity
-from tests.single_query_attention.cases import check_parity, make_inputs, with_gradients
+from tests.single_query_attention.cases import check_parity, make_inputs
 from tests.single_query_attention.emulated import Emulated, planned_bytes
 from tokenfusion.kernels.single_query_attention import reference
 
@@ -95,11 +96,7 @@ def test_query_and_extra_token_of_any_strides():
 @pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}], ids=str)
 def test_frozen_inputs(frozen, splits):
     inputs = make_inputs(2, 3, 36, 32, dtype=torch.bfloat16, extra=True)
-    full = with_gradients(Emulated(splits=splits), inputs, normalize=True)[1:]
-    partly = tuple(t.detach() if i in frozen else t for i, t in enumerate(inputs))
-    got = with_gradients(Emulated(splits=splits), partly, normalize=True)[1:]
-    want = [grad for i, grad in enumerate(full) if i not in frozen]
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_frozen(Emulated(splits=splits), inputs, frozen, normalize=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

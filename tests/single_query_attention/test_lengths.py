@@ -8,10 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenfusion
+from tests.gradients import check_frozen, in_float64, with_gradients
 from tests.interpreter import DEVICE
 from tests.parity import assert_parity, assert_runs
 from tests.single_query_attention import cases
-from tests.single_query_attention.cases import in_float64, with_gradients
 from tokenfusion.kernels import single_query_attention
 from tokenfusion.kernels.single_query_attention import reference
 
@@ -86,14 +86,10 @@ def test_long_bags_in_parts_beside_short_ones(device, backend, lengths):
 
 @pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_any_number_of_threads(device, backend, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        inputs = cases.make_inputs(7, 3, 3000, 8, dtype=torch.float32, extra=True)
-        check(inputs, [5, 3000, 0, 200, 1025, 2048, 0], backend, normalize=True)
-    finally:
-        torch.set_num_threads(before)
+def test_any_number_of_threads(device, backend, threads, set_threads):
+    set_threads(threads)
+    inputs = cases.make_inputs(7, 3, 3000, 8, dtype=torch.float32, extra=True)
+    check(inputs, [5, 3000, 0, 200, 1025, 2048, 0], backend, normalize=True)
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
@@ -183,15 +179,10 @@ def test_gradcheck_and_second_order(device, backend, extra):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {0, 1}, {1, 2}], ids=str)
-def test_frozen_inputs(device, backend, frozen):
+def test_frozen_inputs(device, backend):
     inputs = cases.make_inputs(3, 2, 200, 16, dtype=torch.float32, extra=True, device=device)
     lengths = torch.tensor([0, 20, 170], device=device)
-    full = with_gradients(single_query_attention, inputs, lengths=lengths, normalize=True)[1:]
-    partly = tuple(t.detach() if i in frozen else t for i, t in enumerate(inputs))
-    got = with_gradients(single_query_attention, partly, lengths=lengths, normalize=True)[1:]
-    want = [grad for i, grad in enumerate(full) if i not in frozen]
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_frozen(single_query_attention, inputs, {0}, {1}, {2}, {0, 1}, {1, 2}, lengths=lengths, normalize=True)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -8,27 +8,17 @@ import torch
 pytest.importorskip("triton")
 
 import tokenfusion
+from tests.gradients import check_frozen, with_gradients
 from tests.interpreter import DEVICE, DTYPES
-from tests.parity import assert_runs
 from tests.single_query_attention import cases
-from tests.single_query_attention.cases import check_common_offset, check_parity, with_gradients
+from tests.single_query_attention.cases import check, check_common_offset, check_parity
 from tokenfusion.kernels import single_query_attention
 from tokenfusion.kernels.single_query_attention import triton_host
 
-FORWARD, BACKWARD = "single_query_attention_triton", "single_query_attention_backward_triton"
+pytestmark = pytest.mark.backend("triton")
+
 make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
 OPTIONS = [dict(normalize=normalize, extra=extra) for normalize in (False, True) for extra in (False, True)]
-
-
-@pytest.fixture(autouse=True)
-def on_triton_backend():
-    with tokenfusion.backend("triton"):
-        yield
-
-
-def check(inputs, **options):
-    with assert_runs(FORWARD, BACKWARD):
-        check_parity(single_query_attention, inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,11 +133,7 @@ def test_query_and_gradient_of_any_strides():
 @pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}], ids=str)
 def test_frozen_inputs(frozen):
     inputs = make_inputs(2, 3, 20, 16, dtype=torch.float32, extra=True)
-    full = with_gradients(single_query_attention, inputs, normalize=True)[1:]
-    partly = tuple(t.detach() if i in frozen else t for i, t in enumerate(inputs))
-    got = with_gradients(single_query_attention, partly, normalize=True)[1:]
-    want = [grad for i, grad in enumerate(full) if i not in frozen]
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_frozen(single_query_attention, inputs, frozen, normalize=True)
 
 
 def test_unneeded_gradients_are_empty():

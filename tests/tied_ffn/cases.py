@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import torch
 
-from tests.parity import assert_parity
+from tests.gradients import Tensors, in_float64, with_gradients
+from tests.parity import assert_parity, assert_trains
+from tokenfusion.kernels import tied_ffn
 from tokenfusion.kernels.tied_ffn import reference
 
 NAMES = ("x", "weight", "bias_in", "bias_out")
-Tensors = tuple[torch.Tensor | None, ...]
 
 
 def make_inputs(
@@ -26,18 +27,6 @@ def make_inputs(
     return *(t if t is None else t.requires_grad_() for t in tensors), normal(*leading, channels)
 
 
-def with_gradients(function: Callable, inputs: Tensors, **options) -> list[torch.Tensor]:
-    """y, and the gradients of those inputs that require one."""
-    *tensors, grad = inputs
-    present = [t for t in tensors if t is not None and t.requires_grad]
-    y = function(*tensors, **options)
-    return [y, *torch.autograd.grad(y, present, grad)]
-
-
-def in_float64(inputs: Tensors) -> Tensors:
-    return tuple(None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
-
-
 def check_parity(function: Callable, inputs: Tensors, *, activation: str = "gelu", **options) -> None:
     """Output and gradients of function obey the parity rule."""
     actual = with_gradients(function, inputs, activation=activation, **options)
@@ -47,3 +36,9 @@ def check_parity(function: Callable, inputs: Tensors, *, activation: str = "gelu
     tokens, widest = inputs[-1][..., 0].numel(), max(inputs[1].shape)
     for name, *tensors in zip(names, actual, unfused, exact, strict=True):
         assert_parity(*tensors, name=name, summands=widest if name in ("y", "x") else tokens)
+
+
+def check(inputs: Tensors, **options) -> None:
+    """The backend in force computes output and gradients, and they obey the parity rule."""
+    with assert_trains("tied_ffn"):
+        check_parity(tied_ffn, inputs, **options)

@@ -6,26 +6,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import tokenfusion
-from tests.parity import assert_runs
-from tests.tied_ffn.cases import check_parity, in_float64, make_inputs, with_gradients
+from tests.gradients import check_frozen, check_repeats, in_float64, with_gradients
+from tests.parity import assert_trains
+from tests.tied_ffn.cases import check, make_inputs
 from tokenfusion.kernels import tied_ffn
 from tokenfusion.kernels.tied_ffn import reference
 
-FORWARD, BACKWARD = "tied_ffn_cpu", "tied_ffn_backward_cpu"
+pytestmark = pytest.mark.backend("cpu")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def on_cpu_backend():
-    with tokenfusion.backend("cpu"):
-        yield
-
-
-def check(inputs, **options):
-    with assert_runs(FORWARD, BACKWARD):
-        with_gradients(tied_ffn, inputs, **options)
-    check_parity(tied_ffn, inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,13 +28,9 @@ def test_activations(activation, dtype, recompute):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 31, 64, 197, 257, 1031])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_tokens_and_threads(tokens, dtype, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check(make_inputs(tokens, channels=16, features=40, dtype=dtype))
-    finally:
-        torch.set_num_threads(before)
+def test_any_number_of_tokens_and_threads(tokens, dtype, threads, set_threads):
+    set_threads(threads)
+    check(make_inputs(tokens, channels=16, features=40, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,22 +139,14 @@ def test_weight_of_any_strides():
 @pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {3}, {0, 1}, {1, 2, 3}, {0, 1, 2}, {0, 2, 3}], ids=str)
 def test_frozen_inputs(frozen):
     inputs = make_inputs(2, 20, channels=16, features=24, dtype=torch.float32)
-    full = with_gradients(tied_ffn, inputs)[1:]
-    partly = tuple(t.detach() if i in frozen else t for i, t in enumerate(inputs))
-    got = with_gradients(tied_ffn, partly)[1:]
-    want = [grad for i, grad in enumerate(full) if i not in frozen]
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_frozen(tied_ffn, inputs, frozen)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_empty_batch(threads):
+def test_empty_batch(threads, set_threads):
     inputs = make_inputs(0, 20, channels=16, features=24, dtype=torch.float32)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        y, *grads = with_gradients(tied_ffn, inputs)
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    y, *grads = with_gradients(tied_ffn, inputs)
     assert y.shape == (0, 20, 16)
     assert [g.shape for g in grads] == [t.shape for t in inputs[:4]]
     assert all((g == 0).all() for g in grads)
@@ -178,9 +155,7 @@ def test_empty_batch(threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fifty_calls_are_bit_equal(dtype):
     inputs = make_inputs(3, 250, channels=32, features=64, dtype=dtype)
-    first = with_gradients(tied_ffn, inputs)
-    for _ in range(50):
-        assert all(torch.equal(a, b) for a, b in zip(first, with_gradients(tied_ffn, inputs)))
+    check_repeats(tied_ffn, inputs)
 
 
 def test_compiles_without_graph_breaks_and_stays_one_node():
@@ -197,7 +172,7 @@ def test_compiles_without_graph_breaks_and_stays_one_node():
 
     for chosen in (backend, "inductor"):
         compiled = torch.compile(function, fullgraph=True, backend=chosen)
-        with assert_runs(FORWARD, BACKWARD):
+        with assert_trains("tied_ffn"):
             got = with_gradients(compiled, inputs)
         for a, b in zip(got, with_gradients(function, inputs)):
             torch.testing.assert_close(a, b)
@@ -217,7 +192,7 @@ def test_compiled_code_takes_another_batch_without_recompiling_each_time():
 def test_autocast_computes_in_its_dtype_as_linear_does():
     inputs = make_inputs(2, 20, channels=16, features=24, dtype=torch.float32)
     *tensors, grad = inputs
-    with torch.autocast("cpu", dtype=torch.bfloat16), assert_runs(FORWARD, BACKWARD):
+    with torch.autocast("cpu", dtype=torch.bfloat16), assert_trains("tied_ffn"):
         y = tied_ffn(*tensors)
         assert y.dtype == torch.bfloat16
         y.backward(grad.bfloat16())

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.tied_ffn.cases import in_float64, make_inputs
+from tests.gradients import in_float64
+from tests.tied_ffn.cases import make_inputs
 from tokenfusion.kernels.tied_ffn import reference
 
 

@@ -7,27 +7,16 @@ import torch
 
 pytest.importorskip("triton")
 
-import tokenfusion
+from tests.gradients import check_frozen, with_gradients
 from tests.interpreter import DEVICE, DTYPES
-from tests.parity import assert_runs
 from tests.tied_ffn import cases
-from tests.tied_ffn.cases import check_parity, with_gradients
+from tests.tied_ffn.cases import check
 from tokenfusion.kernels import tied_ffn
 from tokenfusion.kernels.tied_ffn import reference, triton_host
 
-FORWARD, BACKWARD = "tied_ffn_triton", "tied_ffn_backward_triton"
+pytestmark = pytest.mark.backend("triton")
+
 make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def on_triton_backend():
-    with tokenfusion.backend("triton"):
-        yield
-
-
-def check(inputs, **options):
-    with assert_runs(FORWARD, BACKWARD):
-        check_parity(tied_ffn, inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,10 +49,7 @@ def test_biases_may_be_absent(biases, channels):
 @pytest.mark.parametrize("frozen", [{0}, {1}, {2, 3}, {0, 1, 2}], ids=str)
 def test_frozen_inputs(frozen):
     inputs = make_inputs(2, 10, channels=16, features=24, dtype=torch.float32)
-    full = with_gradients(tied_ffn, inputs)[1:]
-    partly = tuple(t.detach() if i in frozen else t for i, t in enumerate(inputs))
-    want = [grad for i, grad in enumerate(full) if i not in frozen]
-    assert all(torch.equal(a, b) for a, b in zip(with_gradients(tied_ffn, partly)[1:], want, strict=True))
+    check_frozen(tied_ffn, inputs, frozen)
 
 
 def test_views_and_expanded_gradients():

@@ -6,36 +6,21 @@ from functools import partial
 import pytest
 import torch
 
-import tokenfusion
+from tests.gradients import check_frozen, check_repeats, with_gradients
 from tests.parity import assert_parity, assert_runs
-from tests.upconv.cases import FORMATS, OPS, check_parity, make_inputs, with_gradients
+from tests.upconv.cases import FORMATS, OPS, check, make_inputs
 from tokenfusion.kernels import upconv_concat, upconv_concat_project
 from tokenfusion.kernels.upconv import reference
 from tokenfusion.kernels.upconv.project import op as project_op
 from tokenfusion.kernels.upconv.reference import projected_sum_as_products, upconv_projected_sum
 from tokenfusion.measure import peak_extra_bytes
 
+pytestmark = pytest.mark.backend("cpu")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 SCALES = (2, 4, 8, 16, 32)
 MIXED = [tuple(formats) for formats in itertools.product(FORMATS, repeat=4)]
 UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]
-
-
-@pytest.fixture(autouse=True)
-def on_cpu_backend():
-    with tokenfusion.backend("cpu"):
-        yield
-
-
-def ran(op: str) -> tuple[str, str]:
-    name = "upconv_concat" if op == "concat" else "upconv_concat_project"
-    return f"{name}_cpu", f"{name}_backward_cpu"
-
-
-def check(op: str, inputs, **options):
-    with assert_runs(*ran(op)):
-        with_gradients(OPS[op][0], inputs, **options)
-    check_parity(op, inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,12 +140,7 @@ def test_slices_and_expanded_gradients(op):
 @pytest.mark.parametrize("op", OPS)
 def test_frozen_inputs(op, formats):
     inputs = make_inputs(op, formats=formats)
-    full = with_gradients(OPS[op][0], inputs)[1:]
-    for frozen in range(len(inputs) - 1):
-        partly = tuple(t.detach() if i == frozen else t for i, t in enumerate(inputs))
-        got = with_gradients(OPS[op][0], partly)[1:]
-        want = [grad for i, grad in enumerate(full) if i != frozen]
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_frozen(OPS[op][0], inputs, *({i} for i in range(len(inputs) - 1)))
 
 
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
@@ -177,19 +157,13 @@ def test_empty_batch(op, formats):
 @pytest.mark.parametrize("op", OPS)
 def test_the_same_call_gives_the_same_bits(op, formats):
     inputs = make_inputs(op, batch=3, channels=(16, 24, 8), size=(9, 11), formats=formats)
-    first = with_gradients(OPS[op][0], inputs)
-    for _ in range(50):
-        assert all(torch.equal(a, b) for a, b in zip(with_gradients(OPS[op][0], inputs), first, strict=True))
+    check_repeats(OPS[op][0], inputs)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads(threads):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        check("project", make_inputs("project", batch=3, channels=(16, 40, 8), size=(21, 31)))
-    finally:
-        torch.set_num_threads(before)
+def test_any_number_of_threads(threads, set_threads):
+    set_threads(threads)
+    check("project", make_inputs("project", batch=3, channels=(16, 40, 8), size=(21, 31)))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -7,30 +7,19 @@ import torch
 
 pytest.importorskip("triton")
 
-import tokenfusion
+from tests.gradients import check_frozen, with_gradients
 from tests.interpreter import DEVICE, DTYPES
 from tests.parity import assert_runs
 from tests.upconv import cases
-from tests.upconv.cases import FORMATS, OPS, check_parity, with_gradients
+from tests.upconv.cases import FORMATS, OPS, check
 from tokenfusion.kernels import upconv_concat
 from tokenfusion.kernels.upconv.project import op as project_op
+
+pytestmark = pytest.mark.backend("triton")
 
 make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
 UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]
 MIXED = [("nchw", "nhwc", "nchw", "nhwc"), ("nhwc", "nchw", "nchw", "nchw"), ("nhwc", "nchw", "nhwc", "nchw")]
-
-
-@pytest.fixture(autouse=True)
-def on_triton_backend():
-    with tokenfusion.backend("triton"):
-        yield
-
-
-def check(op: str, inputs, **options):
-    name = "upconv_concat" if op == "concat" else "upconv_concat_project"
-    with assert_runs(f"{name}_triton", f"{name}_backward_triton"):
-        with_gradients(OPS[op][0], inputs, **options)
-    check_parity(op, inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,11 +60,7 @@ def test_both_orders_of_the_projection(composes, monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_frozen_inputs_and_empty_batch(op):
     inputs = make_inputs(op)
-    full = with_gradients(OPS[op][0], inputs)[1:]
-    for frozen in range(len(inputs) - 1):
-        partly = tuple(t.detach() if i == frozen else t for i, t in enumerate(inputs))
-        got = with_gradients(OPS[op][0], partly)[1:]
-        assert all(torch.equal(a, b) for a, b in zip(got, [g for i, g in enumerate(full) if i != frozen], strict=True))
+    check_frozen(OPS[op][0], inputs, *({i} for i in range(len(inputs) - 1)))
     out, *grads = with_gradients(OPS[op][0], make_inputs(op, batch=0))
     assert out.shape[0] == 0 and all((g == 0).all() for g in grads)
 

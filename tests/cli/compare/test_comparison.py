@@ -12,6 +12,8 @@ import tokenfusion
 from tokenfusion.cli import main
 from tokenfusion.cli.compare import comparison, images, models, timing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = "crossvit_tiny_240"
 NOTHING_TO_FUSE = "test_resnet"
 
@@ -19,15 +21,6 @@ NOTHING_TO_FUSE = "test_resnet"
 @pytest.fixture(autouse=True)
 def random_weights(monkeypatch):
     monkeypatch.setattr(models, "_pretrained", lambda name: (None, "a test"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other take many times as long where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
