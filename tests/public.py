@@ -27,6 +27,11 @@ def _attend(query, tokens, extra_token):
     return kernels.single_query_attention(query, tokens, extra_token, normalize=True)
 
 
+def _attend_in_bags(query, tokens, extra_token):
+    lengths = torch.tensor([3, 0])
+    return kernels.single_query_attention(query, tokens, extra_token, lengths=lengths, normalize=True)
+
+
 def _mix(x, compress_weight, compress_bias, generate_weight, generate_bias):
     return kernels.dynamic_mixing(x, compress_weight, compress_bias, generate_weight, generate_bias, segments=2, dim=1)
 
@@ -43,6 +48,7 @@ _UP = (2, 2, 2, 2), (2, 3, 2, 2), (3,)
 
 OPERATORS = {
     "single_query_attention": Case(_attend, _normal((2, 3, 8), (2, 5, 8), (2, 8))),
+    "single_query_attention, lengths": Case(_attend_in_bags, _normal((2, 3, 8), (2, 5, 8), (2, 8))),
     "dynamic_mixing": Case(_mix, _normal((2, 4, 3, 8), (4, 8), (4,), (16, 8), (16,))),
     "tied_ffn": Case(kernels.tied_ffn, _normal((3, 4), (8, 4), (8,), (4,))),
     "upconv_concat": Case(kernels.upconv_concat, _normal(*_UP, (2, 1, 4, 4))),

@@ -58,9 +58,12 @@ def _single_query_attention(pick):
     batch, tokens, queries = pick.choice((0, 1, 2, 3)), pick.choice((1, 2, 7, 16, 33, 64)), pick.choice((1, 3, 6, 17))
     channels = pick.choice((8, 16, 24, 64, 96))
     normalize, extra = pick.random() < 0.5, pick.random() < 0.5
+    counts = torch.tensor([pick.randint(0, tokens) for _ in range(batch)], dtype=torch.int64)
+    lengths = counts if pick.random() < 0.5 else None
 
     def run(query, tokens, extra_token):
-        return kernels.single_query_attention(query, tokens, extra_token, normalize=normalize, eps=1e-5)
+        options = dict(lengths=lengths, normalize=normalize, eps=1e-5)
+        return kernels.single_query_attention(query, tokens, extra_token, **options)
 
     shapes = (batch, queries, channels), (batch, tokens, channels), (batch, channels) if extra else None
     return Call(run, shapes, innermost=(1,))

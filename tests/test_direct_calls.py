@@ -46,13 +46,13 @@ ATTENTION = dict(query=(2, 3, 16), tokens=(2, 9, 16), extra_token=(2, 16))
 
 
 def attention(backend, **changes):
-    given = {name: torch.randn(shape) for name, shape in ATTENTION.items()} | changes
+    given = {name: torch.randn(shape) for name, shape in ATTENTION.items()} | dict(lengths=None) | changes
     return call("single_query_attention", backend, *given.values(), False, 1e-6)
 
 
 def attention_backward(backend, **changes):
-    sizes = dict(grad_context=(2, 3, 16)) | ATTENTION | dict(context=(2, 3, 16), log_sum_exp=(2, 3))
-    given = {name: torch.randn(shape) for name, shape in sizes.items()} | changes
+    sizes = dict(grad_context=(2, 3, 16)) | ATTENTION | dict(lengths=None, context=(2, 3, 16), log_sum_exp=(2, 3))
+    given = {name: None if shape is None else torch.randn(shape) for name, shape in sizes.items()} | changes
     return call("single_query_attention_backward", backend, *given.values(), False, 1e-6, [True] * 3)
 
 
@@ -72,6 +72,13 @@ def test_what_is_right_for_a_gpu_fails_for_want_of_it_alone(operator, backend):
     assert type(caught.value) is RuntimeError and "got" not in str(caught.value)
 
 
+@pytest.mark.parametrize("backend", [ON_GPU])
+@pytest.mark.parametrize("operator", [attention, attention_backward])
+def test_what_a_backend_does_not_take_yet(operator, backend):
+    with pytest.raises(NotImplementedError, match="lengths: got a tensor, expected None"):
+        operator(backend, lengths=torch.tensor([1, 2]))
+
+
 @pytest.mark.parametrize(
     "operator, changes",
     [
@@ -81,6 +88,9 @@ def test_what_is_right_for_a_gpu_fails_for_want_of_it_alone(operator, backend):
         (upconv, dict(weight=torch.randn(3, 4, 0, 0))),
         (upconv, dict(skip=torch.randn(2, 1, 8, 9))),
         (upconv, dict(bias=torch.randn(4, device="meta"))),
+        (attention, dict(lengths=torch.tensor([3, 10]))),
+        (attention, dict(lengths=torch.tensor([-1, 3]))),
+        (attention_backward, dict(lengths=torch.tensor([3, 10]))),
         (ffn, dict(bias_in=torch.randn(15))),
         (ffn, dict(weight=torch.randn(16, 8).double())),
         (ffn, dict(weight=torch.randn(0, 8), bias_in=None)),
@@ -114,6 +124,10 @@ def test_what_is_too_short_or_of_another_dtype_is_an_error(operator, changes):
         (attention, dict(extra_token=torch.randn(2, 7))),
         (attention, dict(tokens=torch.randn(2, 16))),
         (attention, dict(tokens=torch.randn(2, 0, 16))),
+        (attention, dict(lengths=torch.tensor([1, 2, 3]))),
+        (attention, dict(lengths=torch.tensor([1.0, 2.0]))),
+        (attention, dict(lengths=torch.tensor([1, 2], device="meta"))),
+        (attention_backward, dict(lengths=torch.tensor([[1, 2]]))),
         (attention_backward, dict(grad_context=torch.randn(2, 2, 16))),
         (attention_backward, dict(context=torch.randn(2, 3, 16).bfloat16())),
         (attention_backward, dict(log_sum_exp=torch.randn(2, 2))),

@@ -35,6 +35,7 @@ def product(*sizes: int) -> int:
 # Products that a kernel computes again in its backward pass, and the reference holds.
 AGAIN = {
     "single_query_attention": product(2, 3, 8, 5 + 1),
+    "single_query_attention, lengths": product(2, 3, 8, 5 + 1),
     "dynamic_mixing": product(2, 3, 2, 16, 4 * 2),
     "tied_ffn": product(3, 8, 4),
     "upconv_concat_project": product(2 * 2 * 2, 2 * 3 * 2 * 2),

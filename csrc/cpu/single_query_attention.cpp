@@ -4,13 +4,15 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/sum.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
+#include <cstring>
+#include <numeric>
 #include <tuple>
+#include <vector>
 
 #include "../common/single_query_attention_checks.h"
 #include "common/kernels_for.h"
@@ -18,20 +20,54 @@
 namespace tokenfusion {
 namespace {
 
-constexpr int64_t kItemsPerThread = 4;       // below it, images are split into parts
+constexpr int64_t kItemsPerThread = 4;       // below it, images are cut into parts
 constexpr int64_t kMinRowsPerPart = 64;      // threads do not pay for less
 constexpr int64_t kMaxRowsPerPart = 1024;    // a longer sum would lose precision
 constexpr int64_t kWorkPerThread = 1 << 16;  // multiplications below which threads do not pay
 
-int64_t count_parts(int64_t batch, int64_t rows) {
-  const int64_t wanted = batch == 0 ? 1 : at::divup(kItemsPerThread * at::get_num_threads(), batch);
-  return std::max(std::min(wanted, rows / kMinRowsPerPart), at::divup(rows, kMaxRowsPerPart));
+// Rows of each image, with its extra token.
+std::vector<int64_t> rows_of_images(const Tensor& tokens, const OptionalTensor& extra_token,
+                                    const OptionalTensor& lengths) {
+  const int64_t most = tokens.size(1), extra = extra_token.has_value();
+  std::vector<int64_t> rows(tokens.size(0), most + extra);
+  if (!lengths) return rows;
+  const Tensor given = lengths->to(at::kLong).contiguous();
+  const int64_t* const length = given.const_data_ptr<int64_t>();
+  for (size_t i = 0; i < rows.size(); ++i) {
+    TORCH_CHECK_VALUE(0 <= length[i] && length[i] <= most, "lengths: got ", length[i], ", expected 0 to N = ", most);
+    rows[i] = length[i] + extra;
+  }
+  return rows;
 }
 
+// Images, and long ones in several parts, so that threads get equal shares of all rows.
+struct Cut {
+  std::vector<SingleQueryAttentionPart> parts;
+  std::vector<int64_t> first_part = {0};  // of each image; the last is their number
+  std::vector<int64_t> cost = {0};        // of all parts before each; the last is that of all
+
+  explicit Cut(const std::vector<int64_t>& rows) {
+    const int64_t all = std::accumulate(rows.begin(), rows.end(), int64_t(0));
+    const int64_t items = kItemsPerThread * at::get_num_threads();
+    for (const int64_t n : rows) {
+      const int64_t wanted = all == 0 ? 1 : at::divup(items * n, all);
+      const int64_t count =
+          std::max({int64_t(1), std::min(wanted, n / kMinRowsPerPart), at::divup(n, kMaxRowsPerPart)});
+      const int64_t image = int64_t(first_part.size()) - 1;
+      for (int64_t i = 0; i < count; ++i) {
+        parts.push_back({image, n * i / count, n * (i + 1) / count, count == 1});
+        cost.push_back(cost.back() + parts.back().end - parts.back().begin + 1);
+      }
+      first_part.push_back(int64_t(parts.size()));
+    }
+  }
+
+  int64_t images() const { return int64_t(first_part.size()) - 1; }
+  bool has_partial() const { return int64_t(parts.size()) > images(); }
+};
+
 SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
-                                       bool normalize, double eps) {
-  single_query_attention::check_operands(query, tokens, extra_token);
-  check_contiguous_rows("tokens", tokens);
+                                       const Cut& cut, bool normalize, double eps) {
   SingleQueryAttentionParams p{};
   p.query = query.const_data_ptr();
   p.query_batch_stride = query.stride(0);
@@ -43,63 +79,92 @@ SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens
     p.extra_token = extra_token->const_data_ptr();
     p.extra_token_stride = extra_token->stride(0);
   }
-  p.rows = tokens.size(1) + extra_token.has_value();
   p.channels = tokens.size(2);
   p.queries = query.size(1);
-  p.parts = count_parts(tokens.size(0), p.rows);
+  p.parts = cut.parts.data();
+  p.first_part = cut.first_part.data();
   p.normalize = normalize;
   p.eps = eps;
   return p;
 }
 
-void run_items(const SingleQueryAttentionParams& p, int64_t batch, const SingleQueryAttentionKernels::ForDtype& kernels,
-               SingleQueryAttentionKernels::Items kernel) {
-  const int64_t work = std::max<int64_t>(1, p.rows / p.parts * p.channels * p.queries);
+void run_parts(const SingleQueryAttentionParams& p, const Cut& cut,
+               const SingleQueryAttentionKernels::ForDtype& kernels, SingleQueryAttentionKernels::Parts kernel) {
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, p.channels * p.queries));
   const int64_t scratch_bytes = kernels.scratch_bytes(p.channels, p.queries);
-  at::parallel_for(0, batch * p.parts, std::max<int64_t>(1, kWorkPerThread / work), [&](int64_t begin, int64_t end) {
+  const auto part_at = [&](int64_t cost) {
+    return std::lower_bound(cut.cost.begin(), cut.cost.end(), cost) - cut.cost.begin();
+  };
+  at::parallel_for(0, cut.cost.back(), grain, [&](int64_t begin, int64_t end) {
     const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
-    kernel(p, begin, end, scratch.get());
+    kernel(p, part_at(begin), part_at(end), scratch.get());
   });
 }
 
+void run_rows(const SingleQueryAttentionParams& p, const Cut& cut, SingleQueryAttentionKernels::Rows kernel) {
+  at::parallel_for(0, cut.images() * p.queries, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+void check_operands(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
+                    const OptionalTensor& lengths) {
+  single_query_attention::check_operands(query, tokens, extra_token, lengths);
+  check_contiguous_rows("tokens", tokens);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, const OptionalTensor& extra_token_,
-                                   bool normalize, double eps) {
+                                   const OptionalTensor& lengths, bool normalize, double eps) {
   const auto& kernels = kernels_for(TOKENFUSION_KERNELS(single_query_attention), "tokens", tokens.scalar_type());
+  check_operands(query_, tokens, extra_token_, lengths);
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = extra_token_ ? OptionalTensor(with_contiguous_rows(*extra_token_)) : std::nullopt;
-  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, normalize, eps);
-  const int64_t batch = tokens.size(0);
+  const Cut cut(rows_of_images(tokens, extra_token, lengths));
+  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, cut, normalize, eps);
   const auto accumulation = query.options().dtype(accumulation_dtype(tokens));
-  Tensor context = at::empty({batch, p.queries, p.channels}, query.options());
-  Tensor statistics = at::empty({batch, p.queries}, accumulation);
+  Tensor context = at::empty(query.sizes(), query.options());
+  Tensor statistics = at::empty({query.size(0), p.queries}, accumulation);
   Tensor partial_context, partial_max, partial_sum;
   p.context = context.data_ptr();
   p.statistics = statistics.data_ptr();
-  if (p.parts > 1) {
-    partial_context = at::empty({batch, p.parts, p.queries, p.channels}, accumulation);
-    partial_max = at::empty({batch, p.parts, p.queries}, accumulation);
+  if (cut.has_partial()) {
+    const int64_t parts = int64_t(cut.parts.size());
+    partial_context = at::empty({parts, p.queries, p.channels}, accumulation);
+    partial_max = at::empty({parts, p.queries}, accumulation);
     partial_sum = at::empty_like(partial_max);
     p.partial_context = partial_context.data_ptr();
     p.partial_max = partial_max.data_ptr();
     p.partial_sum = partial_sum.data_ptr();
   }
-  run_items(p, batch, kernels, kernels.forward);
-  if (p.parts > 1) at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) { kernels.combine(p, begin, end); });
+  run_parts(p, cut, kernels, kernels.forward);
+  if (cut.has_partial()) run_rows(p, cut, kernels.combine);
   return {context, statistics};
 }
 
+// Tokens that take no part have a gradient of zero.
+void zero_gradients(const Tensor& grad_tokens, const Cut& cut, bool has_extra) {
+  const int64_t tokens = grad_tokens.size(1), bytes = grad_tokens.size(2) * grad_tokens.element_size();
+  char* const memory = static_cast<char*>(grad_tokens.data_ptr());
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, bytes));
+  at::parallel_for(0, cut.images() * tokens, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin / tokens; image * tokens < end; ++image) {
+      const int64_t length = cut.parts[cut.first_part[image + 1] - 1].end - has_extra;
+      const int64_t from = std::max(begin, image * tokens + length), to = std::min(end, (image + 1) * tokens);
+      if (from < to) std::memset(memory + from * bytes, 0, (to - from) * bytes);
+    }
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const Tensor& query_, const Tensor& tokens,
-                                            const OptionalTensor& extra_token_, const Tensor& context_,
-                                            const Tensor& log_sum_exp_, bool normalize, double eps,
-                                            std::array<bool, 3> needed) {
+                                            const OptionalTensor& extra_token_, const OptionalTensor& lengths,
+                                            const Tensor& context_, const Tensor& log_sum_exp_, bool normalize,
+                                            double eps, std::array<bool, 3> needed) {
   const auto& kernels = kernels_for(TOKENFUSION_KERNELS(single_query_attention), "tokens", tokens.scalar_type());
+  check_operands(query_, tokens, extra_token_, lengths);
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = extra_token_ ? OptionalTensor(with_contiguous_rows(*extra_token_)) : std::nullopt;
   const Tensor grad_context = grad_context_.contiguous(), context = context_.contiguous();
   const Tensor log_sum_exp = log_sum_exp_.contiguous();
-  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, normalize, eps);
-  const int64_t batch = tokens.size(0);
-  const auto accumulation = query.options().dtype(accumulation_dtype(tokens));
+  const Cut cut(rows_of_images(tokens, extra_token, lengths));
+  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, cut, normalize, eps);
   single_query_attention::check_results(grad_context, context, log_sum_exp, query);
   p.context = context.data_ptr();
   p.statistics = log_sum_exp.data_ptr();
@@ -110,13 +175,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
   Tensor grad_extra_token = empty_gradient(needed[2], extra_token.value_or(query));
   Tensor partial_grad_query;
   if (needed[0]) {
-    partial_grad_query = at::empty({batch, p.parts, p.queries, p.channels}, accumulation);
-    p.grad_query = partial_grad_query.data_ptr();
+    p.grad_query = grad_query.data_ptr();
+    if (cut.has_partial()) {
+      partial_grad_query = at::empty({int64_t(cut.parts.size()), p.queries, p.channels},
+                                     query.options().dtype(accumulation_dtype(tokens)));
+      p.partial_grad_query = partial_grad_query.data_ptr();
+    }
   }
-  if (needed[1]) p.grad_tokens = grad_tokens.data_ptr();
+  if (needed[1]) {
+    p.grad_tokens = grad_tokens.data_ptr();
+    p.grad_tokens_batch_stride = grad_tokens.stride(0);
+    if (lengths) zero_gradients(grad_tokens, cut, extra_token.has_value());
+  }
   if (needed[2]) p.grad_extra_token = grad_extra_token.data_ptr();
-  run_items(p, batch, kernels, kernels.backward);
-  if (needed[0]) grad_query.copy_(p.parts == 1 ? partial_grad_query.select(1, 0) : partial_grad_query.sum(1));
+  run_parts(p, cut, kernels, kernels.backward);
+  if (needed[0] && cut.has_partial()) run_rows(p, cut, kernels.sum_gradients);
   return {grad_query, grad_tokens, grad_extra_token};
 }
 

@@ -7,8 +7,14 @@
 
 namespace tokenfusion {
 
+// Some of the rows of an image, which one thread takes at a time.
+struct SingleQueryAttentionPart {
+  int64_t image, begin, end;
+  bool whole;  // no other part has rows of the image
+};
+
 // Strides are in elements; the innermost dimension of every tensor is contiguous. Rows are numbered with the extra
-// token, where there is one, as row 0. A work item is one part of the rows of one image: item = image * parts + part.
+// token, where there is one, as row 0.
 struct SingleQueryAttentionParams {
   const void* query;  // [batch, queries, channels]
   int64_t query_batch_stride, query_stride;
@@ -16,32 +22,37 @@ struct SingleQueryAttentionParams {
   int64_t tokens_batch_stride, tokens_stride;
   const void* extra_token;  // [batch, channels] or null
   int64_t extra_token_stride;
-  int64_t rows, channels, queries, parts;
+  int64_t channels, queries;
+  const SingleQueryAttentionPart* parts;  // image by image, in the order of their rows
+  const int64_t* first_part;              // [batch + 1], of each image
   bool normalize;
   double eps;
 
   void* context;          // [batch, queries, channels], contiguous
   void* statistics;       // log-sum-exp [batch, queries]
-  void* partial_context;  // with parts > 1: [batch, parts, queries, channels], not yet divided
-  void* partial_max;      // [batch, parts, queries]
-  void* partial_sum;      // [batch, parts, queries]
+  void* partial_context;  // of images in several parts: [parts, queries, channels], not yet divided
+  void* partial_max;      // [parts, queries]
+  void* partial_sum;      // [parts, queries]
 
   // Backward; context and statistics are inputs there.
   const void* grad_context;  // [batch, queries, channels], contiguous
-  void* grad_query;          // accumulation dtype, [batch, parts, queries, channels], or null
+  void* grad_query;          // contiguous, or null
+  void* partial_grad_query;  // of images in several parts: accumulation dtype, [parts, queries, channels]
   void* grad_tokens;         // contiguous, or null
-  void* grad_extra_token;    // contiguous, or null
+  int64_t grad_tokens_batch_stride;
+  void* grad_extra_token;  // contiguous, or null
 };
 
 struct SingleQueryAttentionKernels {
-  typedef void (*Items)(const SingleQueryAttentionParams&, int64_t begin, int64_t end, void* scratch);
-  typedef void (*Images)(const SingleQueryAttentionParams&, int64_t begin, int64_t end);
+  typedef void (*Parts)(const SingleQueryAttentionParams&, int64_t begin, int64_t end, void* scratch);
+  typedef void (*Rows)(const SingleQueryAttentionParams&, int64_t begin, int64_t end);  // of [batch * queries]
 
   struct ForDtype {
     int64_t (*scratch_bytes)(int64_t channels, int64_t queries);
-    Items forward;
-    Images combine;  // joins the parts of forward
-    Items backward;
+    Parts forward;
+    Rows combine;  // joins the parts of forward
+    Parts backward;
+    Rows sum_gradients;  // of the queries, from the parts of backward
   };
   ForDtype float32, bfloat16, float64;
 };

@@ -30,32 +30,21 @@ TF_INLINE void online_softmax(const Scratch<A>& s, const A (&rstd)[kTile], int c
   }
 }
 
-struct Part {
-  int64_t image, part, begin, end;
-
-  Part(const Params& p, int64_t item)
-      : image(item / p.parts),
-        part(item % p.parts),
-        begin(p.rows * part / p.parts),
-        end(p.rows * (part + 1) / p.parts) {}
-};
-
 template <typename T, typename A>
-void write_context(const Params& p, const A* rows, int64_t stride, int64_t image, int64_t q, A maximum, A total) {
-  T* const out = static_cast<T*>(p.context) + (image * p.queries + q) * p.channels;
+void write_context(const Params& p, const A* sums, int64_t row, A maximum, A total) {
+  T* const out = static_cast<T*>(p.context) + row * p.channels;
   const A scale = 1 / total;
-  each_vector<A>(p.channels,
-                 [&](int64_t c, int64_t n) { store_lanes(out + c, load_lanes(rows + q * stride + c, n) * scale, n); });
-  static_cast<A*>(p.statistics)[image * p.queries + q] = maximum + A(__builtin_log(total));
+  each_vector<A>(p.channels, [&](int64_t c, int64_t n) { store_lanes(out + c, load_lanes(sums + c, n) * scale, n); });
+  static_cast<A*>(p.statistics)[row] = maximum + A(__builtin_log(total));
 }
 
 template <typename T>
-void forward(const Params& p, int64_t begin_item, int64_t end_item, void* memory) {
+void forward(const Params& p, int64_t begin_part, int64_t end_part, void* memory) {
   typedef typename Accumulator<T>::type A;
   Scratch<A> s;
   Scratch<A>::layout(&s, memory, p.channels, p.queries);
-  for (int64_t item = begin_item; item < end_item; ++item) {
-    const Part part(p, item);
+  for (int64_t i_part = begin_part; i_part < end_part; ++i_part) {
+    const Part part = p.parts[i_part];
     widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride, p.query_stride, p.queries,
                p.channels, s.query, s);
     for (int64_t i = 0; i < s.queries * s.pitch; i += VecOf<A>::lanes) store(s.context + i, Vec<A>{});
@@ -73,11 +62,12 @@ void forward(const Params& p, int64_t begin_item, int64_t end_item, void* memory
       accumulate_tile(s.scores, s, s.context, next);
     }
     for (int64_t q = 0; q < p.queries; ++q) {
-      const A total = sum_lanes<A>(load(s.total + q * VecOf<A>::lanes));
-      if (p.parts == 1) {
-        write_context<T>(p, s.context, s.pitch, part.image, q, s.maximum[q], total);
+      // the context of no row is 0
+      const A total = part.begin == part.end ? A(1) : sum_lanes<A>(load(s.total + q * VecOf<A>::lanes));
+      if (part.whole) {
+        write_context<T>(p, s.context + q * s.pitch, part.image * p.queries + q, s.maximum[q], total);
       } else {
-        const int64_t row = item * p.queries + q;
+        const int64_t row = i_part * p.queries + q;
         static_cast<A*>(p.partial_max)[row] = s.maximum[q];
         static_cast<A*>(p.partial_sum)[row] = total;
         A* const out = static_cast<A*>(p.partial_context) + row * p.channels;
@@ -88,30 +78,40 @@ void forward(const Params& p, int64_t begin_item, int64_t end_item, void* memory
   }
 }
 
+// Where the partial results of a row [batch * queries] are: the first, and how many, `queries` rows apart.
+struct PartsOfRow {
+  int64_t first, count;
+
+  PartsOfRow(const Params& p, int64_t row) {
+    const int64_t* const of_image = p.first_part + row / p.queries;
+    first = of_image[0] * p.queries + row % p.queries;
+    count = of_image[1] - of_image[0];
+  }
+};
+
 template <typename T>
-void combine(const Params& p, int64_t begin_image, int64_t end_image) {
+void combine(const Params& p, int64_t begin_row, int64_t end_row) {
   typedef typename Accumulator<T>::type A;
-  for (int64_t image = begin_image; image < end_image; ++image) {
-    for (int64_t q = 0; q < p.queries; ++q) {
-      const int64_t row = image * p.parts * p.queries + q;
-      const A* const maxima = static_cast<const A*>(p.partial_max) + row;
-      const A* const sums = static_cast<const A*>(p.partial_sum) + row;
-      A* const contexts = static_cast<A*>(p.partial_context) + row * p.channels;
-      A maximum = maxima[0];
-      for (int64_t i = 1; i < p.parts; ++i) {
-        const A other = maxima[i * p.queries];
-        maximum = other > maximum ? other : maximum;
-      }
-      const A origin = maximum == -__builtin_inf() ? A(0) : maximum;
-      A total = 0;
-      for (int64_t i = 0; i < p.parts; ++i) {
-        const A weight = __builtin_exp(maxima[i * p.queries] - origin);
-        total += weight * sums[i * p.queries];
-        const A* const from = contexts + i * p.queries * p.channels;
-        for (int64_t c = 0; c < p.channels; ++c) contexts[c] = (i ? contexts[c] : A(0)) + weight * from[c];
-      }
-      write_context<T>(p, contexts - q * p.channels, p.channels, image, q, maximum, total);
+  for (int64_t row = begin_row; row < end_row; ++row) {
+    const PartsOfRow of(p, row);
+    if (of.count == 1) continue;
+    const A* const maxima = static_cast<const A*>(p.partial_max) + of.first;
+    const A* const sums = static_cast<const A*>(p.partial_sum) + of.first;
+    A* const contexts = static_cast<A*>(p.partial_context) + of.first * p.channels;
+    A maximum = maxima[0];
+    for (int64_t i = 1; i < of.count; ++i) {
+      const A other = maxima[i * p.queries];
+      maximum = other > maximum ? other : maximum;
     }
+    const A origin = maximum == -__builtin_inf() ? A(0) : maximum;
+    A total = 0;
+    for (int64_t i = 0; i < of.count; ++i) {
+      const A weight = __builtin_exp(maxima[i * p.queries] - origin);
+      total += weight * sums[i * p.queries];
+      const A* const from = contexts + i * p.queries * p.channels;
+      for (int64_t c = 0; c < p.channels; ++c) contexts[c] = (i ? contexts[c] : A(0)) + weight * from[c];
+    }
+    write_context<T>(p, contexts, row, maximum, total);
   }
 }
 
@@ -154,14 +154,24 @@ TF_INLINE void write_token_gradients(const Params& p, const Scratch<A>& s, const
   });
 }
 
+template <typename T, typename A>
+void write_query_gradient(const Params& p, const Scratch<A>& s, int64_t q, T* out) {
+  // The score gradients sum to zero but for rounding in delta, whose share of the query's gradient goes here.
+  const A excess = sum_lanes<A>(load(s.total + q * VecOf<A>::lanes));
+  each_vector<A>(p.channels, [&](int64_t c, int64_t n) {
+    store_lanes(out + c, load(s.grad_query + q * s.pitch + c) - load(s.context + q * s.pitch + c) * excess, n);
+  });
+}
+
 template <typename T>
-void backward(const Params& p, int64_t begin_item, int64_t end_item, void* memory) {
+void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memory) {
   typedef typename Accumulator<T>::type A;
   constexpr int lanes = VecOf<A>::lanes;
   Scratch<A> s;
   Scratch<A>::layout(&s, memory, p.channels, p.queries);
-  for (int64_t item = begin_item; item < end_item; ++item) {
-    const Part part(p, item);
+  for (int64_t i_part = begin_part; i_part < end_part; ++i_part) {
+    const Part part = p.parts[i_part];
+    const bool lone = part.whole && part.end - part.begin == 1;
     const int64_t first_row = part.image * p.queries;
     widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride, p.query_stride, p.queries,
                p.channels, s.query, s);
@@ -195,7 +205,7 @@ void backward(const Params& p, int64_t begin_item, int64_t end_item, void* memor
           const Vec<A> score = load(s.scores + at), grad_weight = load(s.weights + at);
           const Vec<A> weight = first_lanes<A>(exp_nonpositive(score - lse), rows.count - t);
           // a lone token has weight 1 whatever its score
-          const Vec<A> grad_score = p.rows == 1 ? Vec<A>{} : weight * (grad_weight - s.delta[q]);
+          const Vec<A> grad_score = lone ? Vec<A>{} : weight * (grad_weight - s.delta[q]);
           store(s.scores + at, weight);
           store(s.weights + at, grad_score);
           store(s.total + q * lanes, load(s.total + q * lanes) + grad_score);
@@ -214,8 +224,9 @@ void backward(const Params& p, int64_t begin_item, int64_t end_item, void* memor
           const int64_t j = first + t;
           const bool is_extra = has_extra && j == 0;
           T* const grad = static_cast<T*>(is_extra ? p.grad_extra_token : p.grad_tokens);
-          const int64_t row = is_extra ? part.image : part.image * (p.rows - has_extra) + j - has_extra;
-          if (grad != nullptr) out[t] = grad + row * p.channels;
+          const int64_t at = is_extra ? part.image * p.channels
+                                      : part.image * p.grad_tokens_batch_stride + (j - has_extra) * p.channels;
+          if (grad != nullptr) out[t] = grad + at;
         }
         write_token_gradients<T>(p, s, s.scores, s.weights, rstd, mean, slope, out, rows.count);
       }
@@ -225,21 +236,36 @@ void backward(const Params& p, int64_t begin_item, int64_t end_item, void* memor
         accumulate_tile(s.weights, s, s.grad_query, next);
       }
     }
-    // The score gradients sum to zero but for rounding in delta, whose share of the query's gradient goes here.
-    if (p.grad_query != nullptr)
-      for (int64_t q = 0; q < p.queries; ++q) {
-        const A excess = sum_lanes<A>(load(s.total + q * lanes));
-        A* const out = static_cast<A*>(p.grad_query) + (item * p.queries + q) * p.channels;
-        each_vector<A>(p.channels, [&](int64_t c, int64_t n) {
-          store_lanes(out + c, load(s.grad_query + q * s.pitch + c) - load(s.context + q * s.pitch + c) * excess, n);
-        });
+    if (p.grad_query == nullptr) continue;
+    for (int64_t q = 0; q < p.queries; ++q) {
+      if (part.whole) {
+        write_query_gradient(p, s, q, static_cast<T*>(p.grad_query) + (first_row + q) * p.channels);
+      } else {
+        write_query_gradient(p, s, q, static_cast<A*>(p.partial_grad_query) + (i_part * p.queries + q) * p.channels);
       }
+    }
+  }
+}
+
+template <typename T>
+void sum_gradients(const Params& p, int64_t begin_row, int64_t end_row) {
+  typedef typename Accumulator<T>::type A;
+  for (int64_t row = begin_row; row < end_row; ++row) {
+    const PartsOfRow of(p, row);
+    if (of.count == 1) continue;
+    const A* const from = static_cast<const A*>(p.partial_grad_query) + of.first * p.channels;
+    T* const out = static_cast<T*>(p.grad_query) + row * p.channels;
+    each_vector<A>(p.channels, [&](int64_t c, int64_t n) {
+      Vec<A> sum{};
+      for (int64_t i = 0; i < of.count; ++i) sum += load_lanes(from + i * p.queries * p.channels + c, n);
+      store_lanes(out + c, sum, n);
+    });
   }
 }
 
 template <typename T>
 constexpr SingleQueryAttentionKernels::ForDtype for_dtype() {
-  return {scratch_bytes<T>, forward<T>, combine<T>, backward<T>};
+  return {scratch_bytes<T>, forward<T>, combine<T>, backward<T>, sum_gradients<T>};
 }
 
 }  // namespace

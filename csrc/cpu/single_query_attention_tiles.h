@@ -10,6 +10,7 @@ namespace TOKENFUSION_ISA_NAMESPACE {
 namespace {
 
 typedef SingleQueryAttentionParams Params;
+typedef SingleQueryAttentionPart Part;
 
 constexpr int kTile = 16;                      // tokens held in cache at a time
 constexpr int kPair = 2;                       // queries that share each load of a token

@@ -71,9 +71,15 @@ SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens
   return p;
 }
 
+void check_operands(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
+                    const OptionalTensor& lengths) {
+  single_query_attention::check_operands(query, tokens, extra_token, lengths);
+  TORCH_CHECK_NOT_IMPLEMENTED(!lengths, "lengths: got a tensor, expected None: this backend does not take them yet");
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, const OptionalTensor& extra_token_,
-                                   bool normalize, double eps) {
-  single_query_attention::check_operands(query_, tokens, extra_token_);
+                                   const OptionalTensor& lengths, bool normalize, double eps) {
+  check_operands(query_, tokens, extra_token_, lengths);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Dtype dtype = dtype_of("tokens", tokens);
   const Tensor query = with_contiguous_rows(query_);
@@ -98,10 +104,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const Tensor& query_, const Tensor& tokens,
-                                            const OptionalTensor& extra_token_, const Tensor& context_,
-                                            const Tensor& log_sum_exp_, bool normalize, double eps,
-                                            std::array<bool, 3> needed) {
-  single_query_attention::check_operands(query_, tokens, extra_token_);
+                                            const OptionalTensor& extra_token_, const OptionalTensor& lengths,
+                                            const Tensor& context_, const Tensor& log_sum_exp_, bool normalize,
+                                            double eps, std::array<bool, 3> needed) {
+  check_operands(query_, tokens, extra_token_, lengths);
   single_query_attention::check_results(grad_context_, context_, log_sum_exp_, query_);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Dtype dtype = dtype_of("tokens", tokens);

@@ -63,9 +63,11 @@ def test_gradcheck_and_second_order(normalize):
 @pytest.mark.parametrize("extra", [False, True])
 def test_opcheck(extra):
     query, tokens, extra_token, grad = make_inputs(2, 3, 5, 16, dtype=torch.float32, extra=extra)
-    torch.library.opcheck(torch.ops.tokenfusion.single_query_attention_cpu, (query, tokens, extra_token, True, 1e-6))
-    context, lse = torch.ops.tokenfusion.single_query_attention_cpu(query, tokens, extra_token, True, 1e-6)
-    arguments = (grad, query, tokens, extra_token, context.detach(), lse, True, 1e-6, [True, True, extra])
+    torch.library.opcheck(
+        torch.ops.tokenfusion.single_query_attention_cpu, (query, tokens, extra_token, None, True, 1e-6)
+    )
+    context, lse = torch.ops.tokenfusion.single_query_attention_cpu(query, tokens, extra_token, None, True, 1e-6)
+    arguments = (grad, query, tokens, extra_token, None, context.detach(), lse, True, 1e-6, [True, True, extra])
     torch.library.opcheck(torch.ops.tokenfusion.single_query_attention_backward_cpu, arguments)
 
 
@@ -97,6 +99,15 @@ def test_forward_allocates_nothing_of_the_size_of_the_tokens():
     query, x, _, _ = make_inputs(2, 6, 4098, 64, dtype=torch.float32)
     with torch.no_grad():
         peak = peak_extra_bytes(lambda: single_query_attention(query, x[:, 1:], normalize=True))
+    assert peak < 0.05 * x.nbytes
+
+
+def test_backward_over_frozen_tokens_allocates_nothing_of_their_size():
+    from tokenfusion.measure import peak_extra_bytes
+
+    query, x, _, grad = make_inputs(2, 6, 4098, 64, dtype=torch.float32)
+    x = x.detach()
+    peak = peak_extra_bytes(lambda: torch.autograd.grad(single_query_attention(query, x, normalize=True), query, grad))
     assert peak < 0.05 * x.nbytes
 
 
@@ -244,6 +255,7 @@ def test_other_instruction_sets(capability, run_python):
                 for channels in (8, 24, 192):
                     inputs = make_inputs(2, 3, 37, channels, dtype=dtype, extra=True)
                     check_parity(single_query_attention, inputs, normalize=True)
+                    check_parity(single_query_attention, inputs, lengths=torch.tensor([5, 37]), normalize=True)
         """,
         ATEN_CPU_CAPABILITY=capability,
     )

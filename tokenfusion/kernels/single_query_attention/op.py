@@ -3,10 +3,18 @@
 import functools
 
 import torch
+from torch._guards import detect_fake_mode
 
 from tokenfusion.kernels import extension, triton_support
-from tokenfusion.kernels.checks import autocast_like, check_floating, check_rank, check_same, symbolic
-from tokenfusion.kernels.dispatch import Implementation, register
+from tokenfusion.kernels.checks import (
+    autocast_like,
+    check_floating,
+    check_rank,
+    check_same,
+    check_shape,
+    symbolic,
+)
+from tokenfusion.kernels.dispatch import Implementation, register, transform
 from tokenfusion.kernels.library import Form, define_differentiable, second_order
 from tokenfusion.kernels.single_query_attention import flops, reference
 from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, statistics_dtype
@@ -19,29 +27,30 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _SCHEMA = (
-    "(Tensor query, Tensor tokens, Tensor? extra_token, bool normalize, float eps)"
+    "(Tensor query, Tensor tokens, Tensor? extra_token, Tensor? lengths, bool normalize, float eps)"
     " -> (Tensor context, Tensor log_sum_exp)"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor grad_context, Tensor query, Tensor tokens, Tensor? extra_token, Tensor context, Tensor log_sum_exp,"
-    " bool normalize, float eps, bool[3] needed) -> (Tensor grad_query, Tensor grad_tokens, Tensor grad_extra_token)"
+    "(Tensor grad_context, Tensor query, Tensor tokens, Tensor? extra_token, Tensor? lengths, Tensor context,"
+    " Tensor log_sum_exp, bool normalize, float eps, bool[3] needed)"
+    " -> (Tensor grad_query, Tensor grad_tokens, Tensor grad_extra_token)"
 )
 
 
-def _fake(query, tokens, extra_token, normalize, eps):
+def _fake(query, tokens, extra_token, lengths, normalize, eps):
     context = torch.empty_like(query, memory_format=torch.contiguous_format)
     return context, query.new_empty(query.shape[:2], dtype=statistics_dtype(tokens))
 
 
-def _fake_backward(grad_context, query, tokens, extra_token, context, log_sum_exp, normalize, eps, needed):
+def _fake_backward(grad_context, query, tokens, extra_token, lengths, context, log_sum_exp, normalize, eps, needed):
     return empty_gradients(query, tokens, extra_token, needed)
 
 
 def _save(ctx, inputs, output):
-    query, tokens, extra_token, ctx.normalize, ctx.eps = inputs
+    *tensors, ctx.normalize, ctx.eps = inputs
     context, log_sum_exp = output
     ctx.mark_non_differentiable(log_sum_exp)
-    ctx.save_for_backward(query, tokens, extra_token, context, log_sum_exp)
+    ctx.save_for_backward(*tensors, context, log_sum_exp)
 
 
 def _gradients(ctx, run_backward, grad_context, _):
@@ -49,13 +58,14 @@ def _gradients(ctx, run_backward, grad_context, _):
 
 
 def _save_backward(ctx, inputs, output):
-    grad_context, query, tokens, extra_token, _, _, ctx.normalize, ctx.eps = inputs
-    ctx.save_for_backward(grad_context, query, tokens, extra_token)
+    *tensors, _, _, ctx.normalize, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _second_gradients(ctx, *grad_grads):
-    definition = functools.partial(reference.single_query_attention, normalize=ctx.normalize, eps=ctx.eps)
-    grad_context, *inputs = ctx.saved_tensors
+    grad_context, *inputs, lengths = ctx.saved_tensors
+    options = dict(lengths=lengths, normalize=ctx.normalize, eps=ctx.eps)
+    definition = functools.partial(reference.single_query_attention, **options)
     return second_order(definition, grad_context, inputs, grad_grads)
 
 
@@ -71,8 +81,8 @@ def _run_on(backend: str):
     return run
 
 
-def _run_reference(query, tokens, extra_token, normalize, eps):
-    return reference.single_query_attention(query, tokens, extra_token, normalize=normalize, eps=eps)
+def _run_reference(query, tokens, extra_token, lengths, normalize, eps):
+    return reference.single_query_attention(query, tokens, extra_token, lengths=lengths, normalize=normalize, eps=eps)
 
 
 def _why_not_kernel(query, tokens, dtypes, max_channels) -> str | None:
@@ -89,12 +99,16 @@ def _why_not_kernel(query, tokens, dtypes, max_channels) -> str | None:
     return None
 
 
-def _cpu_can_run(query, tokens, extra_token) -> str | None:
+def _cpu_can_run(query, tokens, extra_token, lengths=None) -> str | None:
     return extension.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _CPU_DTYPES, _CPU_MAX_CHANNELS)
 
 
-def _triton_can_run(query, tokens, extra_token) -> str | None:
+def _triton_can_run(query, tokens, extra_token, lengths=None) -> str | None:
     return triton_support.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS)
+
+
+def _why_not_lengths(lengths) -> str | None:
+    return None if lengths is None else "lengths are not supported by this backend yet"
 
 
 def _why_not_aligned(tokens) -> str | None:
@@ -133,9 +147,10 @@ def _why_not_cuda_kernel(query, tokens) -> str | None:
     return _why_not_aligned(tokens)
 
 
-def _cuda_can_run(query, tokens, extra_token) -> str | None:
+def _cuda_can_run(query, tokens, extra_token, lengths=None) -> str | None:
     return (
         extension.why_not_cuda_tensor(tokens)
+        or _why_not_lengths(lengths)
         or _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS)
         or _why_not_cuda_kernel(query, tokens)
     )
@@ -146,13 +161,38 @@ OPERATOR = register(
     Implementation("cuda", _run_on("cuda"), _cuda_can_run, automatic=False),
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
     Implementation("cpu", _run_on("cpu"), _cpu_can_run),
-    Implementation("reference", _run_reference, lambda query, tokens, extra_token: None),
+    Implementation("reference", _run_reference, lambda query, tokens, extra_token, lengths=None: None),
 )
 triton_support.implement(__package__, "single_query_attention")
 
 
-def _check(query, tokens, extra_token) -> None:
-    if symbolic(query, tokens, extra_token):
+def _check_lengths(lengths, tokens) -> None:
+    if not isinstance(lengths, torch.Tensor):
+        raise TypeError(f"lengths: got {type(lengths).__name__}, expected a torch.Tensor")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths: got dtype {lengths.dtype}, expected int32 or int64")
+    check_rank("lengths", lengths, "[B]")
+    check_shape("lengths", lengths, [tokens.shape[0]], f"to match tokens {list(tokens.shape)}")
+    if lengths.device != tokens.device:
+        raise ValueError(f"lengths: got a tensor on {lengths.device}, expected {tokens.device}, where tokens is")
+    if _has_values(lengths):
+        outside = [length for length in lengths.tolist() if not 0 <= length <= tokens.shape[1]]
+        if outside:
+            raise ValueError(f"lengths: got {outside[0]}, expected 0 to N = {tokens.shape[1]}")
+
+
+def _has_values(tensor) -> bool:
+    """Whether they can be looked at without waiting for a GPU, and without a tracer that sees it."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and transform() is None
+        and detect_fake_mode(tensor) is None
+    )
+
+
+def _check(query, tokens, extra_token, lengths) -> None:
+    if symbolic(query, tokens, extra_token, lengths):
         return
     check_floating("query", query)
     check_floating("tokens", tokens)
@@ -173,6 +213,8 @@ def _check(query, tokens, extra_token) -> None:
                 f"extra_token: got shape {list(extra_token.shape)}, expected [{tokens.shape[0]}, {tokens.shape[2]}] "
                 f"to match tokens {list(tokens.shape)}"
             )
+    if lengths is not None:
+        _check_lengths(lengths, tokens)
     if tokens.shape[1] == 0:
         raise ValueError(f"tokens: got shape {list(tokens.shape)}, expected at least one token (N >= 1)")
 
@@ -182,6 +224,7 @@ def single_query_attention(
     tokens: torch.Tensor,
     extra_token: torch.Tensor | None = None,
     *,
+    lengths: torch.Tensor | None = None,
     normalize: bool = False,
     eps: float = 1e-6,
 ) -> torch.Tensor:
@@ -196,21 +239,24 @@ def single_query_attention(
         query: [B, Q, C]; Q = heads x queries.
         tokens: [B, N, C], N >= 1, any strides (a slice such as x[:, 1:] is read in place).
         extra_token: [B, C], one more token that takes part, such as a class token of another branch; or None.
+        lengths: [B], int32 or int64: tokens[b, lengths[b]:] take no part, are not read, and have a gradient of zero;
+            extra_token takes part always. Where nothing does, the context is zero. None: all take part.
         normalize: use (t - mean) / sqrt(variance + eps) over C in place of each token t.
         eps: added to the variance.
 
-    All of one device and of one dtype: float16, bfloat16, float32 or float64. Under autocast, query and extra_token
-    are cast to the dtype of the tokens, which are read as they are.
+    All of one device and, but for lengths, of one dtype: float16, bfloat16, float32 or float64. Under autocast, query
+    and extra_token are cast to the dtype of the tokens, which are read as they are.
 
     Returns:
         context [B, Q, C], in the dtype of the tokens.
 
     Raises:
-        TypeError: a dtype that is not floating point, or differing dtypes.
-        ValueError: wrong rank, mismatching B or C, no token, tensors on different devices.
+        TypeError: a dtype that is not floating point, or differing dtypes; lengths of another dtype.
+        ValueError: wrong rank, mismatching B or C, no token, tensors on different devices; a length that is negative
+            or beyond N, on a CPU. On a GPU and under transforms, where nobody looks, it is as 0 or N.
         RuntimeError: the backend chosen by `set_backend` cannot run this call; the message says why.
     """
     query, extra_token = autocast_like(tokens, query, extra_token)
-    _check(query, tokens, extra_token)
-    implementation = OPERATOR.select(query, tokens, extra_token)
-    return implementation.run(query, tokens, extra_token, normalize, eps)
+    _check(query, tokens, extra_token, lengths)
+    implementation = OPERATOR.select(query, tokens, extra_token, lengths)
+    return implementation.run(query, tokens, extra_token, lengths, normalize, eps)

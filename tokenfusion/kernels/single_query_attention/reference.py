@@ -9,12 +9,14 @@ def single_query_attention(
     tokens: torch.Tensor,
     extra_token: torch.Tensor | None = None,
     *,
+    lengths: torch.Tensor | None = None,
     normalize: bool = False,
     eps: float = 1e-6,
 ) -> torch.Tensor:
     r"""Attention of few queries whose keys and values are the tokens themselves.
 
-    With n_j the token j, normalised over C when asked for, and j running over {extra_token, tokens}:
+    With n_j the token j, normalised over C when asked for, and j running over {extra_token, tokens}, of image b those
+    of tokens[b, :lengths[b]] alone:
 
         p_qj = softmax_j(query_q . n_j),    context_q = sum_j p_qj n_j
 
@@ -30,6 +32,23 @@ def single_query_attention(
     """
     if extra_token is not None:
         tokens = torch.cat((extra_token.unsqueeze(1), tokens), dim=1)
+        lengths = None if lengths is None else lengths.clamp(min=0) + 1
+    absent = None if lengths is None else _beyond(lengths, tokens)
+    if absent is not None:
+        tokens = tokens.masked_fill(absent.unsqueeze(2), 0)
     if normalize:
         tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=eps)
-    return (query @ tokens.transpose(1, 2)).softmax(dim=-1) @ tokens
+    scores = query @ tokens.transpose(1, 2)
+    return (scores.softmax(dim=-1) if absent is None else _softmax_of_present(scores, absent)) @ tokens
+
+
+def _beyond(lengths: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, N], of whose row b the first lengths[b] are False; without a size, which a tracer would take for a number."""
+    return torch.ones_like(tokens[..., 0], dtype=torch.int64).cumsum(1) > lengths.unsqueeze(1)
+
+
+def _softmax_of_present(scores: torch.Tensor, absent: torch.Tensor) -> torch.Tensor:
+    """Zero where absent, and so throughout a row without any; no NaN comes up on the way, nor in a gradient."""
+    some = ~absent.all(dim=1, keepdim=True)
+    weights = scores.masked_fill((absent & some).unsqueeze(1), -torch.inf).softmax(dim=-1)
+    return weights.masked_fill(absent.unsqueeze(1), 0)

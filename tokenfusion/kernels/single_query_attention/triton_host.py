@@ -51,7 +51,7 @@ def _splits(batch: int, blocks: int, device: torch.device) -> tuple[int, int]:
     return triton.cdiv(blocks, blocks_per_split), blocks_per_split
 
 
-def _plan(query, tokens, extra_token, normalize, eps, backward):
+def _plan(query, tokens, extra_token, lengths, normalize, eps, backward):
     """(splits, arguments and options that forward_kernel and backward_kernel share)."""
     batch, length, channels = tokens.shape
     widest, block_n, num_warps, num_stages = _tile(channels, tokens.element_size(), backward)
@@ -73,6 +73,7 @@ def _plan(query, tokens, extra_token, normalize, eps, backward):
         BQ=_query_block(query.shape[1], channels),
         STRIDE_UNIT=stride_unit,
         HAS_EXTRA=has_extra,
+        HAS_LENGTHS=lengths is not None,
         NORMALIZE=normalize,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -97,7 +98,7 @@ def _combine(partial, partial_log_sum_exp, out, log_sum_exp):
     )
 
 
-def run_forward(query, tokens, extra_token, normalize, eps):
+def run_forward(query, tokens, extra_token, lengths, normalize, eps):
     batch, queries, channels = query.shape
     query = query.contiguous()
     extra_token = None if extra_token is None else extra_token.contiguous()
@@ -105,7 +106,7 @@ def run_forward(query, tokens, extra_token, normalize, eps):
     log_sum_exp = query.new_empty(batch, queries, dtype=statistics_dtype(tokens))
     if query.numel() == 0:
         return context, log_sum_exp
-    splits, plan = _plan(query, tokens, extra_token, normalize, eps, backward=False)
+    splits, plan = _plan(query, tokens, extra_token, lengths, normalize, eps, backward=False)
     outputs = context, log_sum_exp
     if splits > 1:
         outputs = (
@@ -114,19 +115,24 @@ def run_forward(query, tokens, extra_token, normalize, eps):
         )
     with torch.cuda.device_of(tokens):
         triton_kernels.forward_kernel[batch, splits, triton.cdiv(queries, plan["BQ"])](
-            query, tokens, tokens if extra_token is None else extra_token, *outputs, **plan
+            query,
+            tokens,
+            tokens if extra_token is None else extra_token,
+            tokens if lengths is None else lengths.contiguous(),
+            *outputs,
+            **plan,
         )
         if splits > 1:
             _combine(*outputs, context, log_sum_exp)
     return context, log_sum_exp
 
 
-def run_backward(grad_context, query, tokens, extra_token, context, log_sum_exp, normalize, eps, needed):
+def run_backward(grad_context, query, tokens, extra_token, lengths, context, log_sum_exp, normalize, eps, needed):
     batch, queries, channels = query.shape
     grads = empty_gradients(query, tokens, extra_token, needed)
     if query.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    splits, plan = _plan(query, tokens, extra_token, normalize, eps, backward=True)
+    splits, plan = _plan(query, tokens, extra_token, lengths, normalize, eps, backward=True)
     query_blocks = range(0, queries, plan["BQ"])
     grad_query, *grad_rows = grads
     if splits > 1 and needed[0]:
@@ -138,6 +144,7 @@ def run_backward(grad_context, query, tokens, extra_token, context, log_sum_exp,
         query.contiguous(),
         tokens,
         tokens if extra_token is None else extra_token.contiguous(),
+        tokens if lengths is None else lengths.contiguous(),
         context.contiguous(),
         log_sum_exp.contiguous(),
     )

@@ -107,12 +107,19 @@ def _row_pointers(tokens, extra_token, o_n, stride_n, STRIDE_UNIT: tl.constexpr,
     return p_t
 
 
+@triton.jit
+def _count_rows(lengths, i_b, N, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr):
+    if HAS_LENGTHS:
+        N = tl.minimum(tl.maximum(tl.load(lengths + i_b), 0), N).to(tl.int32)
+    return N + HAS_EXTRA
+
+
 @triton.jit(do_not_specialize=["N", "Q", "rows_per_split", "stride_tb", "stride_tn"])
 def forward_kernel(
-    query, tokens, extra_token, context, log_sum_exp,
+    query, tokens, extra_token, lengths, context, log_sum_exp,
     N, Q, rows_per_split, stride_tb, stride_tn, eps,
     C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, NORMALIZE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tokens += i_b * stride_tb * STRIDE_UNIT
@@ -124,9 +131,13 @@ def forward_kernel(
     b_max = tl.full([BQ], float("-inf"), tl.float32)
     b_sum = tl.zeros([BN, BQ], tl.float32)
     b_c = _zeros(C, BC, BQ)
-    for i_n in range(0, rows_per_split, BN):
+    rows = _count_rows(lengths, i_b, N, HAS_EXTRA, HAS_LENGTHS)
+    end = rows_per_split
+    if HAS_LENGTHS:
+        end = tl.minimum(end, rows - i_s * rows_per_split)
+    for i_n in range(0, end, BN):
         o_n = i_s * rows_per_split + i_n + tl.arange(0, BN)
-        m_n = o_n < N + HAS_EXTRA
+        m_n = o_n < rows
         p_t = _row_pointers(tokens, extra_token, o_n, stride_tn, STRIDE_UNIT, HAS_EXTRA)
         b_n = _load_tokens(p_t, m_n, C, BC)
         if NORMALIZE:
@@ -140,6 +151,8 @@ def forward_kernel(
         b_max = b_new
 
     b_sum = tl.sum(b_sum, 0)
+    if HAS_LENGTHS:
+        b_sum = tl.where(end > 0, b_sum, 1.0)  # the context of no row is 0
     i_o = i_b * tl.num_programs(1) + i_s
     tl.store(log_sum_exp + i_o * Q + o_q, b_max + tl.log(b_sum), mask=m_q)
     _store_queries(context + i_o * Q * C, _scale(b_c, 1.0 / b_sum), o_q, m_q, C, BC)
@@ -147,10 +160,11 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["first_query", "N", "Q", "rows_per_split", "stride_tb", "stride_tn"])
 def backward_kernel(
-    grad_context, query, tokens, extra_token, context, log_sum_exp, grad_query, grad_tokens, grad_extra_token,
+    grad_context, query, tokens, extra_token, lengths, context, log_sum_exp,
+    grad_query, grad_tokens, grad_extra_token,
     first_query, N, Q, rows_per_split, stride_tb, stride_tn, eps,
     C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, NORMALIZE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, NORMALIZE: tl.constexpr,
     NEED_QUERY: tl.constexpr, NEED_TOKENS: tl.constexpr, NEED_EXTRA: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
@@ -176,10 +190,14 @@ def backward_kernel(
 
     b_dq = _zeros(C, BC, BQ)
     b_excess = tl.zeros([BN, BQ], tl.float32)
+    rows = _count_rows(lengths, i_b, N, HAS_EXTRA, HAS_LENGTHS)
+    end = rows_per_split
+    if HAS_LENGTHS and not NEED_TOKENS:  # beyond the rows are gradients of zero to be written
+        end = tl.minimum(end, rows - i_s * rows_per_split)
     # hoisted addresses of the queries' shared memory would spill
-    for i_n in tl.range(0, rows_per_split, BN, disable_licm=True):
+    for i_n in tl.range(0, end, BN, disable_licm=True):
         o_n = i_s * rows_per_split + i_n + tl.arange(0, BN)
-        m_n = o_n < N + HAS_EXTRA
+        m_n = o_n < rows
         p_t = _row_pointers(tokens, extra_token, o_n, stride_tn, STRIDE_UNIT, HAS_EXTRA)
         b_n = _load_tokens(p_t, m_n, C, BC)
         if NORMALIZE:
@@ -196,11 +214,11 @@ def backward_kernel(
             b_excess += b_ds.to(b_q[0].dtype).to(tl.float32)
         if NEED_TOKENS or NEED_EXTRA:
             p_d = _row_pointers(grad_tokens, grad_extra_token, o_n, C // 8, 8, HAS_EXTRA)
-            m_d = m_n
+            m_d = o_n < N + HAS_EXTRA
             if not NEED_TOKENS:
-                m_d = m_n & (o_n < HAS_EXTRA)
+                m_d = m_d & (o_n < HAS_EXTRA)
             if not NEED_EXTRA:
-                m_d = m_n & (o_n >= HAS_EXTRA)
+                m_d = m_d & (o_n >= HAS_EXTRA)
             if NORMALIZE:
                 b_mean = tl.sum(b_p * b_g_sum[None, :] + b_ds * b_q_sum[None, :], 1) * (1.0 / C)
                 b_slope = tl.sum(b_p * b_dp + b_ds * b_s, 1) * (1.0 / C)
@@ -211,6 +229,8 @@ def backward_kernel(
                 b_d = tl.dot(b_ds.to(b_q[i].dtype), tl.trans(b_q[i]), b_d, input_precision="ieee")
                 if NORMALIZE:
                     b_d = b_rstd[:, None] * (b_d - b_mean[:, None] - b_n[i].to(tl.float32) * b_slope[:, None])
+                if HAS_LENGTHS:
+                    b_d = tl.where(m_n[:, None], b_d, 0.0)
                 m_dc = m_d[:, None] & (o_c < C)[None, :]
                 if ADD:
                     b_d += tl.load(p_d[:, None] + o_c[None, :], mask=m_dc, other=0.0)
@@ -244,8 +264,9 @@ def combine_kernel(
     if WEIGHTED:
         b_l = tl.load(partial_log_sum_exp + o_p, mask=m_s, other=float("-inf"))
         b_max = tl.max(b_l, 0)
-        b_w = tl.exp(b_l - b_max)
+        b_w = tl.exp(b_l - tl.where(b_max == float("-inf"), 0.0, b_max))
         b_sum = tl.sum(b_w, 0)
+        b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # of no split with a row
         b_p *= b_w[:, None] / b_sum
         if i_c == 0:
             tl.store(log_sum_exp + i_b * Q + i_q, b_max + tl.log(b_sum))
