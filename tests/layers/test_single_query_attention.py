@@ -236,3 +236,50 @@ def test_bad_input(call, error, parts):
     with pytest.raises(error) as caught:
         call()
     assert all(part in str(caught.value) for part in parts)
+
+
+def _bags(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randn(4, 30, 48, generator=torch.Generator().manual_seed(3)).to(dtype)
+    lengths = torch.tensor([30, 7, 0, 19])
+    tokens[torch.arange(30) >= lengths[:, None]] = torch.nan
+    return tokens, lengths
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("options", [{}, {"norm_layer": nn.LayerNorm}], ids=str)
+@pytest.mark.parametrize("form", ["kernel", "weights", "plain"])
+def test_lengths_leave_out_what_is_beyond(form, options, extra):
+    """Each bag by itself, and an empty one as a mask that leaves no token; what is beyond may be anything."""
+    torch.manual_seed(0)
+    layer = randomize(SingleQueryAttention(48, 6, num_latents=2, **options)).double()
+    tokens, lengths = _bags(torch.float64)
+    extras = torch.randn(4, 48, dtype=torch.float64) if extra else None
+    tokens.requires_grad_()
+    if form == "plain":
+        out = layer.plain_forward(tokens, None, extras, lengths=lengths)
+    else:
+        out = layer(tokens, None, extras, lengths=lengths, need_weights=form == "weights")
+        out = out[0] if form == "weights" else out
+    out.square().sum().backward()
+    for i, length in enumerate(lengths.tolist()):
+        one, of_extra = tokens[i : i + 1, : max(length, 1)].detach(), None if extras is None else extras[i : i + 1]
+        mask = torch.zeros(one.shape[:2], dtype=torch.bool) if length else torch.ones(1, 1, dtype=torch.bool)
+        expected = layer.plain_forward(one if length else torch.zeros_like(one), None, of_extra, mask)
+        torch.testing.assert_close(out[i : i + 1], expected)
+        assert tokens.grad[i, length:].eq(0).all()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_lengths_run_the_kernel_and_join_a_mask():
+    layer = SingleQueryAttention(48, 6, num_latents=1)
+    tokens, lengths = _bags()
+    mask = torch.zeros(4, 30, dtype=torch.bool)
+    with torch.no_grad():
+        with assert_runs(FORWARD):
+            expected = layer(tokens, lengths=lengths)
+        for given in (mask, mask.float()):
+            torch.testing.assert_close(layer(tokens, mask=given, lengths=lengths), expected)
+    with pytest.raises(ValueError, match="lengths: got 31, expected 0 to N = 30"):
+        layer(tokens, lengths=lengths + 1)
+    with pytest.raises(TypeError, match="lengths: got dtype torch.float32"):
+        layer(tokens, lengths=lengths.float())

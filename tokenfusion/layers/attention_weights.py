@@ -19,6 +19,18 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
+def beyond(lengths: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, N], True for the tokens from lengths[b] on."""
+    return torch.arange(tokens.shape[1], device=tokens.device) >= lengths.unsqueeze(1)
+
+
+def left_out(absent: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A mask that leaves out these tokens, too; both [B, N]."""
+    if mask is None:
+        return absent
+    return mask | absent if mask.dtype == torch.bool else mask.masked_fill(absent, float("-inf"))
+
+
 def attention_weights(
     scores: torch.Tensor, mask: torch.Tensor | None, dropout: float, empty_is_zero: bool = True
 ) -> torch.Tensor:

@@ -8,8 +8,15 @@ from torch import nn
 
 from tokenfusion.kernels import dispatch, single_query_attention
 from tokenfusion.kernels.checks import check_floating, check_rank, check_shape, symbolic
-from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES
-from tokenfusion.layers.attention_weights import attention_weights, normalized, scores_of, weighted_sum
+from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES, check_lengths
+from tokenfusion.layers.attention_weights import (
+    attention_weights,
+    beyond,
+    left_out,
+    normalized,
+    scores_of,
+    weighted_sum,
+)
 from tokenfusion.layers.drop_in import why_not_linear, why_not_norm
 from tokenfusion.layers.own_layer import OwnLayer
 
@@ -57,6 +64,7 @@ def absorbed_attention(
     *,
     num_heads: int,
     scale: float,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for few queries, without ever forming keys and values.
 
@@ -74,13 +82,17 @@ def absorbed_attention(
         extra_token: [B, C], not normalised, one more key; or None.
         norm: the LayerNorm of the keys, over C; None where there is none.
         key, value: the projections, C -> D.
+        lengths: [B], how many of an image's tokens there are; None for all.
 
     Returns:
         [B, L, D], the heads' outputs side by side, before the output projection.
     """
-    absorbed = _absorbed(query * scale, norm, key, num_heads)
-    context = _attend(absorbed.expand(tokens.shape[0], -1, -1), tokens, extra_token, norm)
-    return _heads_side_by_side(context, norm, value, num_heads)
+    absorbed = _absorbed(query * scale, norm, key, num_heads).expand(tokens.shape[0], -1, -1)
+    context = _attend(absorbed, tokens, extra_token, norm, lengths)
+    mass = None  # what the weights of an image without any token add up to
+    if lengths is not None and extra_token is None:
+        mass = (lengths > 0).to(context.dtype)[:, None, None, None]
+    return _heads_side_by_side(context, norm, value, num_heads, mass)
 
 
 def attention_with_weights(
@@ -142,7 +154,7 @@ def _heads_side_by_side(
 ) -> torch.Tensor:
     """[B, heads L, C], sums of normalised tokens -> [B, L, D].
 
-    mass: what the weights of each sum add up to, [B, heads, L, 1]; None where that is one.
+    mass: what the weights of each sum add up to, broadcast to [B, heads, L, 1]; None where that is one.
     """
     context = context.unflatten(1, (num_heads, -1))
     if norm is not None and norm.weight is not None:
@@ -169,10 +181,14 @@ def _times_each_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(
-    query: torch.Tensor, tokens: torch.Tensor, extra_token: torch.Tensor | None, norm: nn.LayerNorm | None
+    query: torch.Tensor,
+    tokens: torch.Tensor,
+    extra_token: torch.Tensor | None,
+    norm: nn.LayerNorm | None,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The operator, in as many calls as its kernels need for the queries."""
-    options = dict(normalize=False) if norm is None else dict(normalize=True, eps=norm.eps)
+    options = dict(lengths=lengths, **(dict(normalize=False) if norm is None else dict(normalize=True, eps=norm.eps)))
     if dispatch.transform() is not None:
         return single_query_attention(query, tokens, extra_token, **options)
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
@@ -253,7 +269,11 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         mask: torch.Tensor | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
+        lengths: torch.Tensor | None = None,
     ):
+        if lengths is not None:
+            absent = beyond(lengths, tokens)
+            tokens, mask = tokens.masked_fill(absent.unsqueeze(2), 0.0), left_out(absent, mask)
         if query is None:
             assert self.latent is not None
             query = self.latent
@@ -285,6 +305,7 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         mask: torch.Tensor | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
+        lengths: torch.Tensor | None = None,
     ):
         """
         Args:
@@ -296,22 +317,25 @@ class SingleQueryAttention(OwnLayer, nn.Module):
                 all weights are zero. By keyword, as what follows, though TorchScript knows no way to ask for that.
             need_weights: whether the attention weights are returned, too; not in TorchScript.
             average_attn_weights: whether they are the mean over the heads, [B, L, N], or [B, heads, L, N].
+            lengths: [B], int32 or int64, how many tokens of each image there are, as of `single_query_attention`: a
+                batch of bags of different sizes. Those beyond are left out as by a mask, and not read where the kernel
+                runs.
 
         Returns:
             [B, L, dim]; with need_weights a tuple of that and the weights, after dropout. With an extra token they are
             1 + N, of which its is the first.
 
         Raises:
-            ValueError: no query where none is learned, or one where they are; a mask of another shape; or what
-                single_query_attention raises.
-            TypeError: a mask that is neither boolean nor floating point.
+            ValueError: no query where none is learned, or one where they are; a mask or lengths of another shape; or
+                what single_query_attention raises.
+            TypeError: a mask that is neither boolean nor floating point, lengths that are no integers.
         """
         if torch.jit.is_scripting():
-            return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights)
-        self._check(tokens, query, mask)
+            return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights, lengths)
+        self._check(tokens, query, mask, lengths)
         if not self.fuses():
-            return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights)
-        return self._fused(tokens, query, extra_token, mask, need_weights, average_attn_weights)
+            return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights, lengths)
+        return self._fused(tokens, query, extra_token, mask, need_weights, average_attn_weights, lengths)
 
     def _fused(
         self,
@@ -321,22 +345,33 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         mask: torch.Tensor | None,
         need_weights: bool,
         average_attn_weights: bool,
+        lengths: torch.Tensor | None,
     ):
+        dropout = self.dropout if self.training else 0.0
+        by_kernel = mask is None and dropout == 0 and not need_weights
+        if lengths is not None and not by_kernel:
+            absent = beyond(lengths, tokens)
+            tokens, mask = tokens.masked_fill(absent.unsqueeze(2), 0.0), left_out(absent, mask)
         if query is None:
             query = self.latent
         elif self.norm is not None:
             query = self.norm(query)
         operands = (self.q(query), tokens, extra_token, self.norm, self.k, self.v)
         heads = {"num_heads": self.num_heads, "scale": self.scale}
-        dropout = self.dropout if self.training else 0.0
-        if mask is None and dropout == 0 and not need_weights:
-            return self.proj(absorbed_attention(*operands, **heads))
+        if by_kernel:
+            return self.proj(absorbed_attention(*operands, **heads, lengths=lengths))
         mask = None if mask is None else mask[:, None, None]
         out, weights = attention_with_weights(*operands, **heads, mask=mask, dropout=dropout)
         out = self.proj(out)
         return self._result(out, weights, average_attn_weights) if need_weights else out
 
-    def _check(self, tokens: torch.Tensor, query: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    def _check(
+        self,
+        tokens: torch.Tensor,
+        query: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+    ) -> None:
         if (query is None) == (self.latent is None):
             expected = "a tensor [B, L, dim]" if self.latent is None else "None, because the queries are learned"
             raise ValueError(f"query: got {'None' if query is None else 'a tensor'}, expected {expected}")
@@ -346,6 +381,8 @@ class SingleQueryAttention(OwnLayer, nn.Module):
             if mask.dtype != torch.bool:
                 check_floating("mask", mask)
             check_shape("mask", mask, list(tokens.shape[:2]), "of the tokens")
+        if lengths is not None and not symbolic(lengths, tokens):
+            check_lengths(lengths, tokens)
 
     @torch.jit.unused
     def _result(self, out: torch.Tensor, weights: torch.Tensor, average: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -166,7 +166,7 @@ OPERATOR = register(
 triton_support.implement(__package__, "single_query_attention")
 
 
-def _check_lengths(lengths, tokens) -> None:
+def check_lengths(lengths, tokens) -> None:
     if not isinstance(lengths, torch.Tensor):
         raise TypeError(f"lengths: got {type(lengths).__name__}, expected a torch.Tensor")
     if lengths.dtype not in (torch.int32, torch.int64):
@@ -214,7 +214,7 @@ def _check(query, tokens, extra_token, lengths) -> None:
                 f"to match tokens {list(tokens.shape)}"
             )
     if lengths is not None:
-        _check_lengths(lengths, tokens)
+        check_lengths(lengths, tokens)
     if tokens.shape[1] == 0:
         raise ValueError(f"tokens: got shape {list(tokens.shape)}, expected at least one token (N >= 1)")
 
