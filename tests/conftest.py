@@ -76,9 +76,10 @@ def one_thread(set_threads):
 
 
 @pytest.fixture(autouse=True)
-def small_results_are_deferred(monkeypatch):
-    """As large ones are, so that tests with small maps reach the operator."""
-    monkeypatch.setattr("tokenfusion.layers.conv_transpose._LEAST_WORTHWHILE", 0)
+def small_calls_are_fused(monkeypatch):
+    """As large ones are, so that tests with small tensors reach the operators."""
+    for layer in ("conv_transpose", "multihead_attention"):
+        monkeypatch.setattr(f"tokenfusion.layers.{layer}._LEAST_WORTHWHILE", 0)
 
 
 @pytest.fixture

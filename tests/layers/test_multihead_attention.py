@@ -351,3 +351,13 @@ def test_learning_a_probe():
 def test_the_class_is_torchs():
     fused = fused_copy(Pool({}, {}))
     assert isinstance(fused.attn, nn.MultiheadAttention) and type(fused.attn) is MultiheadAttention
+
+
+def test_a_small_call_runs_torchs_forward(monkeypatch):
+    module = nn.ModuleList([nn.MultiheadAttention(48, 4, batch_first=True).eval()])
+    tokenfusion.fuse(module, strict=True)
+    tokens, query = torch.randn(2, 30, 48), torch.randn(2, 1, 48)
+    for least, operators in ((tokens.numel() * 48, [FORWARD]), (tokens.numel() * 48 + 1, [])):
+        monkeypatch.setattr("tokenfusion.layers.multihead_attention._LEAST_WORTHWHILE", least)
+        with torch.no_grad(), assert_runs(*operators):
+            module[0](query, tokens, tokens, need_weights=False)

@@ -13,14 +13,17 @@ from tokenfusion.layers.attention_weights import additive
 from tokenfusion.layers.drop_in import PLAIN, DropIn, within
 from tokenfusion.layers.single_query_attention import Projection, absorbed_attention, attention_with_weights
 
+_LEAST_WORTHWHILE = 3 << 20  # multiplications of the key projection; with fewer, what precedes the kernel takes longer
+
 
 class MultiheadAttention(DropIn, nn.MultiheadAttention):
     """Attention whose keys and values are never written where a call has few queries.
 
     Takes and holds what nn.MultiheadAttention does. One class serves self-attention, too, so each call decides: the
     fused form runs where key and value are one tensor and the query another, with fewer queries (heads x L) than half
-    of the channels. A call that asks for the weights, as is the default, has a mask, or drops weights in training
-    computes them in plain PyTorch. Any other call, and one with a part that was changed, runs torch's forward.
+    of the channels and more than a few tokens. A call that asks for the weights, as is the default, has a mask, or
+    drops weights in training computes them in plain PyTorch. Any other call, and one with a part that was changed, runs
+    torch's forward.
     """
 
     @staticmethod
@@ -121,6 +124,8 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             return False
         if self.dropout > 0 and self.training and not need_weights and key.device.type != "cpu":
             return False  # torch draws the random numbers inside a kernel
+        if key.numel() * self.embed_dim < _LEAST_WORTHWHILE:
+            return False
         return self.num_heads * query.shape[tokens] < self.embed_dim / 2
 
     def _dimensions(self, x: torch.Tensor) -> tuple[int | None, int]:
