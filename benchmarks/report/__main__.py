@@ -2,7 +2,8 @@
 
 With --markdown the tables of the record go to the standard output. `python -m benchmarks.report --update FILE` makes
 the tables in a Markdown file anew. Each stands between <!-- table RECORD.json | GROUP --> and <!-- end -->; or between
-<!-- rows RECORD.json, then a line "LABEL | GROUP | CASE" for each row, and -->, and <!-- end -->.
+<!-- rows RECORD.json, then a line "LABEL | GROUP | CASE" for each row (and "| RECORD.json" where it comes from
+another one), and -->, and <!-- end -->.
 """
 
 import argparse

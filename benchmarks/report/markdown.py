@@ -37,8 +37,9 @@ def _cases(path: str, group: str) -> list[tuple[dict, list[dict]]]:
     return cases[group]
 
 
-def _row(path: str, label: str, group: str, name: str) -> tuple[str, ...]:
-    """The label and the cells of the case of that name in a group."""
+def _row(path: str, label: str, group: str, name: str, other_path: str | None = None) -> tuple[str, ...]:
+    """The label and the cells of the case of that name in a group, of another record where one is named."""
+    path = other_path or path
     found = {table.case_name(case): {row["variant"]: row for row in members} for case, members in _cases(path, group)}
     if name not in found:
         raise SystemExit(f"{path}, {group}: no case {name!r}, it has {', '.join(map(repr, found))}")
