@@ -50,6 +50,7 @@ def test_smoke_profile_writes_a_record(tmp_path):
     assert {row["group"] for row in loaded["rows"]} == {
         "single_query_attention, the op",
         "CrossAttentionBlock, eager is timm's",
+        "Attentive probe on frozen tokens, a training step without the optimizer, eager is nn.MultiheadAttention",
         "Drop-in guard, of one image",
         "Deferred result, nn.ConvTranspose2d before torch.cat",
         "ClassAttn, eager is timm's",
