@@ -1,4 +1,4 @@
-// The right sides of gemm.h's products, for the host side of operators.
+// gemm.h's products for the host side of operators: right sides that are packed once, and whole products of matrices.
 #pragma once
 
 #include <ATen/core/Tensor.h>
