@@ -10,6 +10,7 @@ from timm.models import cait, crossvit, volo, xcit
 from torch import nn
 
 from tests.crossvit import randomize
+from tests.surgery import poolings
 from tokenfusion.models.dynamixer_reference import PlainBlock, PlainOp
 
 
@@ -187,5 +188,26 @@ SUBJECTS = {
     "DynaMixer operation": Subject(
         lambda: PlainOp(16, 5, 4, 2), (3, 5, 16), ("compress", "generate"), attn="", others=("out",)
     ),
+    "attention found, two tensors": Subject(
+        lambda: poolings.Cross(16, 4),
+        (3, 6, 16),
+        ("kv",),
+        attn="",
+        others=("q", "proj"),
+        call=lambda module, x: module(x[:, :1], x[:, 1:]),
+    ),
+    "attention found, a context": Subject(
+        lambda: poolings.Context(16, 4, 4, dropout=0.0),
+        (3, 6, 16),
+        ("to_kv",),
+        attn="",
+        dropout="dropout",
+        others=("norm", "attend", "to_q", "to_out", "to_out.0"),
+        call=lambda module, x: module(x[:, :1], x[:, 1:], True),
+    ),
+    "pooling found, a BatchNorm": Subject(
+        lambda: poolings.Pool(16, 4), (3, 6, 16), ("k", "v"), attn="", others=("bn", "linear")
+    ),
+    "pooling found, no keys": Subject(lambda: poolings.Vectors(16), (3, 6, 16), (), norm="ln", others=("fc",)),
     "up-convolution": Subject(Up, (2, 4, 3, 3), ("up",), fused="up"),
 }

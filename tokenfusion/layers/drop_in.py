@@ -18,6 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 from tokenfusion.kernels import dispatch
 
 _NAME = "_fused_as"  # an attribute of the module, so that its copies and pickles have it
+STATE = "_fused_state"  # another, of what it was when it was fused
 PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: quantized, distributed and other weights multiply in their own way
 
 _log = logging.getLogger("tokenfusion")
@@ -76,7 +77,8 @@ def name(module: nn.Module, path: str) -> None:
 def restore(module: DropIn) -> None:
     """Gives a module the class back that its fused one stands in for."""
     module.__class__ = module.original
-    vars(module).pop(_NAME, None)
+    for name in (_NAME, STATE):
+        vars(module).pop(name, None)
 
 
 def _report(module: nn.Module, reason: str) -> None:

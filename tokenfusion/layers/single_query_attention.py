@@ -59,8 +59,8 @@ def absorbed_attention(
     tokens: torch.Tensor,
     extra_token: torch.Tensor | None,
     norm: nn.LayerNorm | None,
-    key: nn.Linear | Projection,
-    value: nn.Linear | Projection,
+    key: nn.Linear | Projection | None,
+    value: nn.Linear | Projection | None,
     *,
     num_heads: int,
     scale: float,
@@ -81,7 +81,8 @@ def absorbed_attention(
             CaiT, whose patch embedding leaves it so.
         extra_token: [B, C], not normalised, one more key; or None.
         norm: the LayerNorm of the keys, over C; None where there is none.
-        key, value: the projections, C -> D.
+        key, value: the projections, C -> D. Without a key, query is [B, heads L, C], compared with n itself; without a
+            value, the result is [B, heads L, C].
         lengths: [B], how many of an image's tokens there are; None for all.
 
     Returns:
@@ -100,8 +101,8 @@ def attention_with_weights(
     tokens: torch.Tensor,
     extra_token: torch.Tensor | None,
     norm: nn.LayerNorm | None,
-    key: nn.Linear | Projection,
-    value: nn.Linear | Projection,
+    key: nn.Linear | Projection | None,
+    value: nn.Linear | Projection | None,
     *,
     num_heads: int,
     scale: float,
@@ -135,20 +136,24 @@ def attention_with_weights(
 
 
 def _absorbed(
-    query: torch.Tensor, norm: nn.LayerNorm | None, key: nn.Linear | Projection, num_heads: int
+    query: torch.Tensor, norm: nn.LayerNorm | None, key: nn.Linear | Projection | None, num_heads: int
 ) -> torch.Tensor:
     """Projected queries [B, L, D] -> [B, heads L, C], whose products with normalised tokens are the scores."""
+    absorbed = query if key is None else _times_key(query, key, num_heads)
+    return absorbed if norm is None or norm.weight is None else absorbed * norm.weight
+
+
+def _times_key(query: torch.Tensor, key: nn.Linear | Projection, num_heads: int) -> torch.Tensor:
     if key.bias is not None and torch.is_grad_enabled() and dispatch.transform() is None:
         query = query + 0 * key.bias  # its gradient is zero, and not absent, as optimizers and DDP expect
     query = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, heads, L, d]
-    absorbed = _times_each_head(query, _heads_of(key.weight, num_heads)).flatten(1, 2)
-    return absorbed if norm is None or norm.weight is None else absorbed * norm.weight
+    return _times_each_head(query, _heads_of(key.weight, num_heads)).flatten(1, 2)
 
 
 def _heads_side_by_side(
     context: torch.Tensor,
     norm: nn.LayerNorm | None,
-    value: nn.Linear | Projection,
+    value: nn.Linear | Projection | None,
     num_heads: int,
     mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -161,6 +166,8 @@ def _heads_side_by_side(
         context = context * norm.weight
     if norm is not None and norm.bias is not None:
         context = context + (norm.bias if mass is None else mass * norm.bias)
+    if value is None:
+        return context.flatten(1, 2)
     out = _times_each_head(context, _heads_of(value.weight, num_heads).transpose(1, 2))  # [B, heads, L, d]
     if value.bias is not None:
         bias = value.bias.unflatten(0, (num_heads, 1, -1))
