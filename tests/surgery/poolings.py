@@ -52,10 +52,10 @@ class Triple(nn.Module):
 class Pool(nn.Module):
     """As AIM's AttentionPoolingClassifier: the mean of learned queries over tokens after a BatchNorm."""
 
-    def __init__(self, dim: int, num_heads: int, num_queries: int = 2, classes: int = 5, norm: bool = True):
+    def __init__(self, dim: int, num_heads: int, num_queries: int = 2, classes: int = 5, norm=True, bias=False):
         super().__init__()
         self.num_heads = num_heads
-        self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(dim, dim, bias=bias) for _ in range(2))
         self.cls_token = nn.Parameter(torch.randn(1, num_queries, dim))
         self.linear = nn.Linear(dim, classes)
         self.bn = nn.BatchNorm1d(dim, affine=False, eps=1e-6) if norm else nn.Identity()
@@ -140,12 +140,12 @@ class First(nn.Module):
 class Context(nn.Module):
     """As vit-pytorch's Attention, of CrossViT: of a normalised query over itself, or a context, or both."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float = 0.1):
+    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float = 0.1, bias: bool = False):
         super().__init__()
         inner = heads * dim_head
         self.heads, self.scale, self.norm = heads, dim_head**-0.5, nn.LayerNorm(dim)
         self.attend, self.dropout = nn.Softmax(dim=-1), nn.Dropout(dropout)
-        self.to_q, self.to_kv = nn.Linear(dim, inner, bias=False), nn.Linear(dim, 2 * inner, bias=False)
+        self.to_q, self.to_kv = nn.Linear(dim, inner, bias=bias), nn.Linear(dim, 2 * inner, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout))
 
     def forward(self, x, context=None, kv_include_self=False):

@@ -134,11 +134,15 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
     return None
 
 
-def why_not_linear(part: nn.Module | None, name: str, rows: int, columns: int) -> str | None:
-    """`why_not_part` of an nn.Linear whose weight is [rows, columns]."""
+def why_not_linear(
+    part: nn.Module | None, name: str, rows: int | None = None, columns: int | None = None
+) -> str | None:
+    """`why_not_part` of an nn.Linear whose weight is [rows, columns], by default as large as the layer says."""
     reason = why_not_part(part, name, nn.Linear)
     if reason is not None:
         return reason
+    rows = part.out_features if rows is None else rows
+    columns = part.in_features if columns is None else columns
     weight = part._parameters.get("weight")  # getattr on a module takes ten times as long
     if weight is None or weight.size() != (rows, columns):
         got = "no parameter" if weight is None else list(weight.shape)

@@ -195,25 +195,25 @@ def finished(module: nn.Module, parts: Parts, form: Form, out: torch.Tensor):
 
 def why_not_parts(module: nn.Module, parts: Parts) -> str | None:
     """Why the parts may not be read past, or are not there."""
-    reason = None
     for name in dict.fromkeys((parts.key, parts.value)):
-        linear = None if name is None else part(module, name)
-        sizes = (linear.out_features, linear.in_features) if type(linear) is nn.Linear else (0, 0)
-        reason = None if name is None else why_not_linear(linear, name, *sizes)
+        reason = None if name is None else why_not_linear(part(module, name), name)
         if reason is not None:
             return reason
-    if parts.latent is not None and type(part(module, parts.latent)) not in PLAIN:
-        return f"{parts.latent} is of class {type(part(module, parts.latent)).__name__}"
-    norm = part(module, parts.norm)
+    latent = part(module, parts.latent)
+    if parts.latent is not None and type(latent) not in PLAIN:
+        return f"{parts.latent} is of class {type(latent).__name__}"
+    return _why_not_norm(module, parts.norm) or _why_not_dropout(module, parts.dropout)
+
+
+def _why_not_norm(module: nn.Module, name: str | None) -> str | None:
+    norm = part(module, name)
     if type(norm) is nn.BatchNorm1d:
-        reason = why_not_part(norm, parts.norm, nn.BatchNorm1d)
-    elif parts.norm is not None:
-        reason = why_not_norm(norm, parts.norm)
-    if reason is not None:
-        return reason
-    if parts.dropout is not None:
-        return why_not_part(part(module, parts.dropout), parts.dropout, nn.Dropout, nn.Identity)
-    return None
+        return why_not_part(norm, name, nn.BatchNorm1d)
+    return None if name is None else why_not_norm(norm, name)
+
+
+def _why_not_dropout(module: nn.Module, name: str | None) -> str | None:
+    return None if name is None else why_not_part(part(module, name), name, nn.Dropout, nn.Identity)
 
 
 State = tuple[tuple[tuple[str, ...], type, tuple[tuple[str, object], ...]], ...]

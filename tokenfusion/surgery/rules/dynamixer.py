@@ -76,8 +76,7 @@ def _why_not_op(op: nn.Module) -> str | None:
 def _why_not_linears(module: nn.Module, names: tuple[str, ...]) -> str | None:
     for name in names:
         part = module._modules.get(name)
-        sizes = (part.out_features, part.in_features) if type(part) is nn.Linear else (0, 0)
-        reason = why_not_linear(part, name, *sizes)
+        reason = why_not_linear(part, name)
         if reason is None and part.bias is None and name in _BIASED:
             reason = f"{name} has no bias"
         if reason is not None:

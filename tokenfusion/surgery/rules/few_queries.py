@@ -168,6 +168,8 @@ class _Unlike(str):
 
 
 def _known_parts(module: nn.Module) -> Parts | None:
+    if type(module).__module__.startswith("timm."):
+        return None  # other rules know them, as parts of their blocks
     names = (name for name, _ in module.named_parameters())
     parts = _BY_NAMES.get(frozenset(name.removesuffix(".weight").removesuffix(".bias") for name in names))
     if parts is None:
