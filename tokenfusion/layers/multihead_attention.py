@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenfusion.kernels.checks import symbolic
-from tokenfusion.layers.attention_weights import additive
+from tokenfusion.layers.attention_weights import additive, as_lengths
 from tokenfusion.layers.drop_in import PLAIN, DropIn, within
 from tokenfusion.layers.single_query_attention import Projection, absorbed_attention, attention_with_weights
 
@@ -22,8 +22,9 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
     Takes and holds what nn.MultiheadAttention does. One class serves self-attention, too, so each call decides: the
     fused form runs where key and value are one tensor and the query another, with fewer queries (heads x L) than half
     of the channels and more than a few tokens. A call that asks for the weights, as is the default, has a mask, or
-    drops weights in training computes them in plain PyTorch. Any other call, and one with a part that was changed, runs
-    torch's forward.
+    drops weights in training computes them in plain PyTorch; but on a CPU, where nobody asks for weights, a
+    key_padding_mask of the last tokens of each image stands for their number, and these are not read. Any other call,
+    and one with a part that was changed, runs torch's forward.
     """
 
     @staticmethod
@@ -81,7 +82,8 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         out, weights = self._attend(
             self._images_first(query),
             self._images_first(key),
-            self._mask(key_padding_mask, attn_mask, query.dtype),
+            key_padding_mask if key_padding_mask is None or query.dim() == 3 else key_padding_mask.unsqueeze(0),
+            attn_mask,
             need_weights,
         )
         if weights is not None:
@@ -99,14 +101,22 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), tensors, options)
 
     def _attend(
-        self, query: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None, need_weights: bool
+        self,
+        query: torch.Tensor,
+        tokens: torch.Tensor,
+        padding: torch.Tensor | None,
+        attn_mask: torch.Tensor | None,
+        need_weights: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (Projection(*each) for each in zip(self.in_proj_weight.chunk(3), biases))
         heads = {"num_heads": self.num_heads, "scale": (self.embed_dim // self.num_heads) ** -0.5}
         dropout = self.dropout if self.training else 0.0
-        if mask is None and dropout == 0 and not need_weights:
-            return absorbed_attention(q(query), tokens, None, None, k, v, **heads), None
+        if attn_mask is None and dropout == 0 and not need_weights:
+            lengths = None if padding is None else as_lengths(padding)
+            if padding is None or lengths is not None:
+                return absorbed_attention(q(query), tokens, None, None, k, v, **heads, lengths=lengths), None
+        mask = self._mask(padding, attn_mask, query.dtype)
         masked = {"mask": mask, "empty_is_zero": not need_weights}  # torch gives NaN together with the weights
         out, weights = attention_with_weights(q(query), tokens, None, None, k, v, **heads, **masked, dropout=dropout)
         return out, weights if need_weights else None
@@ -148,13 +158,10 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         return [padding], [[length, count], [images * self.num_heads, length, count]]
 
     def _mask(
-        self, key_padding_mask: torch.Tensor | None, attn_mask: torch.Tensor | None, dtype: torch.dtype
+        self, padding: torch.Tensor | None, attn_mask: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """Both in one, broadcast to [B, heads, L, N]."""
-        mask = None
-        if key_padding_mask is not None:
-            padding = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
-            mask = additive(padding, dtype)[:, None, None]
+        mask = None if padding is None else additive(padding, dtype)[:, None, None]
         if attn_mask is not None:
             rows = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
             rows = additive(rows, dtype)

@@ -10,6 +10,7 @@ from tokenfusion.kernels import dispatch, single_query_attention
 from tokenfusion.kernels.checks import check_floating, check_rank, check_shape, symbolic
 from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES, check_lengths
 from tokenfusion.layers.attention_weights import (
+    as_lengths,
     attention_weights,
     beyond,
     left_out,
@@ -207,7 +208,8 @@ class SingleQueryAttention(OwnLayer, nn.Module):
     and the pooling by multi-head attention of the Set Transformer (arXiv:1810.00825, Eq. 11) with learned queries,
     which are not normalised. Keys and values are never written, nor, where a kernel runs, are n(x) and x: one pass
     reads the tokens. It pays while heads times queries stay well below dim. A call with a mask, with dropout in
-    training or for the weights forms these, [B, heads, L, N], in plain PyTorch, and still neither keys nor values.
+    training or for the weights forms these, [B, heads, L, N], in plain PyTorch, and still neither keys nor values; on a
+    CPU a mask that leaves out the last tokens of each image, and does nothing else, is taken for their number.
 
     Args:
         dim: channels of the tokens and of the output.
@@ -315,6 +317,7 @@ class SingleQueryAttention(OwnLayer, nn.Module):
             mask: [B, N], as the key_padding_mask of nn.MultiheadAttention: boolean, in which True leaves a token out,
                 or floating point, added to the scores. The extra token is always attended to. Where no token is left,
                 all weights are zero. By keyword, as what follows, though TorchScript knows no way to ask for that.
+                Tokens that are left out as by lengths need not be numbers: where the kernel runs, they are not read.
             need_weights: whether the attention weights are returned, too; not in TorchScript.
             average_attn_weights: whether they are the mean over the heads, [B, L, N], or [B, heads, L, N].
             lengths: [B], int32 or int64, how many tokens of each image there are, as of `single_query_attention`: a
@@ -348,7 +351,11 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         lengths: torch.Tensor | None,
     ):
         dropout = self.dropout if self.training else 0.0
-        by_kernel = mask is None and dropout == 0 and not need_weights
+        without_weights = dropout == 0 and not need_weights
+        kept = as_lengths(mask) if mask is not None and without_weights else None
+        if kept is not None:
+            mask, lengths = None, kept if lengths is None else kept.minimum(lengths)
+        by_kernel = mask is None and without_weights
         if lengths is not None and not by_kernel:
             absent = beyond(lengths, tokens)
             tokens, mask = tokens.masked_fill(absent.unsqueeze(2), 0.0), left_out(absent, mask)
