@@ -66,6 +66,8 @@ def absorbed_attention(
     num_heads: int,
     scale: float,
     lengths: torch.Tensor | None = None,
+    mix_pre_attn: torch.Tensor | None = None,
+    mix_post_attn: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for few queries, without ever forming keys and values.
 
@@ -74,7 +76,9 @@ def absorbed_attention(
         n = norm(x);  k, v = key(n), value(n);  query, k, v each split into heads of d channels
         attention(query, k, v) with its heads concatenated
 
-    in exact arithmetic; see tokenfusion/kernels/single_query_attention/reference.py for the algebra.
+    in exact arithmetic; see tokenfusion/kernels/single_query_attention/reference.py for the algebra. Talking heads
+    (arXiv:2003.02436) mix scores and weights, and both are linear over the heads: head g has the query
+    sum_h mix_pre_attn[h, g] W_k,h^T q_h, and the context sum_h mix_post_attn[h, g] context_h.
 
     Args:
         query: [B, L, D], projected; or [1, L, D], the same for every image.
@@ -84,16 +88,18 @@ def absorbed_attention(
         norm: the LayerNorm of the keys, over C; None where there is none.
         key, value: the projections, C -> D.
         lengths: [B], how many of an image's tokens there are; None for all.
+        mix_pre_attn, mix_post_attn: [heads, heads], by whose column g head g mixes the scores of all heads, and the
+            weights that the softmax makes of those; None where heads do not talk.
 
     Returns:
         [B, L, D], the heads' outputs side by side, before the output projection.
     """
-    absorbed = _absorbed(query * scale, norm, key, num_heads).expand(tokens.shape[0], -1, -1)
+    absorbed = _absorbed(query * scale, norm, key, num_heads, mix_pre_attn).expand(tokens.shape[0], -1, -1)
     context = _attend(absorbed, tokens, extra_token, norm, lengths)
     mass = None  # what the weights of an image without any token add up to
     if lengths is not None and extra_token is None:
         mass = (lengths > 0).to(context.dtype)[:, None, None, None]
-    return _heads_side_by_side(context, norm, value, num_heads, mass)
+    return _heads_side_by_side(context, norm, value, num_heads, mass, mix_post_attn)
 
 
 def attention_with_weights(
@@ -109,6 +115,8 @@ def attention_with_weights(
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     empty_is_zero: bool = True,
+    mix_pre_attn: torch.Tensor | None = None,
+    mix_post_attn: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `absorbed_attention`, with the attention weights; keys and values are formed no more than there.
 
@@ -118,13 +126,15 @@ def attention_with_weights(
 
     Args:
         mask: boolean (True leaves a token out) or additive, broadcast to [B, heads, L, N]; the extra token has none.
+            It joins the scores after mix_pre_attn.
         dropout: the rate at which weights are dropped, with the random numbers of an unfused attention.
         empty_is_zero: where the mask leaves no token, weights are zero, and not NaN.
 
     Returns:
-        [B, L, D] and the weights [B, heads, L, N], or 1 + N with the extra token first, after dropout.
+        [B, L, D] and the weights [B, heads, L, N], or 1 + N with the extra token first, after dropout and, after that,
+        mix_post_attn.
     """
-    absorbed = _absorbed(query * scale, norm, key, num_heads).expand(tokens.shape[0], -1, -1)
+    absorbed = _absorbed(query * scale, norm, key, num_heads, mix_pre_attn).expand(tokens.shape[0], -1, -1)
     n, extra_n = normalized(tokens, norm), normalized(extra_token, norm)
     scores = scores_of(absorbed, n, extra_n).unflatten(1, (num_heads, -1))
     weights = attention_weights(scores, mask, dropout, empty_is_zero)
@@ -132,17 +142,22 @@ def attention_with_weights(
         context, mass = _attend(absorbed, tokens, extra_token, norm), None
     else:
         context, mass = weighted_sum(weights.flatten(1, 2), n, extra_n), weights.sum(dim=-1, keepdim=True)
-    return _heads_side_by_side(context, norm, value, num_heads, mass), weights
+    out = _heads_side_by_side(context, norm, value, num_heads, mass, mix_post_attn)
+    return out, _mixed(weights, mix_post_attn)
 
 
 def _absorbed(
-    query: torch.Tensor, norm: nn.LayerNorm | None, key: nn.Linear | Projection, num_heads: int
+    query: torch.Tensor,
+    norm: nn.LayerNorm | None,
+    key: nn.Linear | Projection,
+    num_heads: int,
+    mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Projected queries [B, L, D] -> [B, heads L, C], whose products with normalised tokens are the scores."""
     if key.bias is not None and torch.is_grad_enabled() and dispatch.transform() is None:
         query = query + 0 * key.bias  # its gradient is zero, and not absent, as optimizers and DDP expect
     query = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, heads, L, d]
-    absorbed = _times_each_head(query, _heads_of(key.weight, num_heads)).flatten(1, 2)
+    absorbed = _mixed(_times_each_head(query, _heads_of(key.weight, num_heads)), mix).flatten(1, 2)
     return absorbed if norm is None or norm.weight is None else absorbed * norm.weight
 
 
@@ -152,12 +167,15 @@ def _heads_side_by_side(
     value: nn.Linear | Projection,
     num_heads: int,
     mass: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[B, heads L, C], sums of normalised tokens -> [B, L, D].
+    """[B, heads L, C], sums of normalised tokens, mixed over the heads -> [B, L, D].
 
     mass: what the weights of each sum add up to, broadcast to [B, heads, L, 1]; None where that is one.
     """
-    context = context.unflatten(1, (num_heads, -1))
+    context = _mixed(context.unflatten(1, (num_heads, -1)), mix)
+    if mix is not None:
+        mass = _mixed(mix.new_ones(1, num_heads, 1, 1) if mass is None else mass.expand(-1, num_heads, -1, -1), mix)
     if norm is not None and norm.weight is not None:
         context = context * norm.weight
     if norm is not None and norm.bias is not None:
@@ -167,6 +185,11 @@ def _heads_side_by_side(
         bias = value.bias.unflatten(0, (num_heads, 1, -1))
         out = out + (bias if mass is None else mass * bias)
     return out.transpose(1, 2).flatten(2)
+
+
+def _mixed(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
+    """[B, heads, L, .], of whose heads each column of mix makes a new one."""
+    return x if mix is None else torch.einsum("bhlc,hg->bglc", x, mix)
 
 
 def _heads_of(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
