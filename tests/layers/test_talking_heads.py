@@ -13,7 +13,7 @@ KERNELS = FORWARD, BACKWARD
 
 
 class Plain(nn.Module):
-    """The class attention of vit-pytorch's CaiT, where `x` is the class token, and more: biases, masks, weights."""
+    """The heads of vit-pytorch's CaiT, with a norm of all tokens, biases, masks and weights, which that has not."""
 
     def __init__(self, bias=False, mixes=(True, True), dropout=0.0, **call):
         super().__init__()
