@@ -11,6 +11,7 @@ import tokenfusion
 from tests.crossvit import fused_copy, randomize
 from tests.drop_in import BACKWARD, FORWARD, check_drop_in, check_parity, outputs_and_gradients
 from tests.parity import assert_parity, assert_runs
+from tokenfusion.layers.attention_weights import additive, as_lengths
 from tokenfusion.layers.multihead_attention import MultiheadAttention
 
 B, L, N, C, HEADS = 3, 2, 20, 48, 6
@@ -35,9 +36,9 @@ def to_dtype(value, dtype):
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def inputs(batch_first=False, batched=True, dtype=torch.float32):
+def inputs(batch_first=False, batched=True, dtype=torch.float32, kdim=C):
     generator = torch.Generator().manual_seed(1)
-    shapes = [(B, L, C), (B, N, C)] if batched else [(L, C), (N, C)]
+    shapes = [(B, L, C), (B, N, kdim)] if batched else [(L, C), (N, kdim)]
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     return tensors if batch_first or not batched else [x.transpose(0, 1).contiguous() for x in tensors]
 
@@ -50,8 +51,11 @@ def float_mask(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
+LAST = torch.arange(N) >= torch.tensor([[13], [N], [1]])
 MASKS = {
     "none": {},
+    "last tokens": {"key_padding_mask": LAST},
+    "float last tokens": {"key_padding_mask": additive(LAST, torch.float32)},
     "padding": {"key_padding_mask": drawn(B, N)},
     "float padding": {"key_padding_mask": float_mask(B, N)},
     "rows": {"attn_mask": drawn(L, N)},
@@ -61,8 +65,10 @@ MASKS = {
 
 
 def kernels(call, options):
-    plain = not {"key_padding_mask", "attn_mask"} & call.keys() and not options.get("dropout")
-    return (FORWARD, BACKWARD) if plain else ()
+    """What runs: without weights, a mask of the last tokens is their number."""
+    mask, need_weights = call.get("key_padding_mask"), call.get("need_weights", True)
+    by_kernel = mask is None or (not need_weights and as_lengths(torch.atleast_2d(mask)) is not None)
+    return (FORWARD, BACKWARD) if by_kernel and "attn_mask" not in call and not options.get("dropout") else ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,35 +92,54 @@ def test_weights(mask, dropout, average):
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize(
-    "options", [{"batch_first": True}, {"bias": False}, {"batch_first": True, "dropout": 0.3}], ids=str
+    "options",
+    [
+        {"batch_first": True},
+        {"bias": False},
+        {"batch_first": True, "dropout": 0.3},
+        {"kdim": 24, "vdim": 24},
+        {"kdim": 64, "vdim": 64, "bias": False},
+    ],
+    ids=str,
 )
 def test_constructions(options, need_weights):
     plain = Pool(options, {"need_weights": need_weights})
+    tensors = inputs(options.get("batch_first", False), kdim=options.get("kdim", C))
     if options.get("dropout"):
-        check_parity(fused_copy(plain), plain, *inputs(batch_first=True), runs=())
+        check_parity(fused_copy(plain), plain, *tensors, runs=())
     else:
-        check_drop_in(plain, *inputs(options.get("batch_first", False)))
+        check_drop_in(plain, *tensors)
 
 
 @pytest.mark.parametrize(
     "call",
-    [{}, {"key_padding_mask": drawn(N)}, {"attn_mask": float_mask(HEADS, L, N), "average_attn_weights": False}],
-    ids=["none", "padding", "rows of every head"],
+    [
+        {},
+        {"key_padding_mask": drawn(N)},
+        {"key_padding_mask": LAST[0], "need_weights": False},
+        {"attn_mask": float_mask(HEADS, L, N), "average_attn_weights": False},
+    ],
+    ids=["none", "padding", "last tokens", "rows of every head"],
 )
 @pytest.mark.parametrize("result", [0, 1])
 def test_unbatched(call, result):
+    if result and not call.get("need_weights", True):
+        return
     plain = Pool({}, call, result)
     check_parity(fused_copy(plain), plain, *inputs(batched=False), runs=kernels(call, {})[: 2 - result])
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_no_token_left(need_weights, training):
+@pytest.mark.parametrize("last", [False, True])
+def test_no_token_left(last, need_weights, training):
     """Weights of NaN where they are asked for, and zeros otherwise, as torch has it."""
     padding = torch.zeros(B, N, dtype=torch.bool)
-    padding[1] = True
+    padding[1], padding[0, 0] = True, not last
     plain = Pool({"dropout": 0.3}, {"key_padding_mask": padding, "need_weights": need_weights}).train(training)
-    expected, got = (outputs_and_gradients(m, *inputs()) for m in (plain, fused_copy(plain)))
+    expected = outputs_and_gradients(plain, *inputs())
+    with assert_runs(*((FORWARD, BACKWARD) if last and not need_weights and not training else ())):
+        got = outputs_and_gradients(fused_copy(plain), *inputs())
     assert expected["out"][:, 1].isnan().all() == need_weights
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -223,7 +248,8 @@ def test_torchs_own_warning():
     [
         ({"add_bias_kv": True}, "it has bias_k and bias_v"),
         ({"add_zero_attn": True}, "add_zero_attn is set"),
-        ({"kdim": 8, "vdim": 8}, "expected kdim and vdim equal to embed_dim = 48"),
+        ({"kdim": 8, "vdim": 16}, "kdim: 8 and vdim: 16, of keys and values that are two tensors"),
+        ({"kdim": 8, "vdim": 8}, "6 heads of 8 channels"),
         ({"num_heads": 24}, "24 heads of 48 channels"),
     ],
 )

@@ -157,3 +157,20 @@ class Context(nn.Module):
         query, key, value = (_heads(each, self.heads) for each in projected)
         weights = self.dropout(self.attend(query @ key.transpose(2, 3) * self.scale))
         return self.to_out(_joined(weights @ value))
+
+
+class Talking(Context):
+    """As vit-pytorch's Attention, of CaiT: heads that talk, and a query that is always a token, too."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int):
+        super().__init__(dim, heads, dim_head)
+        self.mix_heads_pre_attn, self.mix_heads_post_attn = (nn.Parameter(torch.randn(heads, heads)) for _ in range(2))
+
+    def forward(self, x, context=None):
+        x = self.norm(x)
+        context = x if context is None else torch.cat((x, context), dim=1)
+        projected = (self.to_q(x), *self.to_kv(context).chunk(2, dim=-1))
+        query, key, value = (_heads(each, self.heads) for each in projected)
+        scores = torch.einsum("bhij,hg->bgij", query @ key.transpose(2, 3) * self.scale, self.mix_heads_pre_attn)
+        weights = self.dropout(self.attend(scores))
+        return self.to_out(_joined(torch.einsum("bhij,hg->bgij", weights, self.mix_heads_post_attn) @ value))

@@ -68,6 +68,7 @@ CASES = {
     "the first token": Case(lambda: poolings.First(DIM, HEADS)),
     "context": Case(lambda: poolings.Context(DIM, HEADS, 8), _query_and_tokens),
     "context and itself": Case(lambda: poolings.Context(DIM, HEADS, 8), _with_itself),
+    "talking heads": Case(lambda: poolings.Talking(DIM, HEADS, 8), _query_and_tokens),
     "heads of other sizes": Case(lambda: poolings.Context(DIM, HEADS, 16), _with_itself),
 }
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -39,6 +39,8 @@ class Parts:
     out: str | None = None
     norm: str | None = None
     dropout: str | None = None
+    mix_pre_attn: str | None = None  # parameters [heads, heads] of talking heads
+    mix_post_attn: str | None = None
     tokens: str | None = None  # the argument, where it is an optional one
     flag: str | None = None  # the optional argument that says whether the query is a token, too
     depends_on: tuple[str, ...] = ()  # attributes of what is neither a module nor a number
@@ -176,10 +178,12 @@ def attended(module: nn.Module, parts: Parts, form: Form, call: Call) -> torch.T
     heads = _heads(module, parts, query)
     scale = _scale(module, form, query.shape[-1] // (1 if key is None else heads))
     operands = (query, tokens, None if extra is None else extra.squeeze(1), norm, key, value)
+    options = {name: part(module, getattr(parts, name)) for name in ("mix_pre_attn", "mix_post_attn")}
+    options |= {"num_heads": heads, "scale": scale}
     dropout = part(module, parts.dropout)
     if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
-        return attention_with_weights(*operands, num_heads=heads, scale=scale, dropout=dropout.p)[0]
-    return absorbed_attention(*operands, num_heads=heads, scale=scale)
+        return attention_with_weights(*operands, **options, dropout=dropout.p)[0]
+    return absorbed_attention(*operands, **options)
 
 
 def finished(module: nn.Module, parts: Parts, form: Form, out: torch.Tensor):
@@ -199,9 +203,9 @@ def why_not_parts(module: nn.Module, parts: Parts) -> str | None:
         reason = None if name is None else why_not_linear(part(module, name), name)
         if reason is not None:
             return reason
-    latent = part(module, parts.latent)
-    if parts.latent is not None and type(latent) not in PLAIN:
-        return f"{parts.latent} is of class {type(latent).__name__}"
+    for name in filter(None, (parts.latent, parts.mix_pre_attn, parts.mix_post_attn)):
+        if type(part(module, name)) not in PLAIN:
+            return f"{name} is of class {type(part(module, name)).__name__}"
     return _why_not_norm(module, parts.norm) or _why_not_dropout(module, parts.dropout)
 
 

@@ -175,13 +175,13 @@ def check_lengths(lengths, tokens) -> None:
     check_shape("lengths", lengths, [tokens.shape[0]], f"to match tokens {list(tokens.shape)}")
     if lengths.device != tokens.device:
         raise ValueError(f"lengths: got a tensor on {lengths.device}, expected {tokens.device}, where tokens is")
-    if _has_values(lengths):
+    if has_values(lengths):
         outside = [length for length in lengths.tolist() if not 0 <= length <= tokens.shape[1]]
         if outside:
             raise ValueError(f"lengths: got {outside[0]}, expected 0 to N = {tokens.shape[1]}")
 
 
-def _has_values(tensor) -> bool:
+def has_values(tensor) -> bool:
     """Whether they can be looked at without waiting for a GPU, and without a tracer that sees it."""
     return (
         tensor.device.type == "cpu"

@@ -72,6 +72,10 @@ _KNOWN = {  # by the names of the parameters, without ".weight" and ".bias", of 
     ),
     # Attention of vit-pytorch's CrossViT and XCiT
     "norm to_q to_kv to_out.0": _VIT_PYTORCH,
+    # Attention of vit-pytorch's CaiT
+    "norm to_q to_kv to_out.0 mix_heads_pre_attn mix_heads_post_attn": replace(
+        _VIT_PYTORCH, mix_pre_attn="mix_heads_pre_attn", mix_post_attn="mix_heads_post_attn"
+    ),
     # CrossAttention of IBM's CrossViT
     "wq wk wv proj": Parts(**_HEADS, query="wq", key="wk", value="wv", out="proj", dropout="attn_drop"),
     # CaiT's class attention
