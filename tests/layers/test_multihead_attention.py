@@ -97,7 +97,7 @@ def test_weights(mask, dropout, average):
         {"batch_first": True},
         {"bias": False},
         {"batch_first": True, "dropout": 0.3},
-        {"kdim": 24, "vdim": 24},
+        {"kdim": 32, "vdim": 32},
         {"kdim": 64, "vdim": 64, "bias": False},
     ],
     ids=str,
