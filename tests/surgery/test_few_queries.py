@@ -138,6 +138,23 @@ def test_one_graph(case):
             torch.testing.assert_close(compiled(x), expected)
 
 
+@all_cases
+def test_autocast(case):
+    plain, x = case.model(), tokens()
+    module = copy.deepcopy(plain)
+    tokenfusion.fuse(module, strict=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, expected = module(x), plain(x)
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+
+
+def test_scripting_says_what_to_do():
+    module = torch.nn.Sequential(fused(lambda: poolings.Merger(DIM)))
+    with pytest.raises(RuntimeError, match="cannot compile Merger while it is fused; call tokenfusion.unfuse"):
+        torch.jit.script(module)
+
+
 def check_original(module: nn.Module, *args, **kwargs) -> None:
     """This call of a fused module is the original's, bit for bit."""
     plain = copy.deepcopy(module)

@@ -96,6 +96,10 @@ class FewQueries(Found):
             return "in training its forward is another one"
         return why_not_parts(module, parts) or (_why_not_as_tried(module) if isinstance(module, cls) else None)
 
+    def __prepare_scriptable__(self):
+        kind = type(self).__name__
+        raise RuntimeError(f"TorchScript cannot compile {kind} while it is fused; call tokenfusion.unfuse(model) first")
+
     def forward(self, *args, **kwargs):
         parts, form = self.details
         call = call_of(self.arguments, parts, form.extra, args, kwargs)
