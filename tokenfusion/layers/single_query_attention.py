@@ -192,7 +192,7 @@ def _heads_side_by_side(
     out = _times_each_head(context, _heads_of(value.weight, num_heads).transpose(1, 2))  # [B, heads, L, d]
     if value.bias is not None:
         bias = value.bias.unflatten(0, (num_heads, 1, -1))
-        out = out + (bias if mass is None else mass * bias)
+        out = out + (bias if mass is None else mass * bias).to(out.dtype)  # of nn.Linear's under autocast
     return out.transpose(1, 2).flatten(2)
 
 
