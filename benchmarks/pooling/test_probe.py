@@ -10,8 +10,6 @@ CASES = {
     "smoke": [Case(8, 196, 192, 3, direction=TRAINING)],
     "quick": [Case(*_SIZES[0], direction=TRAINING)],
     "full": [Case(*sizes, *kind) for kind in _KINDS for sizes in _SIZES],
-        Case(*sizes, *kind) for kind in ((d, way) for d in _DTYPES for way in (TRAINING, "forward")) for sizes in _SIZES
-    ],
 }
 
 
