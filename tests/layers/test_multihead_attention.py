@@ -384,6 +384,16 @@ def test_learning_a_probe(rate):
     assert_parity(fused, max(unfused, key=lambda losses: (losses - exact).abs().max()), exact)
 
 
+def test_the_report_says_that_calls_decide():
+    model = nn.ModuleList([nn.MultiheadAttention(C, HEADS), nn.MultiheadAttention(C, HEADS, add_bias_kv=True)])
+    for _ in range(2):  # the second time it is fused already
+        replaced, left = str(tokenfusion.fuse(model)).splitlines()[1:]
+        assert replaced.endswith(
+            "replaced (single_query_attention), decided per call: few queries over one tensor of keys and values"
+        )
+        assert "left alone" in left and "per call" not in left
+
+
 def test_the_class_is_torchs():
     fused = fused_copy(Pool({}, {}))
     assert isinstance(fused.attn, nn.MultiheadAttention) and type(fused.attn) is MultiheadAttention

@@ -28,7 +28,8 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         CLIP's ResNets                  AttentionPool2d, where it pools; RotAttentionPool2d is left alone
 
     and torch's own nn.MultiheadAttention, where a call has few queries over one tensor of keys and values, with masks,
-    dropout and weights. Self-attention, and whatever else it is called for, runs torch's forward;
+    dropout and weights. Self-attention, and whatever else it is called for, runs torch's forward, so that the report
+    has it as replaced, "decided per call";
 
     by dynamic_mixing, DynaMixer's block and operation in the official code or any other, found by the names and shapes
     of their parameters; a trial on random numbers shows first that such a module computes the same;
@@ -72,7 +73,7 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         if found is None:
             continue
         rule, plan = found
-        reports.append(ModuleReport(name, plan.kind, rule.op, plan.reason))
+        reports.append(ModuleReport(name, plan.kind, rule.op, plan.reason, plan.note))
         if plan.reason is None:
             plans[name] = module, plan
             absorbed.update(plan.absorbs)

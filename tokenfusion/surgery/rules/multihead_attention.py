@@ -3,4 +3,6 @@
 from tokenfusion.layers.multihead_attention import MultiheadAttention
 from tokenfusion.surgery.rules.rule import DropInRule
 
-RULES = (DropInRule("single_query_attention", MultiheadAttention),)
+_NOTE = "decided per call: few queries over one tensor of keys and values"
+
+RULES = (DropInRule("single_query_attention", MultiheadAttention, note=_NOTE),)
