@@ -148,7 +148,11 @@ def test_the_gradient_of_the_keys_bias_is_zero():
     assert not gradient[C : 2 * C].any() and gradient[:C].any() and gradient[2 * C :].any()
 
 
-@pytest.mark.parametrize("call", [{}, {"need_weights": False}, MASKS["padding"]], ids=["weights", "none", "padding"])
+@pytest.mark.parametrize(
+    "call",
+    [{}, {"need_weights": False}, MASKS["padding"], MASKS["last tokens"] | {"need_weights": False}],
+    ids=["weights", "none", "padding", "last tokens"],
+)
 @pytest.mark.parametrize("result", [0, 1])
 def test_autocast(call, result):
     if result and not call.get("need_weights", True):
