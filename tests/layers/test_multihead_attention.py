@@ -216,6 +216,9 @@ BAD = {
     "mask of another shape": lambda attn, q, x: attn(q, x, x, key_padding_mask=drawn(B, N + 1)),
     "rows of another shape": lambda attn, q, x: attn(q, x, x, attn_mask=drawn(L + 1, N)),
     "mask of integers": lambda attn, q, x: attn(q, x, x, key_padding_mask=torch.zeros(B, N, dtype=torch.uint8)),
+    "mask elsewhere": lambda attn, q, x: attn.to("meta")(
+        q.to("meta"), *[x.to("meta")] * 2, key_padding_mask=LAST, need_weights=False
+    ),
     "causal without a mask": lambda attn, q, x: attn(q, x, x, is_causal=True),
     "rank": lambda attn, q, x: attn(q[0], x, x),
 }
