@@ -130,6 +130,12 @@ def test_a_changed_probe_is_called(change, reason, caplog):
     assert reason in caplog.text
 
 
+def test_packed_tokens_go_to_each_probe(monkeypatch):
+    monkeypatch.setattr(ProbeGrid, "plain_forward", lambda grid, tokens: "one by one")
+    bags = torch.nested.nested_tensor([torch.randn(3, DIM), torch.randn(5, DIM)], layout=torch.jagged)
+    assert three()(bags) == "one by one"
+
+
 def test_dropout_at_evaluation_shares_the_kernel():
     grid = three(dropout=0.3).eval()
     assert forward_calls(lambda: grid(torch.randn(3, 40, DIM))) == 1

@@ -229,6 +229,7 @@ def test_dropout_at_evaluation_runs_the_kernel():
 def test_an_empty_batch():
     layer, _ = pair(num_latents=2)
     assert layer(torch.randn(0, 5, 48)).shape == (0, 2, 48)
+    assert layer(torch.randn(0, 5, 48), mask=torch.ones(0, 5).bool()).shape == (0, 2, 48)
 
 
 def test_compiles_without_graph_breaks():
@@ -253,6 +254,13 @@ def test_compiles_without_graph_breaks():
             lambda: SingleQueryAttention(48, num_latents=1)(torch.randn(2, 5, 48), mask=torch.ones(2, 6).bool()),
             ValueError,
             ["mask", "[2, 6]", "[2, 5]"],
+        ),
+        (
+            lambda: SingleQueryAttention(48, num_latents=1)(
+                torch.randn(2, 5, 48), mask=torch.ones(2, 5, device="meta")
+            ),
+            ValueError,
+            ["mask", "meta", "cpu"],
         ),
         (
             lambda: SingleQueryAttention(48, num_latents=1)(torch.randn(2, 5, 48), mask=torch.ones(2, 5).int()),

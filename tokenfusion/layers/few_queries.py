@@ -110,6 +110,8 @@ class FewQueries(Found):
 
 def become(module: nn.Module, fused: type[FewQueries]) -> None:
     """Makes a module one of its fused class, as it is now."""
+    if isinstance(module, fused):
+        return
     vars(module)[STATE] = state = state_of(module, fused.details[0])
     remember_forwards(*(kind for _, kind, _ in state))
     module.__class__ = fused

@@ -77,7 +77,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             or query is key
             or is_causal
             or not self._serves(query, key, need_weights)
-            or not _are_masks(key_padding_mask, attn_mask, query.dtype, self._mask_shapes(query, key))
+            or not _are_masks(key_padding_mask, attn_mask, query, self._mask_shapes(query, key))
             or not self.fuses()
         ):
             return super().forward(
@@ -193,13 +193,13 @@ def _why_not_tensors(parameters: dict[str, torch.Tensor | None], *names: str) ->
 def _are_masks(
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
-    dtype: torch.dtype,
+    query: torch.Tensor,
     shapes: tuple[list[list[int]], ...],
 ) -> bool:
     """Whether both are None or of what torch takes without a complaint."""
     given = [(mask, allowed) for mask, allowed in zip((key_padding_mask, attn_mask), shapes) if mask is not None]
     return (
         all(type(mask) in PLAIN and list(mask.shape) in allowed for mask, allowed in given)
-        and all(mask.dtype in (torch.bool, dtype) for mask, _ in given)
+        and all(mask.device == query.device and mask.dtype in (torch.bool, query.dtype) for mask, _ in given)
         and len({mask.dtype for mask, _ in given}) < 2
     )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenfusion.kernels import dispatch, single_query_attention
-from tokenfusion.kernels.checks import check_floating, check_rank, check_shape, symbolic
+from tokenfusion.kernels.checks import check_device, check_floating, check_rank, check_shape, symbolic
 from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES, check_lengths
 from tokenfusion.layers.attention_weights import (
     as_lengths,
@@ -361,8 +361,8 @@ class SingleQueryAttention(OwnLayer, nn.Module):
             1 + N, of which its is the first.
 
         Raises:
-            ValueError: no query where none is learned, or one where they are; a mask or lengths of another shape; or
-                what single_query_attention raises.
+            ValueError: no query where none is learned, or one where they are; a mask or lengths of another shape or
+                on another device; or what single_query_attention raises.
             TypeError: a mask that is neither boolean nor floating point, lengths that are no integers.
         """
         if torch.jit.is_scripting():
@@ -420,6 +420,7 @@ class SingleQueryAttention(OwnLayer, nn.Module):
             if mask.dtype != torch.bool:
                 check_floating("mask", mask)
             check_shape("mask", mask, list(tokens.shape[:2]), "of the tokens")
+            check_device("mask", mask, "tokens", tokens)
         if lengths is not None and not symbolic(lengths, tokens):
             check_lengths(lengths, tokens)
 

@@ -18,7 +18,7 @@ from tokenfusion.layers import few_queries
 from tokenfusion.layers.drop_in import DropIn, why_not_watched
 from tokenfusion.layers.few_queries import FewQueries, Form, Parts
 from tokenfusion.layers.found import fused_class
-from tokenfusion.surgery.rules.rule import Plan, with_forward_on_instance
+from tokenfusion.surgery.rules.rule import DECIDED_PER_CALL, Plan, with_forward_on_instance
 from tokenfusion.surgery.rules.trial import Draws, failed, same, with_drawn_parameters
 
 _OTHER = "its forward does not compute attention of few queries with these parts"
@@ -149,7 +149,7 @@ class FewQueriesRule:
     def plan(self, module: nn.Module) -> Plan | None:
         kind = type(module)
         if isinstance(module, FewQueries):
-            return Plan(kind.__name__, module.why_not_fused(module), lambda: None)
+            return _plan(module, kind)
         if isinstance(module, (DropIn, torch.jit.ScriptModule)):
             return None
         parts = _registered.get(kind) or _known_parts(module)
@@ -160,8 +160,14 @@ class FewQueriesRule:
             return None
         if isinstance(found, str):
             return Plan(kind.__name__, found)
-        fused = fused_class(FewQueries, kind, (parts, found))
-        return Plan(kind.__name__, fused.why_not_fused(module), lambda: few_queries.become(module, fused))
+        return _plan(module, fused_class(FewQueries, kind, (parts, found)))
+
+
+def _plan(module: nn.Module, fused: type[FewQueries]) -> Plan:
+    parts, _ = fused.details
+    note = "" if parts.latent is not None else DECIDED_PER_CALL
+    reason = fused.why_not_fused(module)
+    return Plan(fused.__name__, reason, lambda: few_queries.become(module, fused), note=note)
 
 
 RULES = (FewQueriesRule(),)
