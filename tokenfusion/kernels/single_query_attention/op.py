@@ -82,8 +82,7 @@ def _run_on(backend: str):
 
 def _run_reference(query, tokens, extra_token, lengths, offsets, normalize, eps):
     if offsets is not None:
-        longest = tokens.shape[1] if _is_traced(tokens) else max(offsets.diff().tolist(), default=0)
-        tokens, lengths = reference.padded(tokens, lengths, offsets, longest)
+        tokens, lengths = padded(tokens, lengths, offsets)
     return reference.single_query_attention(query, tokens, extra_token, lengths=lengths, normalize=normalize, eps=eps)
 
 
@@ -200,7 +199,11 @@ def _has_values(tensor) -> bool:
     return tensor.device.type == "cpu" and not _is_traced(tensor)
 
 
-def packed(tokens) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def is_nested(tokens) -> bool:
+    return isinstance(tokens, torch.Tensor) and tokens.is_nested
+
+
+def packed(tokens, lengths=None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """A jagged tensor [B, bags of differing numbers of tokens, C] as the memory that it is in.
 
     Returns:
@@ -209,9 +212,11 @@ def packed(tokens) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
 
     Raises:
         TypeError: another layout, or offsets or lengths that are no integers.
-        ValueError: another dimension than the second is jagged, or there are more; offsets or lengths of which some lie
-            outside the memory, or overlap, on a CPU.
+        ValueError: another dimension than the second is jagged, or there are more; lengths beside its own; offsets or
+            lengths of which some lie outside the memory, or overlap, on a CPU.
     """
+    if lengths is not None:
+        raise ValueError("lengths: got some beside nested tokens, which have their own; expected None")
     if tokens.layout != torch.jagged:
         raise TypeError(f"tokens: got a nested tensor of layout {tokens.layout}, expected torch.jagged")
     if tokens.dim() != 3 or tokens._ragged_idx != 1:
@@ -233,6 +238,12 @@ def _check_bags(offsets: list[int], lengths: list[int] | None, tokens: int) -> N
     for length, first, end in zip(lengths, offsets[:-1], offsets[1:], strict=True):
         if not 0 <= length <= end - first:
             raise ValueError(f"tokens: got a length of {length} from {first} on, expected 0 to {end - first}")
+
+
+def padded(tokens, lengths, offsets) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `packed` gives as [B, N, C] and lengths [B]; N is the longest bag's, or enough for any where it is traced."""
+    longest = tokens.shape[1] if _is_traced(tokens) else max(offsets.diff().tolist(), default=0)
+    return reference.padded(tokens, lengths, offsets, longest)
 
 
 def _check(query, tokens, extra_token, lengths, offsets) -> None:
@@ -303,10 +314,8 @@ def single_query_attention(
         RuntimeError: the backend chosen by `set_backend` cannot run this call; the message says why.
     """
     offsets = None
-    if isinstance(tokens, torch.Tensor) and tokens.is_nested:
-        if lengths is not None:
-            raise ValueError("lengths: got some beside nested tokens, which have their own; expected None")
-        tokens, lengths, offsets = packed(tokens)
+    if is_nested(tokens):
+        tokens, lengths, offsets = packed(tokens, lengths)
     query, extra_token = autocast_like(tokens, query, extra_token)
     _check(query, tokens, extra_token, lengths, offsets)
     implementation = OPERATOR.select(query, tokens, extra_token, lengths, offsets)
