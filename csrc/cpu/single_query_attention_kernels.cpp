@@ -53,7 +53,7 @@ void forward(const Params& p, int64_t begin_part, int64_t end_part, void* memory
       store(s.total + q * VecOf<A>::lanes, Vec<A>{});
     }
     for (int64_t first = part.begin; first < part.end; first += kTile) {
-      const TileRows<T> rows(p, part.image, first, part.end);
+      const TileRows<T> rows(p, part, first);
       A rstd[kTile];
       Prefetch next(rows.row[0] + kTile * p.tokens_stride);
       load_tile(p, rows, s, rstd);
@@ -192,7 +192,7 @@ void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memor
       s.grad_mean[q] = row_sum(s.grad_context + q * s.pitch, s) / A(p.channels);
     }
     for (int64_t first = part.begin; first < part.end; first += kTile) {
-      const TileRows<T> rows(p, part.image, first, part.end);
+      const TileRows<T> rows(p, part, first);
       A rstd[kTile], mean[kTile] = {}, slope[kTile] = {};
       Prefetch next(rows.row[0] + kTile * p.tokens_stride);
       load_tile(p, rows, s, rstd);
@@ -224,8 +224,7 @@ void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memor
           const int64_t j = first + t;
           const bool is_extra = has_extra && j == 0;
           T* const grad = static_cast<T*>(is_extra ? p.grad_extra_token : p.grad_tokens);
-          const int64_t at = is_extra ? part.image * p.channels
-                                      : part.image * p.grad_tokens_batch_stride + (j - has_extra) * p.channels;
+          const int64_t at = is_extra ? part.image * p.channels : part.at_token_gradient + (j - has_extra) * p.channels;
           if (grad != nullptr) out[t] = grad + at;
         }
         write_token_gradients<T>(p, s, s.scores, s.weights, rstd, mean, slope, out, rows.count);

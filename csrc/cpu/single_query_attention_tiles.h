@@ -99,13 +99,13 @@ struct TileRows {
   const T* row[kTile];
   int count;
 
-  TileRows(const Params& p, int64_t image, int64_t first, int64_t end) {
-    count = end - first < kTile ? int(end - first) : kTile;
+  TileRows(const Params& p, const Part& part, int64_t first) {
+    count = part.end - first < kTile ? int(part.end - first) : kTile;
     const bool has_extra = p.extra_token != nullptr;
-    const T* const tokens = static_cast<const T*>(p.tokens) + image * p.tokens_batch_stride;
+    const T* const tokens = static_cast<const T*>(p.tokens) + part.at_token;
     for (int t = 0; t < kTile; ++t) {
       const int64_t j = first + (t < count ? t : count - 1);
-      row[t] = has_extra && j == 0 ? static_cast<const T*>(p.extra_token) + image * p.extra_token_stride
+      row[t] = has_extra && j == 0 ? static_cast<const T*>(p.extra_token) + part.image * p.extra_token_stride
                                    : tokens + (j - has_extra) * p.tokens_stride;
     }
   }

@@ -332,3 +332,32 @@ def test_lengths_run_the_kernel_and_join_a_mask():
         layer(tokens, lengths=lengths + 1)
     with pytest.raises(TypeError, match="lengths: got dtype torch.float32"):
         layer(tokens, lengths=lengths.float())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("form", ["kernel", "weights", "mask", "dropout", "plain"])
+def test_packed_bags_are_as_padded_ones(form, gaps, extra):
+    layer = randomize(SingleQueryAttention(48, 6, num_latents=2, norm_layer=nn.LayerNorm, dropout=0.3))
+    layer.train(form == "dropout")
+    if form == "plain":
+        layer.k.register_forward_hook(lambda *_: None)
+    padded, lengths = _bags()
+    extras = torch.randn(4, 48) if extra else None
+    mask = torch.rand(4, 30) < 0.3 if form == "mask" else None
+    starts, results = torch.zeros(4, dtype=torch.int64), []
+    for packed in (True, False):
+        tokens = padded.clone().requires_grad_()
+        given = tokens
+        if packed:
+            bags = torch.nested.narrow(tokens, 1, starts, lengths, layout=torch.jagged)
+            given = bags if gaps else torch.nested.as_nested_tensor([*bags.unbind()], layout=torch.jagged)
+        torch.manual_seed(0)
+        options = dict(mask=mask, need_weights=form == "weights", lengths=None if packed else lengths)
+        with assert_runs(*[FORWARD] * (form == "kernel")):
+            out = layer(given, None, extras, **options)
+        out = torch.cat([each.flatten() for each in out]) if form == "weights" else out
+        results.append([out, *torch.autograd.grad(out.sum(), (tokens, *layer.parameters()))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)

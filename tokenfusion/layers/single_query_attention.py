@@ -9,7 +9,7 @@ from torch import nn
 
 from tokenfusion.kernels import dispatch, single_query_attention
 from tokenfusion.kernels.checks import check_device, check_floating, check_rank, check_shape, symbolic
-from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES, check_lengths
+from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES, check_lengths, is_nested, packed, padded
 from tokenfusion.layers.attention_weights import (
     as_lengths,
     attention_weights,
@@ -84,7 +84,7 @@ def absorbed_attention(
     Args:
         query: [B, L, D], projected; or [1, L, D], the same for every image.
         tokens: [B, N, C], not normalised, any strides; copied where the innermost dimension is not contiguous, as in
-            CaiT, whose patch embedding leaves it so.
+            CaiT, whose patch embedding leaves it so. Or a jagged nested tensor.
         extra_token: [B, C], not normalised, one more key; or None.
         norm: the LayerNorm of the keys, over C; None where there is none.
         key, value: the projections, C -> D. Without a key, query is [B, heads L, C], compared with n itself; without a
@@ -99,6 +99,8 @@ def absorbed_attention(
     absorbed = _absorbed(query * scale, norm, key, num_heads, mix_pre_attn).expand(tokens.shape[0], -1, -1)
     context = _attend(absorbed, tokens, extra_token, norm, lengths)
     mass = None  # what the weights of an image without any token add up to
+    if is_nested(tokens):
+        lengths = tokens.offsets().diff() if tokens.lengths() is None else tokens.lengths()
     if lengths is not None and extra_token is None:
         mass = (lengths > 0).to(context.dtype)[:, None, None, None]
     return _heads_side_by_side(context, norm, value, num_heads, mass, mix_post_attn)
@@ -224,7 +226,7 @@ def _attend(
     options = dict(lengths=lengths, **(dict(normalize=False) if norm is None else dict(normalize=True, eps=norm.eps)))
     if dispatch.transform() is not None:
         return single_query_attention(query, tokens, extra_token, **options)
-    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    tokens = tokens if is_nested(tokens) or tokens.stride(-1) == 1 else tokens.contiguous()
     parts = [single_query_attention(part, tokens, extra_token, **options) for part in query.split(MAX_QUERIES, dim=1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -343,7 +345,8 @@ class SingleQueryAttention(OwnLayer, nn.Module):
     ):
         """
         Args:
-            tokens: [B, N, dim], N >= 1, any strides; read in place where the innermost dimension is contiguous.
+            tokens: [B, N, dim], N >= 1, any strides; read in place where the innermost dimension is contiguous. Or
+                bags in a jagged nested tensor, as of `single_query_attention`, padded where no kernel runs.
             query: [B, L, dim], the tokens that attend, or [1, L, dim] for all images; None for the learned ones.
             extra_token: [B, dim], one more token that is attended to, such as a class token kept apart; or None.
             mask: [B, N], as the key_padding_mask of nn.MultiheadAttention: boolean, in which True leaves a token out,
@@ -367,8 +370,11 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights, lengths)
+        fuses = self.fuses()
+        if is_nested(tokens) and not (fuses and self._by_kernel(mask, need_weights)):
+            tokens, lengths = padded(*packed(tokens, lengths))
         self._check(tokens, query, mask, lengths)
-        if not self.fuses():
+        if not fuses:
             return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights, lengths)
         return self._fused(tokens, query, extra_token, mask, need_weights, average_attn_weights, lengths)
 
@@ -383,11 +389,10 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         lengths: torch.Tensor | None,
     ):
         dropout = self.dropout if self.training else 0.0
-        without_weights = dropout == 0 and not need_weights
-        kept = as_lengths(mask) if mask is not None and without_weights else None
+        kept = as_lengths(mask) if mask is not None and self._by_kernel(None, need_weights) else None
         if kept is not None:
             mask, lengths = None, kept if lengths is None else kept.minimum(lengths)
-        by_kernel = mask is None and without_weights
+        by_kernel = self._by_kernel(mask, need_weights)
         if lengths is not None and not by_kernel:
             absent = beyond(lengths, tokens)
             tokens, mask = tokens.masked_fill(absent.unsqueeze(2), 0.0), left_out(absent, mask)
@@ -403,6 +408,9 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         out, weights = attention_with_weights(*operands, **heads, mask=mask, dropout=dropout)
         out = self.proj(out)
         return self._result(out, weights, average_attn_weights) if need_weights else out
+
+    def _by_kernel(self, mask: torch.Tensor | None, need_weights: bool) -> bool:
+        return mask is None and not need_weights and not (self.training and self.dropout > 0)
 
     def _check(
         self,
@@ -421,7 +429,7 @@ class SingleQueryAttention(OwnLayer, nn.Module):
                 check_floating("mask", mask)
             check_shape("mask", mask, list(tokens.shape[:2]), "of the tokens")
             check_device("mask", mask, "tokens", tokens)
-        if lengths is not None and not symbolic(lengths, tokens):
+        if lengths is not None and not is_nested(tokens) and not symbolic(lengths, tokens):
             check_lengths(lengths, tokens)
 
     @torch.jit.unused

@@ -29,10 +29,10 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
 
     and torch's own nn.MultiheadAttention, where a call has few queries over one tensor of keys and values, with masks,
     dropout and weights. Self-attention, and whatever else it is called for, runs torch's forward, so that the report
-    has it as replaced, "decided per call"; attention of few queries in vit-pytorch, x-transformers, transformers (AIMv2,
-    V-JEPA 2), torchmil, stable-pretraining, the attentive probes of V-JEPA, AIM, CAPI and EfficientProbing, or in any
-    class with the same names of parameters or a rule of `register_rule`: a trial on random numbers shows first that, and
-    what, such a module computes;
+    has it as replaced, "decided per call"; attention of few queries in vit-pytorch, x-transformers, transformers
+    (AIMv2, V-JEPA 2), torchmil, stable-pretraining, the attentive probes of V-JEPA, AIM, CAPI and EfficientProbing, or
+    in any class with the same names of parameters or a rule of `register_rule`: a trial on random numbers shows first
+    that, and what, such a module computes;
 
     by dynamic_mixing, DynaMixer's block and operation in the official code or any other, found by the names and shapes
     of their parameters, and tried as well;
