@@ -241,7 +241,7 @@ def _check_bags(offsets: list[int], lengths: list[int] | None, tokens: int) -> N
 
 
 def padded(tokens, lengths, offsets) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `packed` gives as [B, N, C] and lengths [B]; N is the longest bag's, or enough for any where it is traced."""
+    """What `packed` gives as [B, N, C] and lengths [B]; N is the longest bag's, or enough where it is traced."""
     longest = tokens.shape[1] if _is_traced(tokens) else max(offsets.diff().tolist(), default=0)
     return reference.padded(tokens, lengths, offsets, longest)
 
