@@ -10,6 +10,7 @@ import tokenfusion
 from benchmarks.measure import problem
 from benchmarks.measure.problem import Problem, Variant
 from benchmarks.ops.single_query_attention.cases import Case
+from tokenfusion.layers import SingleQueryAttention
 
 CLASSES = 100
 
@@ -66,7 +67,7 @@ def frozen_tokens_problem(
         return (tokens, torch.randn(case.B, *results, **options)) if case.backward else (tokens,)
 
     def timed(module: nn.Module) -> Callable:
-        return _step(module) if case.backward else problem.forward(module)
+        return step(module) if case.backward else problem.forward(module)
 
     tokens = case.B * case.N * case.C
     some = torch.empty(case.B, 1, case.C, **options)
@@ -84,11 +85,34 @@ def frozen_tokens_problem(
     )
 
 
-def _step(module: nn.Module) -> Callable[..., tuple[torch.Tensor, ...]]:
+def step(module: nn.Module) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A call of (*tensors, gradient of the result) that returns the result and the gradients of the parameters."""
     parameters = list(module.parameters())
 
-    def call(tokens: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        result = module(tokens)
+    def call(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *tensors, grad = inputs
+        result = module(*tensors)
         return result, *torch.autograd.grad(result, parameters, grad)
 
     return call
+
+
+def in_layer_order(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A query and nn.MultiheadAttention's parameters, or their gradients, in the order of SingleQueryAttention's."""
+    query, weight, bias, *out = parameters
+    return [query, *(each for pair in zip(weight.chunk(3), bias.chunk(3)) for each in pair), *out]
+
+
+class LayerProbe(nn.Module):
+    """A probe in this package's layer, of the same parameters."""
+
+    def __init__(self, probe: Probe):
+        super().__init__()
+        attention = probe.attention
+        self.attention = SingleQueryAttention(attention.embed_dim, attention.num_heads, num_latents=1)
+        theirs = in_layer_order([parameter.detach() for parameter in (probe.query, *attention.parameters())])
+        self.attention.load_state_dict(dict(zip(self.attention.state_dict(), theirs, strict=True)))
+        self.classify = copy.deepcopy(probe.classify)
+
+    def forward(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        return self.classify(self.attention(tokens, lengths=lengths)[:, 0])

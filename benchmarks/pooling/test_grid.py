@@ -1,6 +1,5 @@
 """A grid of probes over the same frozen tokens: ten learning rates by three weight decays, a training step of all."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,8 +7,8 @@ from torch import nn
 
 from benchmarks.measure.problem import TRAINING
 from benchmarks.ops.single_query_attention.cases import Case
-from benchmarks.pooling.probe import CLASSES, Probe, frozen_tokens_problem
-from tokenfusion.layers import ProbeGrid, SingleQueryAttention
+from benchmarks.pooling.probe import CLASSES, LayerProbe, Probe, frozen_tokens_problem, in_layer_order
+from tokenfusion.layers import ProbeGrid
 
 _PROBES = 30
 CASES = {
@@ -31,33 +30,20 @@ class Plain(nn.Module):
 
 
 class Together(nn.Module):
-    def __init__(self, plain: Plain, channels: int, num_heads: int):
+    def __init__(self, plain: Plain):
         super().__init__()
-        self.grid = ProbeGrid(_of_layers(probe, channels, num_heads) for probe in plain.probes)
+        probes = map(LayerProbe, plain.probes)
+        self.grid = ProbeGrid(nn.Sequential(probe.attention, nn.Flatten(), probe.classify) for probe in probes)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.stack(self.grid(tokens), dim=1)
-
-
-def _of_layers(probe: Probe, channels: int, num_heads: int) -> nn.Sequential:
-    """The same probe in this package's layer."""
-    attention = SingleQueryAttention(channels, num_heads, num_latents=1)
-    theirs = [parameter.detach() for parameter in (probe.query, *probe.attention.parameters())]
-    attention.load_state_dict(dict(zip(attention.state_dict(), _apart(theirs), strict=True)))
-    return nn.Sequential(attention, nn.Flatten(), probe.classify)
-
-
-def _apart(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """A query and nn.MultiheadAttention's parameters, or their gradients, in the order of this package's layer."""
-    query, weight, bias, *out = parameters
-    return [query, *(each for pair in zip(weight.chunk(3), bias.chunk(3)) for each in pair), *out]
 
 
 def _all_apart(results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """What the step of the plain grid returns, with its gradients in the order of the other."""
     scores, *gradients = results
     each = [gradients[i : i + len(gradients) // _PROBES] for i in range(0, len(gradients), len(gradients) // _PROBES)]
-    return scores, *(gradient for own in each for gradient in (*_apart(own[:5]), *own[5:]))
+    return scores, *(gradient for own in each for gradient in (*in_layer_order(own[:5]), *own[5:]))
 
 
 def test_grid(case: Case, run, compiles):
@@ -67,7 +53,7 @@ def test_grid(case: Case, run, compiles):
         f"{_PROBES} attentive probes on the same tokens, a training step, eager is nn.MultiheadAttention",
         case,
         plain,
-        Together(plain, case.C, case.heads),
+        Together(plain),
         compiles,
         results=(_PROBES, CLASSES),
         queries=_PROBES,
