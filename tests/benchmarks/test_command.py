@@ -51,6 +51,10 @@ def test_smoke_profile_writes_a_record(tmp_path):
         "single_query_attention, the op",
         "CrossAttentionBlock, eager is timm's",
         "Attentive probe on frozen tokens, a training step without the optimizer, eager is nn.MultiheadAttention",
+        "Pooling of a bag, inference, eager is nn.MultiheadAttention",
+        "A batch of bags, a training step without the optimizer, eager is nn.MultiheadAttention with a mask",
+        "30 attentive probes on the same tokens, a training step, eager is nn.MultiheadAttention",
+        "Cross-attention of vit-pytorch's CrossViT, dropout 0.1",
         "Drop-in guard, of one image",
         "Deferred result, nn.ConvTranspose2d before torch.cat",
         "ClassAttn, eager is timm's",
@@ -74,7 +78,7 @@ def test_smoke_profile_writes_a_record(tmp_path):
         assert row["fault"] is None
         assert row["variant"] in table
         assert row["seconds"] > 0 and row["peak_bytes"] > 0
-        assert row["error"] <= row["allowed_error"]
+        assert row["error"] is None or row["error"] <= row["allowed_error"]
         assert row["times_eager"] == 1 or row["variant"] != "eager"
 
 
