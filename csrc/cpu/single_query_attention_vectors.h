@@ -1,0 +1,173 @@
+// The products of single_query_attention by vectors. For single_query_attention_kernels.cpp alone.
+#pragma once
+
+#include "single_query_attention_tiles.h"
+
+namespace tokenfusion {
+namespace TOKENFUSION_ISA_NAMESPACE {
+namespace {
+
+template <typename Dtype>
+class VectorProducts {
+ public:
+  typedef Dtype T;
+  typedef typename Accumulator<T>::type A;
+  static constexpr int kTile = 16;  // tokens held in cache at a time
+
+  const Params& p;
+  Scratch<A, kTile> s;
+
+  VectorProducts(const Params& params, void* memory)
+      : p(params), s(memory, p.channels, p.queries), tile(static_cast<A*>(s.end)) {}
+  void* end() const { return tile + kTile * s.pitch; }
+
+  // Before the tiles of a part, whose sums go to `out`.
+  void begin(A* out) const {
+    for (int64_t i = 0; i < s.queries * s.pitch; i += VecOf<A>::lanes) store(out + i, Vec<A>{});
+  }
+
+  // s.scores[q][t] = query[q] . n_t and, backward, s.weights[q][t] = grad_context[q] . n_t
+  TF_INLINE void dot(const TileRows<T, kTile>& rows, A (&rstd)[kTile], Prefetch& next) const {
+    load_tile(rows, rstd);
+    dot_tile(s.query, rstd, s.scores, next);
+    if (p.grad_context != nullptr) dot_tile(s.grad_context, rstd, s.weights, next);
+  }
+
+  // out[q] = out[q] * keep[q] + sum_t weights[q][t] tile[t]
+  TF_INLINE void accumulate(const A* weights, A* out, Prefetch& next) const {
+    constexpr int lanes = VecOf<A>::lanes;
+    each_block<A>(s.channels, [&](int64_t c, auto vectors) {
+      for (int64_t q = 0; q < s.queries; q += kPair) {
+        constexpr int count = decltype(vectors)::value;
+        A* const rows[kPair] = {out + q * s.pitch + c, out + (q + 1) * s.pitch + c};
+        Vec<A> sums[kPair][count];
+#pragma GCC unroll 8
+        for (int i = 0; i < count; ++i) {
+          sums[0][i] = load(rows[0] + i * lanes) * s.keep[q];
+          sums[1][i] = load(rows[1] + i * lanes) * s.keep[q + 1];
+        }
+        for (int t = 0; t < kTile; ++t) {
+          next.line();
+          const A w0 = weights[q * kTile + t], w1 = weights[(q + 1) * kTile + t];
+#pragma GCC unroll 8
+          for (int i = 0; i < count; ++i) {
+            const Vec<A> token = load(tile + t * s.pitch + c + i * lanes);
+            sums[0][i] += token * w0;
+            sums[1][i] += token * w1;
+          }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < count; ++i) {
+          store(rows[0] + i * lanes, sums[0][i]);
+          store(rows[1] + i * lanes, sums[1][i]);
+        }
+      }
+    });
+  }
+
+  // Gradient of the tile's tokens: with dn_t = sum_q p_qt dcontext_q + ds_qt query_q, that of token t is
+  // rstd_t (dn_t - mean(dn_t) - n_t mean(dn_t n_t)), whose means come from sums that are known already: mean is the
+  // first and slope is rstd_t times the second. out is null for rows beyond the tile's count and for those that need
+  // none.
+  TF_INLINE void write_token_gradients(const A (&rstd)[kTile], const A (&mean)[kTile], const A (&slope)[kTile],
+                                       T* const (&out)[kTile], int count) const {
+    constexpr int lanes = VecOf<A>::lanes;
+    each_block<A>(s.channels, [&](int64_t c, auto vectors) {
+      for (int t = 0; t < count; t += 2) {
+        constexpr int width = decltype(vectors)::value;
+        Vec<A> sums[2][width] = {};
+        for (int64_t q = 0; q < s.queries; ++q) {
+          const A p0 = s.scores[q * kTile + t], p1 = s.scores[q * kTile + t + 1];
+          const A d0 = s.weights[q * kTile + t], d1 = s.weights[q * kTile + t + 1];
+#pragma GCC unroll 8
+          for (int i = 0; i < width; ++i) {
+            const Vec<A> grad = load(s.grad_context + q * s.pitch + c + i * lanes);
+            const Vec<A> query = load(s.query + q * s.pitch + c + i * lanes);
+            sums[0][i] += grad * p0 + query * d0;
+            sums[1][i] += grad * p1 + query * d1;
+          }
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; ++r) {
+          if (out[t + r] == nullptr) continue;
+#pragma GCC unroll 8
+          for (int i = 0; i < width; ++i) {
+            const int64_t at = c + i * lanes;
+            const Vec<A> centred = load(tile + (t + r) * s.pitch + at);
+            const Vec<A> grad = (sums[r][i] - mean[t + r] - centred * slope[t + r]) * rstd[t + r];
+            store_lanes(out[t + r] + at, grad, p.channels - at < lanes ? p.channels - at : lanes);
+          }
+        }
+      }
+    });
+  }
+
+  // After the tiles of a part.
+  void finish(A*) const {}
+
+ private:
+  A* tile;  // [kTile, pitch], tokens less their means
+
+  // Fills the tile with the rows, less their means where they are normalised: n_t = tile[t] * rstd[t].
+  TF_INLINE void load_tile(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) const {
+    constexpr int lanes = VecOf<A>::lanes;
+    static_assert(kTile % lanes == 0, "a tile is made of whole groups of rows");
+    for (int first = 0; first < kTile; first += lanes) {
+      const T* const* row = rows.row + first;
+      A* const centred_rows = tile + first * s.pitch;
+      Vec<A> sums[lanes], mean{};
+      if (p.normalize) {
+        for (int t = 0; t < lanes; ++t) {
+          Vec<A> sum{};
+          each_vector<A>(p.channels, [&](int64_t c, int64_t n) { sum += load_lanes(row[t] + c, n); });
+          sums[t] = sum;
+        }
+        mean = sum_each<A>(sums) / A(p.channels);
+      }
+      for (int t = 0; t < lanes; ++t) {
+        Vec<A> sum{};
+        each_vector<A>(p.channels, [&](int64_t c, int64_t n) {
+          const Vec<A> centred = first_lanes<A>(load_lanes(row[t] + c, n) - mean[t], n);
+          store(centred_rows + t * s.pitch + c, centred);
+          sum += centred * centred;
+        });
+        sums[t] = sum;
+      }
+      const Vec<A> variance = sum_each<A>(sums) / A(p.channels) + A(p.eps);
+      for (int t = 0; t < lanes; ++t) rstd[first + t] = p.normalize ? 1 / __builtin_sqrt(variance[t]) : 1;
+    }
+  }
+
+  // out[q][t] = matrix[q] . n_t
+  TF_INLINE void dot_tile(const A* matrix, const A (&rstd)[kTile], A* out, Prefetch& next) const {
+    constexpr int lanes = VecOf<A>::lanes;
+    constexpr int tokens = lanes / kPair;
+    for (int t = 0; t < kTile; t += tokens) {
+      const A* const token_rows = tile + t * s.pitch;
+      for (int64_t q = 0; q < s.queries; q += kPair) {
+        const A* const query = matrix + q * s.pitch;
+        Vec<A> sums[lanes] = {};
+        for (int64_t c = 0; c < s.channels; c += lanes) {
+          next.line();
+          const Vec<A> first = load(query + c), second = load(query + s.pitch + c);
+#pragma GCC unroll 8
+          for (int i = 0; i < tokens; ++i) {
+            const Vec<A> token = load(token_rows + i * s.pitch + c);
+            sums[i] += first * token;
+            sums[tokens + i] += second * token;
+          }
+        }
+        const Vec<A> dots = sum_each<A>(sums);
+        __builtin_memcpy(out + q * kTile + t, &dots, sizeof(dots) / 2);
+        __builtin_memcpy(out + (q + 1) * kTile + t, reinterpret_cast<const char*>(&dots) + sizeof(dots) / 2,
+                         sizeof(dots) / 2);
+      }
+    }
+    for (int64_t q = 0; q < s.queries; ++q)
+      for (int t = 0; t < kTile; t += lanes) store(out + q * kTile + t, load(out + q * kTile + t) * load(rstd + t));
+  }
+};
+
+}  // namespace
+}  // namespace TOKENFUSION_ISA_NAMESPACE
+}  // namespace tokenfusion
