@@ -119,32 +119,17 @@ class AmxProducts {
   // s.scores[q][t] = query[q] . n_t and, backward, s.weights[q][t] = grad_context[q] . n_t
   void dot(const TileRows<bf16, kTile>& tile, float (&rstd)[kTile], Prefetch&) {
     place(tile);
-    float squares[kTile], shift[kTile];
     if (p.normalize) {
-      sum_squares(squares, shift);
-      centre(squares, shift);
-    }
-    alignas(64) float dots[2][kAmxFloats];
-    for (int64_t column = 0; column < columns; column += kAmxWords) {
-      const char* const packed = matrix + column / kAmxWords * chunks * kAmxBytes;
-      amx_zero<0>();
-      amx_zero<1>();
-      for (int64_t i = 0; i < chunks; ++i) {
-        amx_load<3>(packed + i * kAmxBytes, 64);
-        amx_load<2>(at(0, i), stride * sizeof(bf16));
-        amx_multiply<0, 2, 3>();
-        amx_load<2>(at(kAmxRows, i), stride * sizeof(bf16));
-        amx_multiply<1, 2, 3>();
+      float squares[kTile];
+      sum_squares(squares);
+      multiply();
+      if (centre(squares)) {
+        sum_squares(squares);
+        multiply();
       }
-      amx_store<0>(dots[0], 64);
-      amx_store<1>(dots[1], 64);
-      for (int half = 0; half < 2; ++half)
-        store_transposed(s.scores + column * kTile + half * kAmxRows, kTile,
-                         [&](int i) { return load(dots[half] + i * kAmxWords); });
-    }
-    if (p.normalize) {
-      normalise(squares, shift, rstd);
+      normalise(squares, rstd);
     } else {
+      multiply();
       for (int t = 0; t < kTile; ++t) rstd[t] = 1;
     }
   }
@@ -186,8 +171,8 @@ class AmxProducts {
           amx_load<2>(right, 64);
           amx_load<3>(right + kAmxBytes, 64);
           amx_multiply<0, 4, 2>();
-          amx_multiply<1, 4, 3>();
           amx_multiply<0, 5, 2>();
+          amx_multiply<1, 4, 3>();
           amx_multiply<1, 5, 3>();
         }
         amx_store<0>(sum[0], sizeof(sum[0]));
@@ -272,16 +257,19 @@ class AmxProducts {
 
   // The pairs (t, t + 16) of a chunk's tokens.
   TF_INLINE void pair_tokens(int64_t chunk, Prefetch& next) const {
-    char* const out = pairs_of(chunk);
-    for (int t = 0; t < kAmxRows; ++t) {
+    char* out = pairs_of(chunk);
+    const int64_t step = stride;
+    const bf16 *first_row = at(0, chunk), *second_row = at(kAmxRows, chunk);
+#pragma GCC unroll 4
+    for (int t = 0; t < kAmxRows; ++t, first_row += step, second_row += step, out += 64) {
       next.line();
       next.line();
-      const U32 first = load_words(at(t, chunk)), second = load_words(at(t + kAmxRows, chunk));
+      const U32 first = load_words(first_row), second = load_words(second_row);
       U32 low, high;  // of each 128 bits
       asm("vpunpcklwd %2, %1, %0" : "=v"(low) : "v"(first), "v"(second));
       asm("vpunpckhwd %2, %1, %0" : "=v"(high) : "v"(first), "v"(second));
-      store_words(out + t * 64, low);
-      store_words(out + kAmxBytes + t * 64, high);
+      store_words(out, low);
+      store_words(out + kAmxBytes, high);
     }
   }
 
@@ -295,11 +283,11 @@ class AmxProducts {
       amx_load<7>(weights + block * 2 * kAmxBytes + kAmxBytes, 64);
       amx_load<4>(low, 64);
       amx_load<5>(high, 64);
-      amx_multiply<4, 6, 2>();
-      amx_multiply<5, 6, 3>();
+      amx_multiply<4, 6, 2>();  // faster where the right side is that of the product before
       amx_multiply<4, 7, 2>();
-      amx_multiply<5, 7, 3>();
       amx_store<4>(low, 64);
+      amx_multiply<5, 6, 3>();
+      amx_multiply<5, 7, 3>();
       amx_store<5>(high, 64);
     }
   }
@@ -360,69 +348,81 @@ class AmxProducts {
     }
   }
 
-  // Of tokens less the mean of their first chunk. That lies within sqrt(C / 32) standard deviations of their own mean,
-  // which bounds what the variance loses when the difference is taken out of it.
-  TF_INLINE void sum_squares(float (&squares)[kTile], float (&shift)[kTile]) const {
+  // The rows of scores: the products of the tile's tokens and the matrix.
+  TF_INLINE void multiply() const {
+    alignas(64) float dots[2][kAmxFloats];
+    for (int64_t column = 0; column < columns; column += kAmxWords) {
+      const char* const packed = matrix + column / kAmxWords * chunks * kAmxBytes;
+      amx_zero<0>();
+      amx_zero<1>();
+      for (int64_t i = 0; i < chunks; ++i) {
+        amx_load<3>(packed + i * kAmxBytes, 64);
+        amx_load<2>(at(0, i), stride * sizeof(bf16));
+        amx_multiply<0, 2, 3>();
+        amx_load<2>(at(kAmxRows, i), stride * sizeof(bf16));
+        amx_multiply<1, 2, 3>();
+      }
+      amx_store<0>(dots[0], 64);
+      amx_store<1>(dots[1], 64);
+      for (int half = 0; half < 2; ++half)
+        store_transposed(s.scores + column * kTile + half * kAmxRows, kTile,
+                         [&](int i) { return load(dots[half] + i * kAmxWords); });
+    }
+  }
+
+  TF_INLINE void sum_squares(float (&squares)[kTile]) const {
     for (int first = 0; first < kTile; first += kAmxRows) {
       Vec<float> sums[kAmxRows];
       for (int i = 0; i < kAmxRows; ++i) {
-        const U32 words = load_words(at(first + i, 0));
-        sums[i] = (Vec<float>)(words << 16) + (Vec<float>)(words & kUpper);
+        const bf16* const row = at(first + i, 0);
+        Vec<float> even{}, odd{};
+        for (int64_t c = 0; c < s.channels; c += kChunk) {
+          const U32 words = load_words(row + c);
+          const Vec<float> one = (Vec<float>)(words << 16), other = (Vec<float>)(words & kUpper);
+          even += one * one;
+          odd += other * other;
+        }
+        sums[i] = even + odd;
       }
-      store(shift + first, sum_each<float>(sums) / float(p.channels < kChunk ? p.channels : kChunk));
-      for (int i = 0; i < kAmxRows; ++i) sums[i] = squares_of(at(first + i, 0), shift[first + i]);
       store(squares + first, sum_each<float>(sums));
     }
   }
 
-  // What is far larger than its deviations from the mean would lose them in products by its size. LayerNorm lets such
-  // tokens be shifted, here by a rounded mean: numbers close to it remain exact.
-  void centre(const float (&squares)[kTile], float (&shift)[kTile]) {
-    float by[kTile];
-    bool any = false;
-    for (int t = 0; t < kTile; ++t) {
-      constexpr float kFar = 1024;  // 32 standard deviations
-      const bool is_far = shift[t] * shift[t] > kFar * (squares[t] / float(p.channels) + float(p.eps));
-      bf16 rounded;
-      narrow(&rounded, is_far ? shift[t] : 0);
-      by[t] = widen(rounded);
-      any |= is_far;
+  // Tokens that are far larger than their deviations from the mean would lose these in products. LayerNorm lets such
+  // tokens be shifted, here by a rounded mean: numbers close to it remain exact. Whether there were any.
+  bool centre(const float (&squares)[kTile]) {
+    constexpr float kFar = 256;  // 16 standard deviations
+    alignas(64) float by[kTile];
+    Vec<float> largest{};
+    for (int t = 0; t < kTile; t += kAmxRows) {
+      const Vec<float> mean_of_token = load(s.scores + stacked * kTile + t) / float(p.channels);
+      const Vec<float> square = mean_of_token * mean_of_token,
+                       variance = load(squares + t) / float(p.channels) - square;
+      const Vec<float> far_mean = square > kFar * (variance + float(p.eps)) ? Split(mean_of_token).high : Vec<float>{};
+      store(by + t, far_mean);
+      largest = max<float>(largest, far_mean * far_mean);
     }
-    if (!any) return;
+    if (max_lane<float>(largest) == 0) return false;
     for (int t = 0; t < kTile; ++t) {
       const bf16* const from = at(t, 0);
       bf16* const to = copied + t * s.channels;
       each_vector<float>(p.channels,
                          [&](int64_t c, int64_t n) { store_lanes(to + c, load_lanes(from + c, n) - by[t], n); });
-      shift[t] -= by[t];
     }
     tokens = copied;
     stride = s.channels;
+    return true;
   }
 
-  TF_INLINE Vec<float> squares_of(const bf16* row, float shift) const {
-    Vec<float> even{}, odd{};
-    const auto add = [&](int64_t c, int64_t count) {
-      const U32 words = load_words(row + c);
-      const Vec<float> first = first_lanes<float>((Vec<float>)(words << 16) - shift, (count + 1) / 2);
-      const Vec<float> second = first_lanes<float>((Vec<float>)(words & kUpper) - shift, count / 2);
-      even += first * first;
-      odd += second * second;
-    };
-    int64_t c = 0;
-    for (; c + kChunk <= p.channels; c += kChunk) add(c, kChunk);
-    if (c < p.channels) add(c, p.channels - c);
-    return even + odd;
-  }
-
-  TF_INLINE void normalise(const float (&squares)[kTile], const float (&shift)[kTile], float (&rstd)[kTile]) {
+  TF_INLINE void normalise(const float (&squares)[kTile], float (&rstd)[kTile]) {
     const float channels = float(p.channels);
     for (int t = 0; t < kTile; t += kAmxRows) {
-      const Vec<float> sum_of_token = load(s.scores + stacked * kTile + t);
-      const Vec<float> mean_of_token = sum_of_token / channels, beyond = mean_of_token - load(shift + t);
-      const Vec<float> variance = max<float>(Vec<float>{}, load(squares + t) / channels - beyond * beyond);
+      const Vec<float> sum_of_token = load(s.scores + stacked * kTile + t), mean_of_token = sum_of_token / channels;
+      const Vec<float> variance = load(squares + t) / channels - mean_of_token * mean_of_token;
+      Vec<float> deviation = max<float>(Vec<float>{}, variance) + float(p.eps);
+      asm("vsqrtps %0, %0" : "+v"(deviation));
       store(mean + t, mean_of_token);
-      for (int i = 0; i < kAmxRows; ++i) rstd[t + i] = 1 / __builtin_sqrtf(variance[i] + float(p.eps));
+      store(rstd + t, 1 / deviation);
       for (int64_t r = 0; r < stacked; ++r) {
         const float mean_of_row = r < s.queries ? s.query_mean[r] : s.grad_mean[r - s.queries];
         float* const scores = s.scores + r * kTile + t;
