@@ -7,6 +7,15 @@ namespace tokenfusion {
 namespace TOKENFUSION_ISA_NAMESPACE {
 namespace {
 
+// Keeps the compiler from loading a vector again for each use.
+template <typename A>
+TF_INLINE Vec<A> in_register(Vec<A> v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 template <typename Dtype>
 class VectorProducts {
  public:
@@ -18,8 +27,8 @@ class VectorProducts {
   Scratch<A, kTile> s;
 
   VectorProducts(const Params& params, void* memory)
-      : p(params), s(memory, p.channels, p.queries), tile(static_cast<A*>(s.end)) {}
-  void* end() const { return tile + kTile * s.pitch; }
+      : p(params), s(memory, p.channels, p.queries), copied(static_cast<A*>(s.end)) {}
+  void* end() const { return copied + kTile * s.pitch; }
 
   // Before the tiles of a part, whose sums go to `out`.
   void begin(A* out) const {
@@ -27,8 +36,8 @@ class VectorProducts {
   }
 
   // s.scores[q][t] = query[q] . n_t and, backward, s.weights[q][t] = grad_context[q] . n_t
-  TF_INLINE void dot(const TileRows<T, kTile>& rows, A (&rstd)[kTile], Prefetch& next) const {
-    load_tile(rows, rstd);
+  TF_INLINE void dot(const TileRows<T, kTile>& rows, A (&rstd)[kTile], Prefetch& next) {
+    place(rows, rstd);
     dot_tile(s.query, rstd, s.scores, next);
     if (p.grad_context != nullptr) dot_tile(s.grad_context, rstd, s.weights, next);
   }
@@ -51,7 +60,7 @@ class VectorProducts {
           const A w0 = weights[q * kTile + t], w1 = weights[(q + 1) * kTile + t];
 #pragma GCC unroll 8
           for (int i = 0; i < count; ++i) {
-            const Vec<A> token = load(tile + t * s.pitch + c + i * lanes);
+            const Vec<A> token = in_register<A>(load(tile + t * step + c + i * lanes));
             sums[0][i] += token * w0;
             sums[1][i] += token * w1;
           }
@@ -93,7 +102,7 @@ class VectorProducts {
 #pragma GCC unroll 8
           for (int i = 0; i < width; ++i) {
             const int64_t at = c + i * lanes;
-            const Vec<A> centred = load(tile + (t + r) * s.pitch + at);
+            const Vec<A> centred = load(tile + (t + r) * step + at);
             const Vec<A> grad = (sums[r][i] - mean[t + r] - centred * slope[t + r]) * rstd[t + r];
             store_lanes(out[t + r] + at, grad, p.channels - at < lanes ? p.channels - at : lanes);
           }
@@ -106,44 +115,71 @@ class VectorProducts {
   void finish(A*) const {}
 
  private:
-  A* tile;  // [kTile, pitch], tokens less their means
+  static constexpr int kChains = 4;
 
-  // Fills the tile with the rows, less their means where they are normalised: n_t = tile[t] * rstd[t].
+  A* copied;      // [kTile, pitch]
+  const A* tile;  // tokens less their means, `step` apart
+  int64_t step;
+
+  // The tile lies in place where nothing has to be done to it, and its rows do not fall into one set of the cache.
+  TF_INLINE void place(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      constexpr int64_t page = 4096 / sizeof(A);
+      if (!p.normalize && rows.evenly_spaced && p.channels == s.channels && p.tokens_stride % page != 0) {
+        tile = rows.row[0];
+        step = p.tokens_stride;
+        for (int t = 0; t < kTile; ++t) rstd[t] = 1;
+        return;
+      }
+    }
+    load_tile(rows, rstd);
+    tile = copied;
+    step = s.pitch;
+  }
+
+  // Copies the rows, less their means where they are normalised: n_t = tile[t] * rstd[t].
   TF_INLINE void load_tile(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) const {
     constexpr int lanes = VecOf<A>::lanes;
     static_assert(kTile % lanes == 0, "a tile is made of whole groups of rows");
     for (int first = 0; first < kTile; first += lanes) {
-      const T* const* row = rows.row + first;
-      A* const centred_rows = tile + first * s.pitch;
-      Vec<A> sums[lanes], mean{};
-      if (p.normalize) {
-        for (int t = 0; t < lanes; ++t) {
-          Vec<A> sum{};
-          each_vector<A>(p.channels, [&](int64_t c, int64_t n) { sum += load_lanes(row[t] + c, n); });
-          sums[t] = sum;
-        }
-        mean = sum_each<A>(sums) / A(p.channels);
-      }
+      Vec<A> squares[lanes];
       for (int t = 0; t < lanes; ++t) {
-        Vec<A> sum{};
-        each_vector<A>(p.channels, [&](int64_t c, int64_t n) {
-          const Vec<A> centred = first_lanes<A>(load_lanes(row[t] + c, n) - mean[t], n);
-          store(centred_rows + t * s.pitch + c, centred);
-          sum += centred * centred;
+        const T* const row = rows.row[first + t];
+        A* const out = copied + (first + t) * s.pitch;
+        Vec<A> sums[kChains] = {}, products[kChains] = {};
+        if (p.normalize)
+          each_chain(p.channels, [&](int64_t c, int64_t n, int chain) { sums[chain] += load_lanes(row + c, n); });
+        const A mean = sum_lanes<A>(sum_of(sums)) / A(p.channels);
+        each_chain(p.channels, [&](int64_t c, int64_t n, int chain) {
+          const Vec<A> centred = first_lanes<A>(load_lanes(row + c, n) - mean, n);
+          store(out + c, centred);
+          products[chain] += centred * centred;
         });
-        sums[t] = sum;
+        squares[t] = sum_of(products);
       }
-      const Vec<A> variance = sum_each<A>(sums) / A(p.channels) + A(p.eps);
+      const Vec<A> variance = sum_each<A>(squares) / A(p.channels) + A(p.eps);
       for (int t = 0; t < lanes; ++t) rstd[first + t] = p.normalize ? 1 / __builtin_sqrt(variance[t]) : 1;
     }
   }
+
+  // f as of each_vector, and which of several independent sums the vector goes to.
+  template <typename F>
+  static TF_INLINE void each_chain(int64_t channels, F f) {
+    constexpr int64_t lanes = VecOf<A>::lanes, group = kChains * lanes;
+    const int64_t whole = channels / group * group;
+    for (int64_t c = 0; c < whole; c += group)
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) f(c + i * lanes, lanes, i);
+    each_vector<A>(channels - whole, [&](int64_t c, int64_t n) { f(whole + c, n, 0); });
+  }
+  static TF_INLINE Vec<A> sum_of(const Vec<A> (&v)[kChains]) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
   // out[q][t] = matrix[q] . n_t
   TF_INLINE void dot_tile(const A* matrix, const A (&rstd)[kTile], A* out, Prefetch& next) const {
     constexpr int lanes = VecOf<A>::lanes;
     constexpr int tokens = lanes / kPair;
     for (int t = 0; t < kTile; t += tokens) {
-      const A* const token_rows = tile + t * s.pitch;
+      const A* const token_rows = tile + t * step;
       for (int64_t q = 0; q < s.queries; q += kPair) {
         const A* const query = matrix + q * s.pitch;
         Vec<A> sums[lanes] = {};
@@ -152,7 +188,7 @@ class VectorProducts {
           const Vec<A> first = load(query + c), second = load(query + s.pitch + c);
 #pragma GCC unroll 8
           for (int i = 0; i < tokens; ++i) {
-            const Vec<A> token = load(token_rows + i * s.pitch + c);
+            const Vec<A> token = in_register<A>(load(token_rows + i * step + c));
             sums[i] += first * token;
             sums[tokens + i] += second * token;
           }
