@@ -58,15 +58,29 @@ def _single_query_attention(pick):
     batch, tokens, queries = pick.choice((0, 1, 2, 3)), pick.choice((1, 2, 7, 16, 33, 64)), pick.choice((1, 3, 6, 17))
     channels = pick.choice((8, 16, 24, 64, 96))
     normalize, extra = pick.random() < 0.5, pick.random() < 0.5
-    counts = torch.tensor([pick.randint(0, tokens) for _ in range(batch)], dtype=torch.int64)
-    lengths = counts if pick.random() < 0.5 else None
+    counts = [pick.randint(0, tokens) for _ in range(batch)]
+    lengths = torch.tensor(counts, dtype=torch.int64) if pick.random() < 0.5 else None
+    shapes = (batch, queries, channels), (batch, tokens, channels), (batch, channels) if extra else None
+    options = dict(normalize=normalize, eps=1e-5)
+    if pick.random() < 0.3:
+        return _packed_single_query_attention(pick, shapes, counts, options)
 
     def run(query, tokens, extra_token):
-        options = dict(lengths=lengths, normalize=normalize, eps=1e-5)
+        return kernels.single_query_attention(query, tokens, extra_token, lengths=lengths, **options)
+
+    return Call(run, shapes, innermost=(1,))
+
+
+def _packed_single_query_attention(pick, shapes, room, options):
+    offsets = torch.tensor([pick.randint(0, 3), *room]).cumsum(0)
+    lengths = torch.tensor([pick.randint(0, each) for each in room]) if room and pick.random() < 0.5 else None
+
+    def run(query, values, extra_token):
+        tokens = torch.nested.nested_tensor_from_jagged(values, offsets, lengths)
         return kernels.single_query_attention(query, tokens, extra_token, **options)
 
-    shapes = (batch, queries, channels), (batch, tokens, channels), (batch, channels) if extra else None
-    return Call(run, shapes, innermost=(1,))
+    query, (_, _, channels), extra_token = shapes
+    return Call(run, (query, (int(offsets[-1]) + pick.randint(0, 3), channels), extra_token), innermost=(1,))
 
 
 def _dynamic_mixing(pick):

@@ -46,14 +46,19 @@ ATTENTION = dict(query=(2, 3, 16), tokens=(2, 9, 16), extra_token=(2, 16))
 
 
 def attention(backend, **changes):
-    given = {name: torch.randn(shape) for name, shape in ATTENTION.items()} | dict(lengths=None) | changes
+    given = {name: torch.randn(shape) for name, shape in ATTENTION.items()} | dict(lengths=None, offsets=None) | changes
     return call("single_query_attention", backend, *given.values(), False, 1e-6)
 
 
 def attention_backward(backend, **changes):
-    sizes = dict(grad_context=(2, 3, 16)) | ATTENTION | dict(lengths=None, context=(2, 3, 16), log_sum_exp=(2, 3))
+    results = dict(context=(2, 3, 16), log_sum_exp=(2, 3))
+    sizes = dict(grad_context=(2, 3, 16)) | ATTENTION | dict(lengths=None, offsets=None) | results
     given = {name: None if shape is None else torch.randn(shape) for name, shape in sizes.items()} | changes
     return call("single_query_attention_backward", backend, *given.values(), False, 1e-6, [True] * 3)
+
+
+def packed(offsets, **changes):
+    return dict(tokens=torch.randn(1, 9, 16), offsets=torch.tensor(offsets)) | changes
 
 
 ON_BOTH = (mixing, mixing_backward, attention, attention_backward)
@@ -77,6 +82,8 @@ def test_what_is_right_for_a_gpu_fails_for_want_of_it_alone(operator, backend):
 def test_what_a_backend_does_not_take_yet(operator, backend):
     with pytest.raises(NotImplementedError, match="lengths: got a tensor, expected None"):
         operator(backend, lengths=torch.tensor([1, 2]))
+    with pytest.raises(NotImplementedError, match="offsets: got a tensor, expected None"):
+        operator(backend, **packed([0, 3, 9]))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,14 @@ def test_what_a_backend_does_not_take_yet(operator, backend):
         (attention, dict(lengths=torch.tensor([3, 10]))),
         (attention, dict(lengths=torch.tensor([-1, 3]))),
         (attention_backward, dict(lengths=torch.tensor([3, 10]))),
+        (attention, packed([0, 3, 10])),
+        (attention, packed([-1, 3, 9])),
+        (attention, packed([0, 5, 4])),
+        (attention, packed([5, 4, 9])),
+        (attention, packed([0, 3, 9], lengths=torch.tensor([4, 1]))),
+        (attention, packed([0, 3, 9], lengths=torch.tensor([-1, 1]))),
+        (attention_backward, packed([0, 3, 10])),
+        (attention_backward, packed([0, 3, 9], lengths=torch.tensor([4, 1]))),
         (ffn, dict(bias_in=torch.randn(15))),
         (ffn, dict(weight=torch.randn(16, 8).double())),
         (ffn, dict(weight=torch.randn(0, 8), bias_in=None)),
@@ -128,6 +143,11 @@ def test_what_is_too_short_or_of_another_dtype_is_an_error(operator, changes):
         (attention, dict(lengths=torch.tensor([1.0, 2.0]))),
         (attention, dict(lengths=torch.tensor([1, 2], device="meta"))),
         (attention_backward, dict(lengths=torch.tensor([[1, 2]]))),
+        (attention, packed([0, 9])),
+        (attention, packed([0.0, 3.0, 9.0])),
+        (attention, packed([0, 3, 9], tokens=torch.randn(2, 9, 16))),
+        (attention, packed([0, 3, 9], lengths=torch.tensor([1, 2, 3]))),
+        (attention_backward, packed([[0, 3, 9]])),
         (attention_backward, dict(grad_context=torch.randn(2, 2, 16))),
         (attention_backward, dict(context=torch.randn(2, 3, 16).bfloat16())),
         (attention_backward, dict(log_sum_exp=torch.randn(2, 2))),

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -25,19 +24,37 @@ constexpr int64_t kMinRowsPerPart = 64;      // threads do not pay for less
 constexpr int64_t kMaxRowsPerPart = 1024;    // a longer sum would lose precision
 constexpr int64_t kWorkPerThread = 1 << 16;  // multiplications below which threads do not pay
 
-// Rows of each image, with its extra token.
-std::vector<int64_t> rows_of_images(const Tensor& tokens, const OptionalTensor& extra_token,
-                                    const OptionalTensor& lengths) {
-  const int64_t most = tokens.size(1), extra = extra_token.has_value();
-  std::vector<int64_t> rows(tokens.size(0), most + extra);
-  if (!lengths) return rows;
-  const Tensor given = lengths->to(at::kLong).contiguous();
-  const int64_t* const length = given.const_data_ptr<int64_t>();
-  for (size_t i = 0; i < rows.size(); ++i) {
-    TORCH_CHECK_VALUE(0 <= length[i] && length[i] <= most, "lengths: got ", length[i], ", expected 0 to N = ", most);
-    rows[i] = length[i] + extra;
+// The tokens of an image: the number of the first, among those of all images one after the other, and how many.
+struct Bag {
+  int64_t first, count;
+};
+
+std::vector<int64_t> values_of(const Tensor& integers) {
+  const Tensor values = integers.to(at::kLong).contiguous();
+  return {values.const_data_ptr<int64_t>(), values.const_data_ptr<int64_t>() + values.numel()};
+}
+
+// In the order of their tokens, without overlaps.
+std::vector<Bag> bags_of(const Tensor& tokens, const OptionalTensor& lengths, const OptionalTensor& offsets) {
+  std::vector<int64_t> ends;
+  if (offsets) {
+    ends = values_of(*offsets);
+  } else {
+    for (int64_t image = 0; image <= tokens.size(0); ++image) ends.push_back(image * tokens.size(1));
   }
-  return rows;
+  const int64_t all = tokens.size(0) * tokens.size(1);
+  TORCH_CHECK_VALUE(0 <= ends.front() && ends.back() <= all, "offsets: got ", ends.front(), " to ", ends.back(),
+                    ", expected them within the ", all, " tokens");
+  const std::vector<int64_t> counts = lengths ? values_of(*lengths) : std::vector<int64_t>();
+  std::vector<Bag> bags;
+  for (size_t i = 0; i + 1 < ends.size(); ++i) {
+    const int64_t most = ends[i + 1] - ends[i], count = lengths ? counts[i] : most;
+    TORCH_CHECK_VALUE(most >= 0, "offsets: got ", ends[i + 1], " after ", ends[i], ", expected them to grow");
+    TORCH_CHECK_VALUE(0 <= count && count <= most, "lengths: got ", count, ", expected 0 to ",
+                      offsets ? "" : "N = ", most);
+    bags.push_back({ends[i], count});
+  }
+  return bags;
 }
 
 // Images, and long ones in several parts, so that threads get equal shares of all rows.
@@ -46,16 +63,20 @@ struct Cut {
   std::vector<int64_t> first_part = {0};  // of each image; the last is their number
   std::vector<int64_t> cost = {0};        // of all parts before each; the last is that of all
 
-  explicit Cut(const std::vector<int64_t>& rows) {
-    const int64_t all = std::accumulate(rows.begin(), rows.end(), int64_t(0));
+  Cut(const std::vector<Bag>& bags, const Tensor& tokens, bool has_extra) {
+    int64_t all = int64_t(bags.size()) * has_extra;
+    for (const Bag& bag : bags) all += bag.count;
     const int64_t items = kItemsPerThread * at::get_num_threads();
-    for (const int64_t n : rows) {
+    const int64_t channels = tokens.size(2), length = std::max<int64_t>(1, tokens.size(1));
+    for (const Bag& bag : bags) {
+      const int64_t n = bag.count + has_extra;
+      const int64_t at_token = bag.first / length * tokens.stride(0) + bag.first % length * tokens.stride(1);
       const int64_t wanted = all == 0 ? 1 : at::divup(items * n, all);
       const int64_t count =
           std::max({int64_t(1), std::min(wanted, n / kMinRowsPerPart), at::divup(n, kMaxRowsPerPart)});
       const int64_t image = int64_t(first_part.size()) - 1;
       for (int64_t i = 0; i < count; ++i) {
-        parts.push_back({image, n * i / count, n * (i + 1) / count, count == 1});
+        parts.push_back({image, n * i / count, n * (i + 1) / count, count == 1, at_token, bag.first * channels});
         cost.push_back(cost.back() + parts.back().end - parts.back().begin + 1);
       }
       first_part.push_back(int64_t(parts.size()));
@@ -73,7 +94,6 @@ SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens
   p.query_batch_stride = query.stride(0);
   p.query_stride = query.stride(1);
   p.tokens = tokens.const_data_ptr();
-  p.tokens_batch_stride = tokens.stride(0);
   p.tokens_stride = tokens.stride(1);
   if (extra_token) {
     p.extra_token = extra_token->const_data_ptr();
@@ -106,18 +126,20 @@ void run_rows(const SingleQueryAttentionParams& p, const Cut& cut, SingleQueryAt
 }
 
 void check_operands(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
-                    const OptionalTensor& lengths) {
-  single_query_attention::check_operands(query, tokens, extra_token, lengths);
+                    const OptionalTensor& lengths, const OptionalTensor& offsets) {
+  single_query_attention::check_operands(query, tokens, extra_token, lengths, offsets);
   check_contiguous_rows("tokens", tokens);
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, const OptionalTensor& extra_token_,
-                                   const OptionalTensor& lengths, bool normalize, double eps) {
+                                   const OptionalTensor& lengths, const OptionalTensor& offsets, bool normalize,
+                                   double eps) {
   const auto& kernels = kernels_for(TOKENFUSION_KERNELS(single_query_attention), "tokens", tokens.scalar_type());
-  check_operands(query_, tokens, extra_token_, lengths);
+  check_operands(query_, tokens, extra_token_, lengths, offsets);
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = extra_token_ ? OptionalTensor(with_contiguous_rows(*extra_token_)) : std::nullopt;
-  const Cut cut(rows_of_images(tokens, extra_token, lengths));
+  const std::vector<Bag> bags = bags_of(tokens, lengths, offsets);
+  const Cut cut(bags, tokens, extra_token.has_value());
   SingleQueryAttentionParams p = make_params(query, tokens, extra_token, cut, normalize, eps);
   const auto accumulation = query.options().dtype(accumulation_dtype(tokens));
   Tensor context = at::empty(query.sizes(), query.options());
@@ -140,30 +162,38 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, c
 }
 
 // Tokens that take no part have a gradient of zero.
-void zero_gradients(const Tensor& grad_tokens, const Cut& cut, bool has_extra) {
-  const int64_t tokens = grad_tokens.size(1), bytes = grad_tokens.size(2) * grad_tokens.element_size();
+void zero_gradients(const Tensor& grad_tokens, const std::vector<Bag>& bags) {
+  const int64_t tokens = grad_tokens.size(0) * grad_tokens.size(1);
+  const int64_t bytes = grad_tokens.size(2) * grad_tokens.element_size();
   char* const memory = static_cast<char*>(grad_tokens.data_ptr());
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, bytes));
-  at::parallel_for(0, cut.images() * tokens, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin / tokens; image * tokens < end; ++image) {
-      const int64_t length = cut.parts[cut.first_part[image + 1] - 1].end - has_extra;
-      const int64_t from = std::max(begin, image * tokens + length), to = std::min(end, (image + 1) * tokens);
+  at::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+    const auto zero_between = [&](int64_t from, int64_t to) {
+      from = std::max(from, begin), to = std::min(to, end);
       if (from < to) std::memset(memory + from * bytes, 0, (to - from) * bytes);
+    };
+    int64_t done = 0;
+    for (const Bag& bag : bags) {
+      zero_between(done, bag.first);
+      done = bag.first + bag.count;
     }
+    zero_between(done, tokens);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const Tensor& query_, const Tensor& tokens,
                                             const OptionalTensor& extra_token_, const OptionalTensor& lengths,
-                                            const Tensor& context_, const Tensor& log_sum_exp_, bool normalize,
-                                            double eps, std::array<bool, 3> needed) {
+                                            const OptionalTensor& offsets, const Tensor& context_,
+                                            const Tensor& log_sum_exp_, bool normalize, double eps,
+                                            std::array<bool, 3> needed) {
   const auto& kernels = kernels_for(TOKENFUSION_KERNELS(single_query_attention), "tokens", tokens.scalar_type());
-  check_operands(query_, tokens, extra_token_, lengths);
+  check_operands(query_, tokens, extra_token_, lengths, offsets);
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = extra_token_ ? OptionalTensor(with_contiguous_rows(*extra_token_)) : std::nullopt;
   const Tensor grad_context = grad_context_.contiguous(), context = context_.contiguous();
   const Tensor log_sum_exp = log_sum_exp_.contiguous();
-  const Cut cut(rows_of_images(tokens, extra_token, lengths));
+  const std::vector<Bag> bags = bags_of(tokens, lengths, offsets);
+  const Cut cut(bags, tokens, extra_token.has_value());
   SingleQueryAttentionParams p = make_params(query, tokens, extra_token, cut, normalize, eps);
   single_query_attention::check_results(grad_context, context, log_sum_exp, query);
   p.context = context.data_ptr();
@@ -184,8 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
   }
   if (needed[1]) {
     p.grad_tokens = grad_tokens.data_ptr();
-    p.grad_tokens_batch_stride = grad_tokens.stride(0);
-    if (lengths) zero_gradients(grad_tokens, cut, extra_token.has_value());
+    if (lengths || offsets) zero_gradients(grad_tokens, bags);
   }
   if (needed[2]) p.grad_extra_token = grad_extra_token.data_ptr();
   run_parts(p, cut, kernels, kernels.backward);

@@ -10,7 +10,9 @@ namespace tokenfusion {
 // Some of the rows of an image, which one thread takes at a time.
 struct SingleQueryAttentionPart {
   int64_t image, begin, end;
-  bool whole;  // no other part has rows of the image
+  bool whole;                 // no other part has rows of the image
+  int64_t at_token;           // where the image's tokens begin, in elements
+  int64_t at_token_gradient;  // and their gradients
 };
 
 // Strides are in elements; the innermost dimension of every tensor is contiguous. Rows are numbered with the extra
@@ -18,8 +20,8 @@ struct SingleQueryAttentionPart {
 struct SingleQueryAttentionParams {
   const void* query;  // [batch, queries, channels]
   int64_t query_batch_stride, query_stride;
-  const void* tokens;  // [batch, rows without the extra one, channels]
-  int64_t tokens_batch_stride, tokens_stride;
+  const void* tokens;  // of all images, each of which begins where its parts say
+  int64_t tokens_stride;
   const void* extra_token;  // [batch, channels] or null
   int64_t extra_token_stride;
   int64_t channels, queries;
@@ -39,8 +41,7 @@ struct SingleQueryAttentionParams {
   void* grad_query;          // contiguous, or null
   void* partial_grad_query;  // of images in several parts: accumulation dtype, [parts, queries, channels]
   void* grad_tokens;         // contiguous, or null
-  int64_t grad_tokens_batch_stride;
-  void* grad_extra_token;  // contiguous, or null
+  void* grad_extra_token;    // contiguous, or null
 };
 
 struct SingleQueryAttentionKernels {

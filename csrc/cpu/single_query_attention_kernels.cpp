@@ -68,7 +68,7 @@ void forward(const Params& p, int64_t begin_part, int64_t end_part, void* memory
     }
     products.begin(s.context);
     for (int64_t first = part.begin; first < part.end; first += kTile) {
-      const TileRows<T, kTile> rows(p, part.image, first, part.end);
+      const TileRows<T, kTile> rows(p, part, first);
       A rstd[kTile];
       Prefetch next(rows.row[0] + kTile * p.tokens_stride);
       products.dot(rows, rstd, next);
@@ -168,7 +168,7 @@ void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memor
     }
     products.begin(s.grad_query);
     for (int64_t first = part.begin; first < part.end; first += kTile) {
-      const TileRows<T, kTile> rows(p, part.image, first, part.end);
+      const TileRows<T, kTile> rows(p, part, first);
       A rstd[kTile], mean[kTile] = {}, slope[kTile] = {};
       Prefetch next(rows.row[0] + kTile * p.tokens_stride);
       products.dot(rows, rstd, next);  // weights are dp, until they become ds below
@@ -198,8 +198,7 @@ void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memor
           const int64_t j = first + t;
           const bool is_extra = has_extra && j == 0;
           T* const grad = static_cast<T*>(is_extra ? p.grad_extra_token : p.grad_tokens);
-          const int64_t at = is_extra ? part.image * p.channels
-                                      : part.image * p.grad_tokens_batch_stride + (j - has_extra) * p.channels;
+          const int64_t at = is_extra ? part.image * p.channels : part.at_token_gradient + (j - has_extra) * p.channels;
           if (grad != nullptr) out[t] = grad + at;
         }
         products.write_token_gradients(rstd, mean, slope, out, rows.count);

@@ -87,14 +87,14 @@ struct TileRows {
   int count;
   bool evenly_spaced;  // tokens_stride apart, all of them
 
-  TileRows(const Params& p, int64_t image, int64_t first, int64_t end) {
+  TileRows(const Params& p, const Part& part, int64_t first) {
     const bool has_extra = p.extra_token != nullptr;
-    count = end - first < tile ? int(end - first) : tile;
+    count = part.end - first < tile ? int(part.end - first) : tile;
     evenly_spaced = count == tile && !(has_extra && first == 0);
-    const T* const tokens = static_cast<const T*>(p.tokens) + image * p.tokens_batch_stride;
+    const T* const tokens = static_cast<const T*>(p.tokens) + part.at_token;
     for (int t = 0; t < tile; ++t) {
       const int64_t j = first + (t < count ? t : count - 1);
-      row[t] = has_extra && j == 0 ? static_cast<const T*>(p.extra_token) + image * p.extra_token_stride
+      row[t] = has_extra && j == 0 ? static_cast<const T*>(p.extra_token) + part.image * p.extra_token_stride
                                    : tokens + (j - has_extra) * p.tokens_stride;
     }
   }

@@ -10,6 +10,7 @@
 #include <array>
 #include <limits>
 #include <tuple>
+#include <utility>
 
 #include "../common/single_query_attention_checks.h"
 #include "common/limits.h"
@@ -72,14 +73,16 @@ SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens
 }
 
 void check_operands(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
-                    const OptionalTensor& lengths) {
-  single_query_attention::check_operands(query, tokens, extra_token, lengths);
-  TORCH_CHECK_NOT_IMPLEMENTED(!lengths, "lengths: got a tensor, expected None: this backend does not take them yet");
+                    const OptionalTensor& lengths, const OptionalTensor& offsets) {
+  single_query_attention::check_operands(query, tokens, extra_token, lengths, offsets);
+  for (const auto& [name, given] : {std::pair("lengths", &lengths), std::pair("offsets", &offsets)})
+    TORCH_CHECK_NOT_IMPLEMENTED(!*given, name, ": got a tensor, expected None: this backend does not take them yet");
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, const OptionalTensor& extra_token_,
-                                   const OptionalTensor& lengths, bool normalize, double eps) {
-  check_operands(query_, tokens, extra_token_, lengths);
+                                   const OptionalTensor& lengths, const OptionalTensor& offsets, bool normalize,
+                                   double eps) {
+  check_operands(query_, tokens, extra_token_, lengths, offsets);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Dtype dtype = dtype_of("tokens", tokens);
   const Tensor query = with_contiguous_rows(query_);
@@ -105,9 +108,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, c
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const Tensor& query_, const Tensor& tokens,
                                             const OptionalTensor& extra_token_, const OptionalTensor& lengths,
-                                            const Tensor& context_, const Tensor& log_sum_exp_, bool normalize,
-                                            double eps, std::array<bool, 3> needed) {
-  check_operands(query_, tokens, extra_token_, lengths);
+                                            const OptionalTensor& offsets, const Tensor& context_,
+                                            const Tensor& log_sum_exp_, bool normalize, double eps,
+                                            std::array<bool, 3> needed) {
+  check_operands(query_, tokens, extra_token_, lengths, offsets);
   single_query_attention::check_results(grad_context_, context_, log_sum_exp_, query_);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Dtype dtype = dtype_of("tokens", tokens);

@@ -1,13 +1,34 @@
 """Inputs for the tests of single_query_attention, and what to hold results against."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
+import pytest
 import torch
 
 from tests.gradients import Tensors, in_float64, with_gradients
 from tests.parity import assert_parity, assert_trains
 from tokenfusion.kernels import single_query_attention
 from tokenfusion.kernels.single_query_attention import reference
+
+without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+KERNELS = ["cpu", pytest.param("triton", marks=without_triton)]
+DTYPES = {
+    "reference": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "triton": (torch.float32, torch.float16),
+}
+BACKENDS_AND_DTYPES = [
+    pytest.param(backend, dtype, marks=without_triton if backend == "triton" else ())
+    for backend, dtypes in DTYPES.items()
+    for dtype in dtypes
+]
+OPTIONS = [dict(normalize=normalize, extra=extra) for normalize in (False, True) for extra in (False, True)]
+
+
+def kernels_of(backend):
+    operators = ("single_query_attention", "single_query_attention_backward")
+    return [] if backend == "reference" else [f"{operator}_{backend}" for operator in operators]
 
 
 def make_inputs(

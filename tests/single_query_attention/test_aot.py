@@ -30,8 +30,8 @@ def calls(capability: int, dtype: str, channels: int, queries: int) -> list[dict
     batch, tokens = 256, 401
     query, x, extra = tensor(batch, queries, channels), tensor(batch, tokens, channels), tensor(batch, channels)
     lse = tensor(batch, queries, dtype="float32")
-    forward = [query, x, extra, None, True, 1e-6]
-    backward = [query, query, x, extra, None, query, lse, True, 1e-6, [True, True, True]]
+    forward = [query, x, extra, None, None, True, 1e-6]
+    backward = [query, query, x, extra, None, None, query, lse, True, 1e-6, [True, True, True]]
     return [aot.call(HOST, "run_forward", capability, forward), aot.call(HOST, "run_backward", capability, backward)]
 
 

@@ -64,10 +64,10 @@ def test_gradcheck_and_second_order(normalize):
 def test_opcheck(extra):
     query, tokens, extra_token, grad = make_inputs(2, 3, 5, 16, dtype=torch.float32, extra=extra)
     torch.library.opcheck(
-        torch.ops.tokenfusion.single_query_attention_cpu, (query, tokens, extra_token, None, True, 1e-6)
+        torch.ops.tokenfusion.single_query_attention_cpu, (query, tokens, extra_token, None, None, True, 1e-6)
     )
-    context, lse = torch.ops.tokenfusion.single_query_attention_cpu(query, tokens, extra_token, None, True, 1e-6)
-    arguments = (grad, query, tokens, extra_token, None, context.detach(), lse, True, 1e-6, [True, True, extra])
+    context, lse = torch.ops.tokenfusion.single_query_attention_cpu(query, tokens, extra_token, None, None, True, 1e-6)
+    arguments = (grad, query, tokens, extra_token, None, None, context.detach(), lse, True, 1e-6, [True, True, extra])
     torch.library.opcheck(torch.ops.tokenfusion.single_query_attention_backward_cpu, arguments)
 
 

@@ -80,7 +80,7 @@ def test_unaligned_rows_are_refused():
     with pytest.raises(RuntimeError, match="cuda: the rows of tokens are not aligned to 16 bytes"):
         single_query_attention(query[..., 4:36], x[..., 4:36])
     with pytest.raises(ValueError, match="aligned to 16 bytes"):
-        torch.ops.tokenfusion.single_query_attention_cuda(query[..., 4:36], x[..., 4:36], None, None, False, 1e-6)
+        torch.ops.tokenfusion.single_query_attention_cuda(query[..., 4:36], x[..., 4:36], None, None, None, False, 1e-6)
 
 
 @on_gpu
@@ -132,10 +132,10 @@ def test_empty_batch(extra):
 def test_opcheck():
     query, tokens, extra_token, grad = inputs_on_gpu(2, 3, 5, 16, dtype=torch.float32, extra=True)
     torch.library.opcheck(
-        torch.ops.tokenfusion.single_query_attention_cuda, (query, tokens, extra_token, None, True, 1e-6)
+        torch.ops.tokenfusion.single_query_attention_cuda, (query, tokens, extra_token, None, None, True, 1e-6)
     )
-    context, lse = torch.ops.tokenfusion.single_query_attention_cuda(query, tokens, extra_token, None, True, 1e-6)
-    arguments = (grad, query, tokens, extra_token, None, context.detach(), lse, True, 1e-6, [True, True, True])
+    context, lse = torch.ops.tokenfusion.single_query_attention_cuda(query, tokens, extra_token, None, None, True, 1e-6)
+    arguments = (grad, query, tokens, extra_token, None, None, context.detach(), lse, True, 1e-6, [True, True, True])
     torch.library.opcheck(torch.ops.tokenfusion.single_query_attention_backward_cuda, arguments)
 
 

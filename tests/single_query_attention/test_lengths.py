@@ -1,45 +1,17 @@
 """Bags of different lengths in one padded batch: each as if it were alone, whatever lies beyond its length."""
 
 import functools
-from importlib.util import find_spec
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import tokenfusion
 from tests.gradients import check_frozen, in_float64, with_gradients
-from tests.interpreter import DEVICE
 from tests.parity import assert_parity, assert_runs
 from tests.single_query_attention import cases
+from tests.single_query_attention.cases import BACKENDS_AND_DTYPES, KERNELS, OPTIONS, kernels_of, without_triton
 from tokenfusion.kernels import single_query_attention
 from tokenfusion.kernels.single_query_attention import reference
-
-without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-KERNELS = ["cpu", pytest.param("triton", marks=without_triton)]
-DTYPES = {
-    "reference": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-    "triton": (torch.float32, torch.float16),
-}
-BACKENDS_AND_DTYPES = [
-    pytest.param(backend, dtype, marks=without_triton if backend == "triton" else ())
-    for backend, dtypes in DTYPES.items()
-    for dtype in dtypes
-]
-OPTIONS = [dict(normalize=normalize, extra=extra) for normalize in (False, True) for extra in (False, True)]
-
-
-@pytest.fixture
-def device(backend):
-    """Where the backend's tensors are, while it is the one that runs."""
-    with tokenfusion.backend(backend):
-        yield DEVICE if backend == "triton" else "cpu"
-
-
-def kernels_of(backend):
-    operators = ("single_query_attention", "single_query_attention_backward")
-    return [] if backend == "reference" else [f"{operator}_{backend}" for operator in operators]
 
 
 def each_alone(inputs, lengths, **options):
@@ -150,7 +122,7 @@ def test_log_sum_exp(device, backend):
     )
     lengths = torch.tensor([0, 7, 300], device=device)
     op = getattr(torch.ops.tokenfusion, f"single_query_attention_{backend}")
-    _, lse = op(query, tokens, None, lengths, False, 1e-6)
+    _, lse = op(query, tokens, None, lengths, None, False, 1e-6)
     want = [(q @ t[:n].mT).logsumexp(-1) for q, t, n in zip(query, tokens, lengths)]
     torch.testing.assert_close(lse, torch.stack(want))
     assert lse[0].isneginf().all()
@@ -162,9 +134,9 @@ def test_opcheck(device, backend):
     lengths = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
     operators = torch.ops.tokenfusion
     op = getattr(operators, f"single_query_attention_{backend}")
-    torch.library.opcheck(op, (query, tokens, extra_token, lengths, True, 1e-6))
-    context, lse = op(query, tokens, extra_token, lengths, True, 1e-6)
-    arguments = grad, query, tokens, extra_token, lengths, context.detach(), lse, True, 1e-6, [True] * 3
+    torch.library.opcheck(op, (query, tokens, extra_token, lengths, None, True, 1e-6))
+    context, lse = op(query, tokens, extra_token, lengths, None, True, 1e-6)
+    arguments = grad, query, tokens, extra_token, lengths, None, context.detach(), lse, True, 1e-6, [True] * 3
     torch.library.opcheck(getattr(operators, f"single_query_attention_backward_{backend}"), arguments)
 
 
@@ -202,7 +174,7 @@ def test_a_gpu_takes_what_is_outside_for_the_nearest_length(device, backend):
     )
     outside, nearest = (torch.tensor(lengths, device=device) for lengths in ([-3, 2**40], [0, 40]))
     op = torch.ops.tokenfusion.single_query_attention_triton
-    got, want = (op(query, tokens, None, lengths, False, 1e-6) for lengths in (outside, nearest))
+    got, want = (op(query, tokens, None, lengths, None, False, 1e-6) for lengths in (outside, nearest))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

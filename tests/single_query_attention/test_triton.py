@@ -108,7 +108,7 @@ def test_strided_tokens_are_read_in_place():
 
 def test_only_aligned_rows_are_promised_to_the_compiler():
     def unit(tokens, extra_token=None):
-        return triton_host._plan(tokens, tokens, extra_token, None, False, 1e-6, backward=False)[1]["STRIDE_UNIT"]
+        return triton_host._plan(tokens, tokens, extra_token, None, None, False, 1e-6, backward=False)[1]["STRIDE_UNIT"]
 
     x = torch.zeros(2, 8, 32, dtype=torch.float16, device=DEVICE)
     assert unit(x) == unit(x[:, 1:]) == unit(x[..., 8:16]) == unit(x, x[:, 0]) == 8
@@ -138,10 +138,12 @@ def test_frozen_inputs(frozen):
 
 def test_unneeded_gradients_are_empty():
     query, tokens, extra_token, grad = (t.detach() for t in make_inputs(2, 3, 40, 16, dtype=torch.float32, extra=True))
-    context, lse = torch.ops.tokenfusion.single_query_attention_triton(query, tokens, extra_token, None, True, 1e-6)
+    context, lse = torch.ops.tokenfusion.single_query_attention_triton(
+        query, tokens, extra_token, None, None, True, 1e-6
+    )
     for needed in ([True, False, False], [False, True, False], [False, False, True]):
         grads = torch.ops.tokenfusion.single_query_attention_backward_triton(
-            grad, query, tokens, extra_token, None, context, lse, True, 1e-6, needed
+            grad, query, tokens, extra_token, None, None, context, lse, True, 1e-6, needed
         )
         assert [g.numel() > 0 for g in grads] == needed
 
@@ -149,7 +151,7 @@ def test_unneeded_gradients_are_empty():
 @pytest.mark.parametrize("extra", [False, True])
 def test_log_sum_exp(extra):
     query, tokens, extra_token, _ = make_inputs(2, 3, 100, 16, dtype=torch.float32, extra=extra)
-    _, lse = torch.ops.tokenfusion.single_query_attention_triton(query, tokens, extra_token, None, False, 1e-6)
+    _, lse = torch.ops.tokenfusion.single_query_attention_triton(query, tokens, extra_token, None, None, False, 1e-6)
     keys = tokens if extra_token is None else torch.cat((extra_token[:, None], tokens), 1)
     torch.testing.assert_close(lse, (query @ keys.mT).logsumexp(-1))
 
@@ -216,8 +218,10 @@ def test_elements_beyond_the_range_of_32_bits():
 def test_opcheck():
     query, tokens, extra_token, grad = make_inputs(2, 3, 5, 16, dtype=torch.float32, extra=True)
     torch.library.opcheck(
-        torch.ops.tokenfusion.single_query_attention_triton, (query, tokens, extra_token, None, True, 1e-6)
+        torch.ops.tokenfusion.single_query_attention_triton, (query, tokens, extra_token, None, None, True, 1e-6)
     )
-    context, lse = torch.ops.tokenfusion.single_query_attention_triton(query, tokens, extra_token, None, True, 1e-6)
-    arguments = (grad, query, tokens, extra_token, None, context.detach(), lse, True, 1e-6, [True, True, True])
+    context, lse = torch.ops.tokenfusion.single_query_attention_triton(
+        query, tokens, extra_token, None, None, True, 1e-6
+    )
+    arguments = (grad, query, tokens, extra_token, None, None, context.detach(), lse, True, 1e-6, [True, True, True])
     torch.library.opcheck(torch.ops.tokenfusion.single_query_attention_backward_triton, arguments)

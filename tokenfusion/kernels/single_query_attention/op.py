@@ -27,23 +27,23 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _SCHEMA = (
-    "(Tensor query, Tensor tokens, Tensor? extra_token, Tensor? lengths, bool normalize, float eps)"
+    "(Tensor query, Tensor tokens, Tensor? extra_token, Tensor? lengths, Tensor? offsets, bool normalize, float eps)"
     " -> (Tensor context, Tensor log_sum_exp)"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor grad_context, Tensor query, Tensor tokens, Tensor? extra_token, Tensor? lengths, Tensor context,"
-    " Tensor log_sum_exp, bool normalize, float eps, bool[3] needed)"
+    "(Tensor grad_context, Tensor query, Tensor tokens, Tensor? extra_token, Tensor? lengths, Tensor? offsets,"
+    " Tensor context, Tensor log_sum_exp, bool normalize, float eps, bool[3] needed)"
     " -> (Tensor grad_query, Tensor grad_tokens, Tensor grad_extra_token)"
 )
 
 
-def _fake(query, tokens, extra_token, lengths, normalize, eps):
+def _fake(query, tokens, extra_token, lengths, offsets, normalize, eps):
     context = torch.empty_like(query, memory_format=torch.contiguous_format)
     return context, query.new_empty(query.shape[:2], dtype=statistics_dtype(tokens))
 
 
-def _fake_backward(grad_context, query, tokens, extra_token, lengths, context, log_sum_exp, normalize, eps, needed):
-    return empty_gradients(query, tokens, extra_token, needed)
+def _fake_backward(grad_context, query, tokens, extra_token, *rest):
+    return empty_gradients(query, tokens, extra_token, needed=rest[-1])
 
 
 def _save(ctx, inputs, output):
@@ -63,10 +63,9 @@ def _save_backward(ctx, inputs, output):
 
 
 def _second_gradients(ctx, *grad_grads):
-    grad_context, *inputs, lengths = ctx.saved_tensors
-    options = dict(lengths=lengths, normalize=ctx.normalize, eps=ctx.eps)
-    definition = functools.partial(reference.single_query_attention, **options)
-    return second_order(definition, grad_context, inputs, grad_grads)
+    grad_context, *inputs, lengths, offsets = ctx.saved_tensors
+    rest = lengths, offsets, ctx.normalize, ctx.eps
+    return second_order(lambda *tensors: _run_reference(*tensors, *rest), grad_context, inputs, grad_grads)
 
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
@@ -81,7 +80,9 @@ def _run_on(backend: str):
     return run
 
 
-def _run_reference(query, tokens, extra_token, lengths, normalize, eps):
+def _run_reference(query, tokens, extra_token, lengths, offsets, normalize, eps):
+    if offsets is not None:
+        tokens, lengths = padded(tokens, lengths, offsets)
     return reference.single_query_attention(query, tokens, extra_token, lengths=lengths, normalize=normalize, eps=eps)
 
 
@@ -99,15 +100,17 @@ def _why_not_kernel(query, tokens, dtypes, max_channels) -> str | None:
     return None
 
 
-def _cpu_can_run(query, tokens, extra_token, lengths=None) -> str | None:
+def _cpu_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
     return extension.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _CPU_DTYPES, _CPU_MAX_CHANNELS)
 
 
-def _triton_can_run(query, tokens, extra_token, lengths=None) -> str | None:
+def _triton_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
     return triton_support.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS)
 
 
-def _why_not_lengths(lengths) -> str | None:
+def _why_not_bags(lengths, offsets) -> str | None:
+    if offsets is not None:
+        return "nested tokens are not supported by this backend yet"
     return None if lengths is None else "lengths are not supported by this backend yet"
 
 
@@ -147,10 +150,10 @@ def _why_not_cuda_kernel(query, tokens) -> str | None:
     return _why_not_aligned(tokens)
 
 
-def _cuda_can_run(query, tokens, extra_token, lengths=None) -> str | None:
+def _cuda_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
     return (
         extension.why_not_cuda_tensor(tokens)
-        or _why_not_lengths(lengths)
+        or _why_not_bags(lengths, offsets)
         or _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS)
         or _why_not_cuda_kernel(query, tokens)
     )
@@ -161,7 +164,7 @@ OPERATOR = register(
     Implementation("cuda", _run_on("cuda"), _cuda_can_run, automatic=False),
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
     Implementation("cpu", _run_on("cpu"), _cpu_can_run),
-    Implementation("reference", _run_reference, lambda query, tokens, extra_token, lengths=None: None),
+    Implementation("reference", _run_reference, lambda query, tokens, extra_token, lengths=None, offsets=None: None),
 )
 triton_support.implement(__package__, "single_query_attention")
 
@@ -175,23 +178,75 @@ def check_lengths(lengths, tokens) -> None:
     check_shape("lengths", lengths, [tokens.shape[0]], f"to match tokens {list(tokens.shape)}")
     if lengths.device != tokens.device:
         raise ValueError(f"lengths: got a tensor on {lengths.device}, expected {tokens.device}, where tokens is")
-    if _has_values(lengths):
+    if has_values(lengths):
         outside = [length for length in lengths.tolist() if not 0 <= length <= tokens.shape[1]]
         if outside:
             raise ValueError(f"lengths: got {outside[0]}, expected 0 to N = {tokens.shape[1]}")
 
 
-def _has_values(tensor) -> bool:
-    """Whether they can be looked at without waiting for a GPU, and without a tracer that sees it."""
+def _is_traced(tensor) -> bool:
+    """Whether there are no values yet."""
     return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and transform() is None
-        and detect_fake_mode(tensor) is None
+        tensor.is_meta
+        or torch.compiler.is_compiling()
+        or transform() is not None
+        or detect_fake_mode(tensor) is not None
     )
 
 
-def _check(query, tokens, extra_token, lengths) -> None:
+def has_values(tensor) -> bool:
+    """Whether they can be looked at without waiting for a GPU, and without a tracer that sees it."""
+    return tensor.device.type == "cpu" and not _is_traced(tensor)
+
+
+def is_nested(tokens) -> bool:
+    return isinstance(tokens, torch.Tensor) and tokens.is_nested
+
+
+def packed(tokens, lengths=None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """A jagged tensor [B, bags of differing numbers of tokens, C] as the memory that it is in.
+
+    Returns:
+        (tokens [1, T, C] of all bags, lengths [B] or None, offsets [B + 1]): bag b has the tokens from offsets[b] on up
+        to offsets[b + 1], or lengths[b] of them.
+
+    Raises:
+        TypeError: another layout, or offsets or lengths that are no integers.
+        ValueError: another dimension than the second is jagged, or there are more; lengths beside its own; offsets or
+            lengths of which some lie outside the memory, or overlap, on a CPU.
+    """
+    if lengths is not None:
+        raise ValueError("lengths: got some beside nested tokens, which have their own; expected None")
+    if tokens.layout != torch.jagged:
+        raise TypeError(f"tokens: got a nested tensor of layout {tokens.layout}, expected torch.jagged")
+    if tokens.dim() != 3 or tokens._ragged_idx != 1:
+        raise ValueError(f"tokens: got a nested tensor of shape {list(tokens.shape)}, expected [B, jagged, C]")
+    values, lengths, offsets = tokens.values().unsqueeze(0), tokens.lengths(), tokens.offsets()
+    for name, integers in (("offsets", offsets), ("lengths", lengths)):
+        if integers is not None and integers.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"tokens: got {name} of dtype {integers.dtype}, expected int32 or int64")
+    if has_values(offsets):
+        _check_bags(offsets.tolist(), None if lengths is None else lengths.tolist(), values.shape[1])
+    return values, lengths, offsets
+
+
+def _check_bags(offsets: list[int], lengths: list[int] | None, tokens: int) -> None:
+    if offsets[0] < 0 or offsets[-1] > tokens or offsets != sorted(offsets):
+        raise ValueError(f"tokens: got offsets {offsets}, expected them to grow from 0 to at most {tokens}")
+    if lengths is None:
+        return
+    for length, first, end in zip(lengths, offsets[:-1], offsets[1:], strict=True):
+        if not 0 <= length <= end - first:
+            raise ValueError(f"tokens: got a length of {length} from {first} on, expected 0 to {end - first}")
+
+
+def padded(tokens, lengths, offsets) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `packed` gives as [B, N, C] and lengths [B]; N is the longest bag's, or enough where it is traced."""
+    longest = tokens.shape[1] if _is_traced(tokens) else max(offsets.diff().tolist(), default=0)
+    return reference.padded(tokens, lengths, offsets, longest)
+
+
+def _check(query, tokens, extra_token, lengths, offsets) -> None:
     if symbolic(query, tokens, extra_token, lengths):
         return
     check_floating("query", query)
@@ -199,20 +254,17 @@ def _check(query, tokens, extra_token, lengths) -> None:
     check_rank("query", query, "[B, Q, C]")
     check_rank("tokens", tokens, "[B, N, C]")
     check_same("query", query, "tokens", tokens)
-    if query.shape[0] != tokens.shape[0] or query.shape[2] != tokens.shape[2]:
-        raise ValueError(
-            f"query: got shape {list(query.shape)}, expected [{tokens.shape[0]}, Q, {tokens.shape[2]}] "
-            f"to match tokens {list(tokens.shape)}"
-        )
+    batch, channels = tokens.shape[0] if offsets is None else offsets.shape[0] - 1, tokens.shape[2]
+    like = f"to match tokens {list(tokens.shape)}" if offsets is None else f"to match {batch} bags of C = {channels}"
+    if query.shape[0] != batch or query.shape[2] != channels:
+        raise ValueError(f"query: got shape {list(query.shape)}, expected [{batch}, Q, {channels}] {like}")
     if extra_token is not None:
         check_floating("extra_token", extra_token)
         check_rank("extra_token", extra_token, "[B, C]")
         check_same("extra_token", extra_token, "tokens", tokens)
-        if extra_token.shape != (tokens.shape[0], tokens.shape[2]):
-            raise ValueError(
-                f"extra_token: got shape {list(extra_token.shape)}, expected [{tokens.shape[0]}, {tokens.shape[2]}] "
-                f"to match tokens {list(tokens.shape)}"
-            )
+        check_shape("extra_token", extra_token, [batch, channels], like)
+    if offsets is not None:
+        return
     if lengths is not None:
         check_lengths(lengths, tokens)
     if tokens.shape[1] == 0:
@@ -237,10 +289,13 @@ def single_query_attention(
 
     Args:
         query: [B, Q, C]; Q = heads x queries.
-        tokens: [B, N, C], N >= 1, any strides (a slice such as x[:, 1:] is read in place).
+        tokens: [B, N, C], N >= 1, any strides (a slice such as x[:, 1:] is read in place). Or a jagged nested tensor
+            (torch.nested, layout=torch.jagged) of B bags with C channels, without padding: its values are read in
+            place, and what `torch.nested.narrow` leaves out is not read. A bag may be empty.
         extra_token: [B, C], one more token that takes part, such as a class token of another branch; or None.
         lengths: [B], int32 or int64: tokens[b, lengths[b]:] take no part, are not read, and have a gradient of zero;
-            extra_token takes part always. Where nothing does, the context is zero. None: all take part.
+            extra_token takes part always. Where nothing does, the context is zero. None: all take part. Nested tokens
+            have lengths of their own.
         normalize: use (t - mean) / sqrt(variance + eps) over C in place of each token t.
         eps: added to the variance.
 
@@ -251,12 +306,17 @@ def single_query_attention(
         context [B, Q, C], in the dtype of the tokens.
 
     Raises:
-        TypeError: a dtype that is not floating point, or differing dtypes; lengths of another dtype.
-        ValueError: wrong rank, mismatching B or C, no token, tensors on different devices; a length that is negative
-            or beyond N, on a CPU. On a GPU and under transforms, where nobody looks, it is as 0 or N.
+        TypeError: a dtype that is not floating point, or differing dtypes; lengths of another dtype; a nested tensor of
+            another layout than torch.jagged.
+        ValueError: wrong rank, mismatching B or C, no token, tensors on different devices; lengths beside nested
+            tokens; a length that is negative or beyond N, or offsets of nested tokens that shrink or lie outside their
+            values, on a CPU. On a GPU and under transforms, where nobody looks, it is as the nearest one inside.
         RuntimeError: the backend chosen by `set_backend` cannot run this call; the message says why.
     """
+    offsets = None
+    if is_nested(tokens):
+        tokens, lengths, offsets = packed(tokens, lengths)
     query, extra_token = autocast_like(tokens, query, extra_token)
-    _check(query, tokens, extra_token, lengths)
-    implementation = OPERATOR.select(query, tokens, extra_token, lengths)
-    return implementation.run(query, tokens, extra_token, lengths, normalize, eps)
+    _check(query, tokens, extra_token, lengths, offsets)
+    implementation = OPERATOR.select(query, tokens, extra_token, lengths, offsets)
+    return implementation.run(query, tokens, extra_token, lengths, offsets, normalize, eps)

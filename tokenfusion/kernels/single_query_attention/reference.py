@@ -42,6 +42,19 @@ def single_query_attention(
     return (scores.softmax(dim=-1) if absent is None else _softmax_of_present(scores, absent)) @ tokens
 
 
+def padded(
+    tokens: torch.Tensor, lengths: torch.Tensor | None, offsets: torch.Tensor, longest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bags of up to `longest` tokens, packed [1, T, C] -> padded [B, longest, C], and their lengths [B].
+
+    Bag b has the tokens from offsets[b] on up to offsets[b + 1], or the first lengths[b] of them.
+    """
+    room = offsets.diff()
+    rows = offsets[:-1].unsqueeze(1) + torch.arange(longest, device=offsets.device)
+    bags = tokens[0][rows.clamp(0, tokens.shape[1] - 1)]
+    return bags, room if lengths is None else torch.minimum(lengths, room)
+
+
 def _beyond(lengths: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """[B, N], of whose row b the first lengths[b] are False; without a size, which a tracer would take for a number."""
     return torch.ones_like(tokens[..., 0], dtype=torch.int64).cumsum(1) > lengths.unsqueeze(1)

@@ -51,12 +51,12 @@ def _splits(batch: int, blocks: int, device: torch.device) -> tuple[int, int]:
     return triton.cdiv(blocks, blocks_per_split), blocks_per_split
 
 
-def _plan(query, tokens, extra_token, lengths, normalize, eps, backward):
+def _plan(query, tokens, extra_token, lengths, offsets, normalize, eps, backward):
     """(splits, arguments and options that forward_kernel and backward_kernel share)."""
-    batch, length, channels = tokens.shape
+    batch, length, channels = query.shape[0], *tokens.shape[1:]
     widest, block_n, num_warps, num_stages = _tile(channels, tokens.element_size(), backward)
     has_extra = int(extra_token is not None)
-    splits, blocks_per_split = _splits(batch, triton.cdiv(length + has_extra, block_n), tokens.device)
+    splits, blocks_per_split = _splits(batch, triton.cdiv(max(1, length + has_extra), block_n), tokens.device)
     pointers = tokens.data_ptr(), 0 if extra_token is None else extra_token.data_ptr()
     aligned = all(stride % 8 == 0 for stride in tokens.stride()[:2]) and all(p % 16 == 0 for p in pointers)
     stride_unit = 8 if aligned else 1
@@ -64,7 +64,7 @@ def _plan(query, tokens, extra_token, lengths, normalize, eps, backward):
         N=length,
         Q=query.shape[1],
         rows_per_split=blocks_per_split * block_n,
-        stride_tb=tokens.stride(0) // stride_unit,
+        stride_tb=tokens.stride(0) // stride_unit if offsets is None else 0,
         stride_tn=tokens.stride(1) // stride_unit,
         eps=eps,
         C=channels,
@@ -74,6 +74,7 @@ def _plan(query, tokens, extra_token, lengths, normalize, eps, backward):
         STRIDE_UNIT=stride_unit,
         HAS_EXTRA=has_extra,
         HAS_LENGTHS=lengths is not None,
+        HAS_OFFSETS=offsets is not None,
         NORMALIZE=normalize,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -98,7 +99,7 @@ def _combine(partial, partial_log_sum_exp, out, log_sum_exp):
     )
 
 
-def run_forward(query, tokens, extra_token, lengths, normalize, eps):
+def run_forward(query, tokens, extra_token, lengths, offsets, normalize, eps):
     batch, queries, channels = query.shape
     query = query.contiguous()
     extra_token = None if extra_token is None else extra_token.contiguous()
@@ -106,7 +107,7 @@ def run_forward(query, tokens, extra_token, lengths, normalize, eps):
     log_sum_exp = query.new_empty(batch, queries, dtype=statistics_dtype(tokens))
     if query.numel() == 0:
         return context, log_sum_exp
-    splits, plan = _plan(query, tokens, extra_token, lengths, normalize, eps, backward=False)
+    splits, plan = _plan(query, tokens, extra_token, lengths, offsets, normalize, eps, backward=False)
     outputs = context, log_sum_exp
     if splits > 1:
         outputs = (
@@ -119,6 +120,7 @@ def run_forward(query, tokens, extra_token, lengths, normalize, eps):
             tokens,
             tokens if extra_token is None else extra_token,
             tokens if lengths is None else lengths.contiguous(),
+            tokens if offsets is None else offsets.contiguous(),
             *outputs,
             **plan,
         )
@@ -127,24 +129,29 @@ def run_forward(query, tokens, extra_token, lengths, normalize, eps):
     return context, log_sum_exp
 
 
-def run_backward(grad_context, query, tokens, extra_token, lengths, context, log_sum_exp, normalize, eps, needed):
+def run_backward(
+    grad_context, query, tokens, extra_token, lengths, offsets, context, log_sum_exp, normalize, eps, needed
+):
     batch, queries, channels = query.shape
     grads = empty_gradients(query, tokens, extra_token, needed)
     if query.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    splits, plan = _plan(query, tokens, extra_token, lengths, normalize, eps, backward=True)
+    splits, plan = _plan(query, tokens, extra_token, lengths, offsets, normalize, eps, backward=True)
     query_blocks = range(0, queries, plan["BQ"])
     grad_query, *grad_rows = grads
     if splits > 1 and needed[0]:
         grad_query = query.new_empty(batch, splits, queries, channels, dtype=torch.float32)
     if len(query_blocks) > 1:
         grad_rows = [torch.empty_like(grad, dtype=torch.float32) for grad in grad_rows]
+    if offsets is not None:
+        grad_rows[0].zero_()  # of what lies between the bags
     inputs = (
         grad_context.contiguous(),
         query.contiguous(),
         tokens,
         tokens if extra_token is None else extra_token.contiguous(),
         tokens if lengths is None else lengths.contiguous(),
+        tokens if offsets is None else offsets.contiguous(),
         context.contiguous(),
         log_sum_exp.contiguous(),
     )

@@ -108,18 +108,29 @@ def _row_pointers(tokens, extra_token, o_n, stride_n, STRIDE_UNIT: tl.constexpr,
 
 
 @triton.jit
-def _count_rows(lengths, i_b, N, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr):
+def _clamp(i, low, high):
+    return tl.minimum(tl.maximum(i, low), high)
+
+
+@triton.jit
+def _bag(lengths, offsets, i_b, N, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr):
+    # (number of the first token among those of all images in a row, how many)
+    i_t = i_b * N
+    if HAS_OFFSETS:
+        i_t = _clamp(tl.load(offsets + i_b), 0, N)
+        N = _clamp(tl.load(offsets + i_b + 1), i_t, N) - i_t
     if HAS_LENGTHS:
-        N = tl.minimum(tl.maximum(tl.load(lengths + i_b), 0), N).to(tl.int32)
-    return N + HAS_EXTRA
+        N = _clamp(tl.load(lengths + i_b), 0, N)
+    return i_t.to(tl.int64), N.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["N", "Q", "rows_per_split", "stride_tb", "stride_tn"])
 def forward_kernel(
-    query, tokens, extra_token, lengths, context, log_sum_exp,
+    query, tokens, extra_token, lengths, offsets, context, log_sum_exp,
     N, Q, rows_per_split, stride_tb, stride_tn, eps,
     C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, NORMALIZE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tokens += i_b * stride_tb * STRIDE_UNIT
@@ -131,9 +142,13 @@ def forward_kernel(
     b_max = tl.full([BQ], float("-inf"), tl.float32)
     b_sum = tl.zeros([BN, BQ], tl.float32)
     b_c = _zeros(C, BC, BQ)
-    rows = _count_rows(lengths, i_b, N, HAS_EXTRA, HAS_LENGTHS)
+    i_t, count = _bag(lengths, offsets, i_b, N, HAS_LENGTHS, HAS_OFFSETS)
+    rows = count + HAS_EXTRA
+    if HAS_OFFSETS:
+        tokens += i_t * stride_tn * STRIDE_UNIT
+        rows_per_split = tl.cdiv(tl.cdiv(rows, tl.num_programs(1)), BN) * BN  # the host knows no bag's
     end = rows_per_split
-    if HAS_LENGTHS:
+    if HAS_LENGTHS or HAS_OFFSETS:
         end = tl.minimum(end, rows - i_s * rows_per_split)
     for i_n in range(0, end, BN):
         o_n = i_s * rows_per_split + i_n + tl.arange(0, BN)
@@ -151,7 +166,7 @@ def forward_kernel(
         b_max = b_new
 
     b_sum = tl.sum(b_sum, 0)
-    if HAS_LENGTHS:
+    if HAS_LENGTHS or HAS_OFFSETS:
         b_sum = tl.where(end > 0, b_sum, 1.0)  # the context of no row is 0
     i_o = i_b * tl.num_programs(1) + i_s
     tl.store(log_sum_exp + i_o * Q + o_q, b_max + tl.log(b_sum), mask=m_q)
@@ -160,18 +175,17 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["first_query", "N", "Q", "rows_per_split", "stride_tb", "stride_tn"])
 def backward_kernel(
-    grad_context, query, tokens, extra_token, lengths, context, log_sum_exp,
+    grad_context, query, tokens, extra_token, lengths, offsets, context, log_sum_exp,
     grad_query, grad_tokens, grad_extra_token,
     first_query, N, Q, rows_per_split, stride_tb, stride_tn, eps,
     C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, NORMALIZE: tl.constexpr,
-    NEED_QUERY: tl.constexpr, NEED_TOKENS: tl.constexpr, NEED_EXTRA: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    NORMALIZE: tl.constexpr, NEED_QUERY: tl.constexpr, NEED_TOKENS: tl.constexpr, NEED_EXTRA: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
     i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tokens += i_b * stride_tb * STRIDE_UNIT
     extra_token += i_b * C
-    grad_tokens += i_b * N * C
     grad_extra_token += i_b * C
     o_q = first_query + tl.arange(0, BQ)
     m_q = o_q < Q
@@ -190,9 +204,15 @@ def backward_kernel(
 
     b_dq = _zeros(C, BC, BQ)
     b_excess = tl.zeros([BN, BQ], tl.float32)
-    rows = _count_rows(lengths, i_b, N, HAS_EXTRA, HAS_LENGTHS)
+    i_t, count = _bag(lengths, offsets, i_b, N, HAS_LENGTHS, HAS_OFFSETS)
+    grad_tokens += i_t * C
+    rows = count + HAS_EXTRA
+    if HAS_OFFSETS:
+        tokens += i_t * stride_tn * STRIDE_UNIT
+        rows_per_split = tl.cdiv(tl.cdiv(rows, tl.num_programs(1)), BN) * BN
     end = rows_per_split
-    if HAS_LENGTHS and not NEED_TOKENS:  # beyond the rows are gradients of zero to be written
+    # beyond the rows of a padded bag are gradients of zero to be written
+    if HAS_OFFSETS or (HAS_LENGTHS and not NEED_TOKENS):
         end = tl.minimum(end, rows - i_s * rows_per_split)
     # hoisted addresses of the queries' shared memory would spill
     for i_n in tl.range(0, end, BN, disable_licm=True):
@@ -214,7 +234,7 @@ def backward_kernel(
             b_excess += b_ds.to(b_q[0].dtype).to(tl.float32)
         if NEED_TOKENS or NEED_EXTRA:
             p_d = _row_pointers(grad_tokens, grad_extra_token, o_n, C // 8, 8, HAS_EXTRA)
-            m_d = o_n < N + HAS_EXTRA
+            m_d = m_n if HAS_OFFSETS else o_n < N + HAS_EXTRA
             if not NEED_TOKENS:
                 m_d = m_d & (o_n < HAS_EXTRA)
             if not NEED_EXTRA:
@@ -229,7 +249,7 @@ def backward_kernel(
                 b_d = tl.dot(b_ds.to(b_q[i].dtype), tl.trans(b_q[i]), b_d, input_precision="ieee")
                 if NORMALIZE:
                     b_d = b_rstd[:, None] * (b_d - b_mean[:, None] - b_n[i].to(tl.float32) * b_slope[:, None])
-                if HAS_LENGTHS:
+                if HAS_LENGTHS and not HAS_OFFSETS:
                     b_d = tl.where(m_n[:, None], b_d, 0.0)
                 m_dc = m_d[:, None] & (o_c < C)[None, :]
                 if ADD:
