@@ -155,8 +155,9 @@ class AmxProducts {
   }
 
   // See VectorProducts.
+  template <typename Gradient>
   void write_token_gradients(const float (&rstd)[kTile], const float (&grad_mean)[kTile], const float (&slope)[kTile],
-                             bf16* const (&out)[kTile], int count) {
+                             Gradient* const (&out)[kTile], int count) {
     pack_token_weights();
     alignas(64) float sum[kAmxRows][kChunk];
     for (int first = 0; first < count; first += kAmxRows)
@@ -184,7 +185,8 @@ class AmxProducts {
             const int64_t channel = i * kChunk + c, left = p.channels - channel;
             if (left <= 0) break;
             const Vec<float> centred = load(at(t, i) + c) - mean[t];
-            const Vec<float> grad = (load(sum[row] + c) - grad_mean[t] - centred * slope[t]) * rstd[t];
+            Vec<float> grad = (load(sum[row] + c) - grad_mean[t] - centred * slope[t]) * rstd[t];
+            if (p.add_gradients) grad += load_lanes(out[t] + channel, left);
             store_lanes(out[t] + channel, grad, left);
           }
         }

@@ -78,8 +78,9 @@ class VectorProducts {
   // rstd_t (dn_t - mean(dn_t) - n_t mean(dn_t n_t)), whose means come from sums that are known already: mean is the
   // first and slope is rstd_t times the second. out is null for rows beyond the tile's count and for those that need
   // none.
+  template <typename Gradient>
   TF_INLINE void write_token_gradients(const A (&rstd)[kTile], const A (&mean)[kTile], const A (&slope)[kTile],
-                                       T* const (&out)[kTile], int count) const {
+                                       Gradient* const (&out)[kTile], int count) const {
     constexpr int lanes = VecOf<A>::lanes;
     each_block<A>(s.channels, [&](int64_t c, auto vectors) {
       for (int t = 0; t < count; t += 2) {
@@ -103,8 +104,10 @@ class VectorProducts {
           for (int i = 0; i < width; ++i) {
             const int64_t at = c + i * lanes;
             const Vec<A> centred = load(tile + (t + r) * step + at);
-            const Vec<A> grad = (sums[r][i] - mean[t + r] - centred * slope[t + r]) * rstd[t + r];
-            store_lanes(out[t + r] + at, grad, p.channels - at < lanes ? p.channels - at : lanes);
+            const int64_t n = p.channels - at < lanes ? p.channels - at : lanes;
+            Vec<A> grad = (sums[r][i] - mean[t + r] - centred * slope[t + r]) * rstd[t + r];
+            if (p.add_gradients) grad += load_lanes(out[t + r] + at, n);
+            store_lanes(out[t + r] + at, grad, n);
           }
         }
       }
