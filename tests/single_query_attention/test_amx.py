@@ -92,9 +92,9 @@ def test_an_image_does_not_depend_on_the_others(queries):
 
 @pytest.mark.parametrize("channels", [32, 48])
 def test_strided_tokens_are_read_in_place_and_guard_bands_not_at_all(channels):
-    query, x, extra_token, grad = inputs_of(2, 3, 40, channels)
-    guarded = torch.full((4, 44, channels + 24), torch.nan, dtype=torch.bfloat16)
-    view = guarded[1:3, 2:42, 8 : 8 + channels]
+    query, x, extra_token, grad = inputs_of(2, 3, 100, channels)
+    guarded = torch.full((4, 104, channels + 24), torch.nan, dtype=torch.bfloat16)
+    view = guarded[1:3, 2:102, 8 : 8 + channels]
     view.copy_(x.detach())
     got = with_gradients(single_query_attention, (query, view.requires_grad_(), extra_token, grad), normalize=True)
     want = with_gradients(single_query_attention, (query, x, extra_token, grad), normalize=True)
