@@ -43,7 +43,7 @@ def test_any_channels(channels, normalize):
     check(inputs_of(2, 5, 69, channels), normalize=normalize)
 
 
-@pytest.mark.parametrize("queries", [1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64])
+@pytest.mark.parametrize("queries", [1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 200])
 def test_any_number_of_queries(queries):
     check(inputs_of(2, queries, 70, 96), normalize=True)
 
