@@ -25,6 +25,10 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "takes_bfloat16", [] { return TOKENFUSION_KERNELS(gemm).takes_bfloat16(); },
       "Whether the CPU kernels' own matrix product takes bfloat16 here.");
+  module.def("amx_allowed", &tokenfusion::amx_allowed,
+             "Whether this processor has AMX, the system permits it, and nobody has switched it off.");
+  module.def("allow_amx", &tokenfusion::allow_amx,
+             "Switch the kernels that use AMX off, or on again where it is there.");
 #ifdef TOKENFUSION_WITH_CUDA
   module.def("single_query_attention_cuda_max_channels", &tokenfusion::single_query_attention_cuda_max_channels,
              "The largest C for this many queries, bytes of an element and GPU; 0 where there is none.");

@@ -1,6 +1,8 @@
 #include "common/vec.h"
 #include "single_query_attention.h"
+#include "single_query_attention_amx.h"
 #include "single_query_attention_tiles.h"
+#include "single_query_attention_vectors.h"
 
 namespace tokenfusion {
 namespace TOKENFUSION_ISA_NAMESPACE {
@@ -8,8 +10,8 @@ namespace {
 
 // Online softmax of one tile: scores become p * rstd relative to the running maximum; keep is what the earlier ones
 // are multiplied by.
-template <typename A>
-TF_INLINE void online_softmax(const Scratch<A>& s, const A (&rstd)[kTile], int count) {
+template <typename A, int kTile>
+TF_INLINE void online_softmax(const Scratch<A, kTile>& s, const A (&rstd)[kTile], int count) {
   constexpr int lanes = VecOf<A>::lanes;
   for (int64_t q = 0; q < s.queries; ++q) {
     A* const scores = s.scores + q * kTile;
@@ -30,6 +32,9 @@ TF_INLINE void online_softmax(const Scratch<A>& s, const A (&rstd)[kTile], int c
   }
 }
 
+// Of [images or parts, all queries], the row of number i's first query.
+TF_INLINE int64_t first_row_of(const Params& p, int64_t i) { return i * p.all_queries + p.first_query; }
+
 template <typename T, typename A>
 void write_context(const Params& p, const A* sums, int64_t row, A maximum, A total) {
   T* const out = static_cast<T*>(p.context) + row * p.channels;
@@ -38,36 +43,49 @@ void write_context(const Params& p, const A* sums, int64_t row, A maximum, A tot
   static_cast<A*>(p.statistics)[row] = maximum + A(__builtin_log(total));
 }
 
-template <typename T>
+template <typename Products>
+int64_t scratch_bytes(int64_t channels, int64_t queries) {
+  Params most{};
+  most.channels = channels;
+  most.queries = queries;
+  most.normalize = true;
+  most.grad_context = most.grad_tokens = &most;
+  return reinterpret_cast<intptr_t>(Products(most, nullptr).end());
+}
+
+template <typename Products>
 void forward(const Params& p, int64_t begin_part, int64_t end_part, void* memory) {
-  typedef typename Accumulator<T>::type A;
-  Scratch<A> s;
-  Scratch<A>::layout(&s, memory, p.channels, p.queries);
+  typedef typename Products::T T;
+  typedef typename Products::A A;
+  constexpr int kTile = Products::kTile;
+  Products products(p, memory);
+  const Scratch<A, kTile> s = products.s;
   for (int64_t i_part = begin_part; i_part < end_part; ++i_part) {
     const Part part = p.parts[i_part];
-    widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride, p.query_stride, p.queries,
-               p.channels, s.query, s);
-    for (int64_t i = 0; i < s.queries * s.pitch; i += VecOf<A>::lanes) store(s.context + i, Vec<A>{});
+    widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride + p.first_query * p.query_stride,
+               p.query_stride, p.queries, p.channels, s.query, s);
     for (int64_t q = 0; q < s.queries; ++q) {
       s.maximum[q] = -__builtin_inf();
       store(s.total + q * VecOf<A>::lanes, Vec<A>{});
+      s.query_mean[q] = row_sum(s.query + q * s.pitch, s) / A(p.channels);
     }
+    products.begin(s.context);
     for (int64_t first = part.begin; first < part.end; first += kTile) {
-      const TileRows<T> rows(p, part, first);
+      const TileRows<T, kTile> rows(p, part, first);
       A rstd[kTile];
       Prefetch next(rows.row[0] + kTile * p.tokens_stride);
-      load_tile(p, rows, s, rstd);
-      dot_tile(s.query, rstd, s, s.scores, next);
+      products.dot(rows, rstd, next);
       online_softmax(s, rstd, rows.count);
-      accumulate_tile(s.scores, s, s.context, next);
+      products.accumulate(s.scores, s.context, next);
     }
+    products.finish(s.context);
     for (int64_t q = 0; q < p.queries; ++q) {
       // the context of no row is 0
       const A total = part.begin == part.end ? A(1) : sum_lanes<A>(load(s.total + q * VecOf<A>::lanes));
       if (part.whole) {
-        write_context<T>(p, s.context + q * s.pitch, part.image * p.queries + q, s.maximum[q], total);
+        write_context<T>(p, s.context + q * s.pitch, first_row_of(p, part.image) + q, s.maximum[q], total);
       } else {
-        const int64_t row = i_part * p.queries + q;
+        const int64_t row = first_row_of(p, i_part) + q;
         static_cast<A*>(p.partial_max)[row] = s.maximum[q];
         static_cast<A*>(p.partial_sum)[row] = total;
         A* const out = static_cast<A*>(p.partial_context) + row * p.channels;
@@ -115,47 +133,8 @@ void combine(const Params& p, int64_t begin_row, int64_t end_row) {
   }
 }
 
-// Gradient of the tile's tokens: with dn_t = sum_q p_qt dcontext_q + ds_qt query_q, that of token t is
-// rstd_t (dn_t - mean(dn_t) - n_t mean(dn_t n_t)), whose means come from sums that are known already: mean is the
-// first and slope is rstd_t times the second. out is null for rows beyond the tile's count and for those that need
-// none.
-template <typename T, typename A>
-TF_INLINE void write_token_gradients(const Params& p, const Scratch<A>& s, const A* weights, const A* grad_scores,
-                                     const A (&rstd)[kTile], const A (&mean)[kTile], const A (&slope)[kTile],
-                                     T* const (&out)[kTile], int count) {
-  constexpr int lanes = VecOf<A>::lanes;
-  each_block<A>(s.channels, [&](int64_t c, auto vectors) {
-    for (int t = 0; t < count; t += 2) {
-      constexpr int width = decltype(vectors)::value;
-      Vec<A> sums[2][width] = {};
-      for (int64_t q = 0; q < s.queries; ++q) {
-        const A p0 = weights[q * kTile + t], p1 = weights[q * kTile + t + 1];
-        const A d0 = grad_scores[q * kTile + t], d1 = grad_scores[q * kTile + t + 1];
-#pragma GCC unroll 8
-        for (int i = 0; i < width; ++i) {
-          const Vec<A> grad = load(s.grad_context + q * s.pitch + c + i * lanes);
-          const Vec<A> query = load(s.query + q * s.pitch + c + i * lanes);
-          sums[0][i] += grad * p0 + query * d0;
-          sums[1][i] += grad * p1 + query * d1;
-        }
-      }
-#pragma GCC unroll 2
-      for (int r = 0; r < 2; ++r) {
-        if (out[t + r] == nullptr) continue;
-#pragma GCC unroll 8
-        for (int i = 0; i < width; ++i) {
-          const int64_t at = c + i * lanes;
-          const Vec<A> centred = load(s.tile + (t + r) * s.pitch + at);
-          const Vec<A> grad = (sums[r][i] - mean[t + r] - centred * slope[t + r]) * rstd[t + r];
-          store_lanes(out[t + r] + at, grad, p.channels - at < lanes ? p.channels - at : lanes);
-        }
-      }
-    }
-  });
-}
-
-template <typename T, typename A>
-void write_query_gradient(const Params& p, const Scratch<A>& s, int64_t q, T* out) {
+template <typename T, typename A, int kTile>
+void write_query_gradient(const Params& p, const Scratch<A, kTile>& s, int64_t q, T* out) {
   // The score gradients sum to zero but for rounding in delta, whose share of the query's gradient goes here.
   const A excess = sum_lanes<A>(load(s.total + q * VecOf<A>::lanes));
   each_vector<A>(p.channels, [&](int64_t c, int64_t n) {
@@ -163,41 +142,39 @@ void write_query_gradient(const Params& p, const Scratch<A>& s, int64_t q, T* ou
   });
 }
 
-template <typename T>
+template <typename Products>
 void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memory) {
-  typedef typename Accumulator<T>::type A;
-  constexpr int lanes = VecOf<A>::lanes;
-  Scratch<A> s;
-  Scratch<A>::layout(&s, memory, p.channels, p.queries);
+  typedef typename Products::T T;
+  typedef typename Products::A A;
+  constexpr int lanes = VecOf<A>::lanes, kTile = Products::kTile;
+  Products products(p, memory);
+  const Scratch<A, kTile> s = products.s;
   for (int64_t i_part = begin_part; i_part < end_part; ++i_part) {
     const Part part = p.parts[i_part];
     const bool lone = part.whole && part.end - part.begin == 1;
-    const int64_t first_row = part.image * p.queries;
-    widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride, p.query_stride, p.queries,
-               p.channels, s.query, s);
+    const int64_t first_row = first_row_of(p, part.image);
+    widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride + p.first_query * p.query_stride,
+               p.query_stride, p.queries, p.channels, s.query, s);
     widen_rows(static_cast<const T*>(p.grad_context) + first_row * p.channels, p.channels, p.queries, p.channels,
                s.grad_context, s);
     widen_rows(static_cast<const T*>(p.context) + first_row * p.channels, p.channels, p.queries, p.channels, s.context,
                s);
     for (int64_t q = 0; q < s.queries; ++q) {
       Vec<A> product{};
-      for (int64_t c = q * s.pitch; c < q * s.pitch + s.channels; c += lanes) {
+      for (int64_t c = q * s.pitch; c < q * s.pitch + s.channels; c += lanes)
         product += load(s.grad_context + c) * load(s.context + c);
-        store(s.grad_query + c, Vec<A>{});
-      }
       s.delta[q] = sum_lanes<A>(product);
       store(s.total + q * lanes, Vec<A>{});
       s.keep[q] = 1;
       s.query_mean[q] = row_sum(s.query + q * s.pitch, s) / A(p.channels);
       s.grad_mean[q] = row_sum(s.grad_context + q * s.pitch, s) / A(p.channels);
     }
+    products.begin(s.grad_query);
     for (int64_t first = part.begin; first < part.end; first += kTile) {
-      const TileRows<T> rows(p, part, first);
+      const TileRows<T, kTile> rows(p, part, first);
       A rstd[kTile], mean[kTile] = {}, slope[kTile] = {};
       Prefetch next(rows.row[0] + kTile * p.tokens_stride);
-      load_tile(p, rows, s, rstd);
-      dot_tile(s.query, rstd, s, s.scores, next);
-      dot_tile(s.grad_context, rstd, s, s.weights, next);  // dp, until it becomes ds below
+      products.dot(rows, rstd, next);  // weights are dp, until they become ds below
       for (int64_t q = 0; q < p.queries; ++q) {
         const A lse = static_cast<const A*>(p.statistics)[first_row + q];
         for (int t = 0; t < kTile; t += lanes) {
@@ -218,29 +195,40 @@ void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memor
       }
       for (int64_t i = p.queries * kTile; i < s.queries * kTile; ++i) s.scores[i] = s.weights[i] = 0;
       if (p.grad_tokens != nullptr || p.grad_extra_token != nullptr) {
-        T* out[kTile] = {};
-        const bool has_extra = p.extra_token != nullptr;
-        for (int t = 0; t < rows.count; ++t) {
-          const int64_t j = first + t;
-          const bool is_extra = has_extra && j == 0;
-          T* const grad = static_cast<T*>(is_extra ? p.grad_extra_token : p.grad_tokens);
-          const int64_t at = is_extra ? part.image * p.channels : part.at_token_gradient + (j - has_extra) * p.channels;
-          if (grad != nullptr) out[t] = grad + at;
+        const auto write = [&](auto* type) {
+          typedef decltype(type) Gradient;
+          Gradient out[kTile] = {};
+          const bool has_extra = p.extra_token != nullptr;
+          for (int t = 0; t < rows.count; ++t) {
+            const int64_t j = first + t;
+            const bool is_extra = has_extra && j == 0;
+            const Gradient grad = static_cast<Gradient>(is_extra ? p.grad_extra_token : p.grad_tokens);
+            const int64_t at =
+                is_extra ? part.image * p.channels : part.at_token_gradient + (j - has_extra) * p.channels;
+            if (grad != nullptr) out[t] = grad + at;
+          }
+          products.write_token_gradients(rstd, mean, slope, out, rows.count);
+        };
+        if (sizeof(T) < sizeof(A) && p.wide_gradients) {
+          write(static_cast<A*>(nullptr));
+        } else {
+          write(static_cast<T*>(nullptr));
         }
-        write_token_gradients<T>(p, s, s.scores, s.weights, rstd, mean, slope, out, rows.count);
       }
       if (p.grad_query != nullptr) {
         for (int64_t i = 0; i < s.queries * kTile; i += lanes)
           store(s.weights + i, load(s.weights + i) * load(rstd + i % kTile));
-        accumulate_tile(s.weights, s, s.grad_query, next);
+        products.accumulate(s.weights, s.grad_query, next);
       }
     }
+    products.finish(s.grad_query);
     if (p.grad_query == nullptr) continue;
     for (int64_t q = 0; q < p.queries; ++q) {
       if (part.whole) {
         write_query_gradient(p, s, q, static_cast<T*>(p.grad_query) + (first_row + q) * p.channels);
       } else {
-        write_query_gradient(p, s, q, static_cast<A*>(p.partial_grad_query) + (i_part * p.queries + q) * p.channels);
+        write_query_gradient(p, s, q,
+                             static_cast<A*>(p.partial_grad_query) + (first_row_of(p, i_part) + q) * p.channels);
       }
     }
   }
@@ -262,14 +250,38 @@ void sum_gradients(const Params& p, int64_t begin_row, int64_t end_row) {
   }
 }
 
-template <typename T>
-constexpr SingleQueryAttentionKernels::ForDtype for_dtype() {
-  return {scratch_bytes<T>, forward<T>, combine<T>, backward<T>, sum_gradients<T>};
+template <typename Products>
+constexpr SingleQueryAttentionKernels::ForDtype for_products() {
+  typedef typename Products::T T;
+  return {scratch_bytes<Products>, forward<Products>, combine<T>, backward<Products>, sum_gradients<T>};
 }
+
+#if TF_AMX
+// The vectors' functions, or those of AMX where it may be used.
+constexpr SingleQueryAttentionKernels::ForDtype kPlain = for_products<VectorProducts<bf16>>(),
+                                                kAmx = for_products<AmxProducts>();
+
+constexpr SingleQueryAttentionKernels::ForDtype kBfloat16 = {
+    [](int64_t channels, int64_t queries) {  // enough for both
+      const int64_t plain = kPlain.scratch_bytes(channels, queries), amx = kAmx.scratch_bytes(channels, queries);
+      return plain > amx ? plain : amx;
+    },
+    [](const Params& p, int64_t begin, int64_t end, void* scratch) {
+      (amx_allowed() ? kAmx : kPlain).forward(p, begin, end, scratch);
+    },
+    kPlain.combine,
+    [](const Params& p, int64_t begin, int64_t end, void* scratch) {
+      (amx_allowed() ? kAmx : kPlain).backward(p, begin, end, scratch);
+    },
+    kPlain.sum_gradients};
+#else
+constexpr SingleQueryAttentionKernels::ForDtype kBfloat16 = for_products<VectorProducts<bf16>>();
+#endif
 
 }  // namespace
 
-const SingleQueryAttentionKernels single_query_attention = {for_dtype<float>(), for_dtype<bf16>(), for_dtype<double>()};
+const SingleQueryAttentionKernels single_query_attention = {for_products<VectorProducts<float>>(), kBfloat16,
+                                                            for_products<VectorProducts<double>>()};
 
 }  // namespace TOKENFUSION_ISA_NAMESPACE
 }  // namespace tokenfusion

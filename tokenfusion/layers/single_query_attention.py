@@ -9,7 +9,7 @@ from torch import nn
 
 from tokenfusion.kernels import dispatch, single_query_attention
 from tokenfusion.kernels.checks import check_device, check_floating, check_rank, check_shape, symbolic
-from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES, check_lengths, is_nested, packed, padded
+from tokenfusion.kernels.single_query_attention.op import check_lengths, is_nested, packed, padded
 from tokenfusion.layers.attention_weights import (
     as_lengths,
     attention_weights,
@@ -222,13 +222,10 @@ def _attend(
     norm: nn.LayerNorm | None,
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The operator, in as many calls as its kernels need for the queries."""
     options = dict(lengths=lengths, **(dict(normalize=False) if norm is None else dict(normalize=True, eps=norm.eps)))
-    if dispatch.transform() is not None:
-        return single_query_attention(query, tokens, extra_token, **options)
-    tokens = tokens if is_nested(tokens) or tokens.stride(-1) == 1 else tokens.contiguous()
-    parts = [single_query_attention(part, tokens, extra_token, **options) for part in query.split(MAX_QUERIES, dim=1)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if dispatch.transform() is None and not is_nested(tokens) and tokens.stride(-1) != 1:
+        tokens = tokens.contiguous()
+    return single_query_attention(query, tokens, extra_token, **options)
 
 
 class SingleQueryAttention(OwnLayer, nn.Module):
@@ -437,13 +434,16 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         return out, weights.mean(dim=1) if average else weights
 
 
+_TOGETHER = 64  # queries
+
+
 def attend_together(layers: Sequence[SingleQueryAttention], tokens: torch.Tensor) -> list[torch.Tensor]:
     """layer(tokens) for each of some layers with learned queries, which go to the kernel together.
 
     By as many layers as it takes: a result of all of them would be joined and split again, forward and backward. They
     are as `ProbeGrid.why_not` asks.
     """
-    if len(layers) > 1 and sum(each.num_heads * each.latent.shape[1] for each in layers) > MAX_QUERIES:
+    if len(layers) > 1 and sum(each.num_heads * each.latent.shape[1] for each in layers) > _TOGETHER:
         half = len(layers) // 2
         return attend_together(layers[:half], tokens) + attend_together(layers[half:], tokens)
     queries = [_absorbed(each.q(each.latent) * each.scale, each.norm, each.k, each.num_heads) for each in layers]

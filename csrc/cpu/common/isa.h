@@ -9,6 +9,11 @@ enum class Isa { kDefault, kAvx2, kAvx512 };
 // What PyTorch itself chose for this processor (the variable ATEN_CPU_CAPABILITY overrides it).
 Isa isa();
 
+// Whether bfloat16 may be multiplied by the tiles of AMX: the processor has them, the system permits them, and nobody
+// has switched them off.
+bool amx_allowed();
+void allow_amx(bool allowed);  // for the process; no effect where there are none
+
 }  // namespace tokenfusion
 
 // Declares, in the namespace tokenfusion, what a kernel file defines once per instruction set.

@@ -1,0 +1,212 @@
+// The products of single_query_attention by vectors. For single_query_attention_kernels.cpp alone.
+#pragma once
+
+#include "single_query_attention_tiles.h"
+
+namespace tokenfusion {
+namespace TOKENFUSION_ISA_NAMESPACE {
+namespace {
+
+// Keeps the compiler from loading a vector again for each use.
+template <typename A>
+TF_INLINE Vec<A> in_register(Vec<A> v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+template <typename Dtype>
+class VectorProducts {
+ public:
+  typedef Dtype T;
+  typedef typename Accumulator<T>::type A;
+  static constexpr int kTile = 16;  // tokens held in cache at a time
+
+  const Params& p;
+  Scratch<A, kTile> s;
+
+  VectorProducts(const Params& params, void* memory)
+      : p(params), s(memory, p.channels, p.queries), copied(static_cast<A*>(s.end)) {}
+  void* end() const { return copied + kTile * s.pitch; }
+
+  // Before the tiles of a part, whose sums go to `out`.
+  void begin(A* out) const {
+    for (int64_t i = 0; i < s.queries * s.pitch; i += VecOf<A>::lanes) store(out + i, Vec<A>{});
+  }
+
+  // s.scores[q][t] = query[q] . n_t and, backward, s.weights[q][t] = grad_context[q] . n_t
+  TF_INLINE void dot(const TileRows<T, kTile>& rows, A (&rstd)[kTile], Prefetch& next) {
+    place(rows, rstd);
+    dot_tile(s.query, rstd, s.scores, next);
+    if (p.grad_context != nullptr) dot_tile(s.grad_context, rstd, s.weights, next);
+  }
+
+  // out[q] = out[q] * keep[q] + sum_t weights[q][t] tile[t]
+  TF_INLINE void accumulate(const A* weights, A* out, Prefetch& next) const {
+    constexpr int lanes = VecOf<A>::lanes;
+    each_block<A>(s.channels, [&](int64_t c, auto vectors) {
+      for (int64_t q = 0; q < s.queries; q += kPair) {
+        constexpr int count = decltype(vectors)::value;
+        A* const rows[kPair] = {out + q * s.pitch + c, out + (q + 1) * s.pitch + c};
+        Vec<A> sums[kPair][count];
+#pragma GCC unroll 8
+        for (int i = 0; i < count; ++i) {
+          sums[0][i] = load(rows[0] + i * lanes) * s.keep[q];
+          sums[1][i] = load(rows[1] + i * lanes) * s.keep[q + 1];
+        }
+        for (int t = 0; t < kTile; ++t) {
+          next.line();
+          const A w0 = weights[q * kTile + t], w1 = weights[(q + 1) * kTile + t];
+#pragma GCC unroll 8
+          for (int i = 0; i < count; ++i) {
+            const Vec<A> token = in_register<A>(load(tile + t * step + c + i * lanes));
+            sums[0][i] += token * w0;
+            sums[1][i] += token * w1;
+          }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < count; ++i) {
+          store(rows[0] + i * lanes, sums[0][i]);
+          store(rows[1] + i * lanes, sums[1][i]);
+        }
+      }
+    });
+  }
+
+  // Gradient of the tile's tokens: with dn_t = sum_q p_qt dcontext_q + ds_qt query_q, that of token t is
+  // rstd_t (dn_t - mean(dn_t) - n_t mean(dn_t n_t)), whose means come from sums that are known already: mean is the
+  // first and slope is rstd_t times the second. out is null for rows beyond the tile's count and for those that need
+  // none.
+  template <typename Gradient>
+  TF_INLINE void write_token_gradients(const A (&rstd)[kTile], const A (&mean)[kTile], const A (&slope)[kTile],
+                                       Gradient* const (&out)[kTile], int count) const {
+    constexpr int lanes = VecOf<A>::lanes;
+    each_block<A>(s.channels, [&](int64_t c, auto vectors) {
+      for (int t = 0; t < count; t += 2) {
+        constexpr int width = decltype(vectors)::value;
+        Vec<A> sums[2][width] = {};
+        for (int64_t q = 0; q < s.queries; ++q) {
+          const A p0 = s.scores[q * kTile + t], p1 = s.scores[q * kTile + t + 1];
+          const A d0 = s.weights[q * kTile + t], d1 = s.weights[q * kTile + t + 1];
+#pragma GCC unroll 8
+          for (int i = 0; i < width; ++i) {
+            const Vec<A> grad = load(s.grad_context + q * s.pitch + c + i * lanes);
+            const Vec<A> query = load(s.query + q * s.pitch + c + i * lanes);
+            sums[0][i] += grad * p0 + query * d0;
+            sums[1][i] += grad * p1 + query * d1;
+          }
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; ++r) {
+          if (out[t + r] == nullptr) continue;
+#pragma GCC unroll 8
+          for (int i = 0; i < width; ++i) {
+            const int64_t at = c + i * lanes;
+            const Vec<A> centred = load(tile + (t + r) * step + at);
+            const int64_t n = p.channels - at < lanes ? p.channels - at : lanes;
+            Vec<A> grad = (sums[r][i] - mean[t + r] - centred * slope[t + r]) * rstd[t + r];
+            if (p.add_gradients) grad += load_lanes(out[t + r] + at, n);
+            store_lanes(out[t + r] + at, grad, n);
+          }
+        }
+      }
+    });
+  }
+
+  // After the tiles of a part.
+  void finish(A*) const {}
+
+ private:
+  static constexpr int kChains = 4;
+
+  A* copied;      // [kTile, pitch]
+  const A* tile;  // tokens less their means, `step` apart
+  int64_t step;
+
+  // The tile lies in place where nothing has to be done to it, and its rows do not fall into one set of the cache.
+  TF_INLINE void place(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      constexpr int64_t page = 4096 / sizeof(A);
+      if (!p.normalize && rows.evenly_spaced && p.channels == s.channels && p.tokens_stride % page != 0) {
+        tile = rows.row[0];
+        step = p.tokens_stride;
+        for (int t = 0; t < kTile; ++t) rstd[t] = 1;
+        return;
+      }
+    }
+    load_tile(rows, rstd);
+    tile = copied;
+    step = s.pitch;
+  }
+
+  // Copies the rows, less their means where they are normalised: n_t = tile[t] * rstd[t].
+  TF_INLINE void load_tile(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) const {
+    constexpr int lanes = VecOf<A>::lanes;
+    static_assert(kTile % lanes == 0, "a tile is made of whole groups of rows");
+    for (int first = 0; first < kTile; first += lanes) {
+      Vec<A> squares[lanes];
+      for (int t = 0; t < lanes; ++t) {
+        const T* const row = rows.row[first + t];
+        A* const out = copied + (first + t) * s.pitch;
+        Vec<A> sums[kChains] = {}, products[kChains] = {};
+        if (p.normalize)
+          each_chain(p.channels, [&](int64_t c, int64_t n, int chain) { sums[chain] += load_lanes(row + c, n); });
+        const A mean = sum_lanes<A>(sum_of(sums)) / A(p.channels);
+        each_chain(p.channels, [&](int64_t c, int64_t n, int chain) {
+          const Vec<A> centred = first_lanes<A>(load_lanes(row + c, n) - mean, n);
+          store(out + c, centred);
+          products[chain] += centred * centred;
+        });
+        squares[t] = sum_of(products);
+      }
+      const Vec<A> variance = sum_each<A>(squares) / A(p.channels) + A(p.eps);
+      for (int t = 0; t < lanes; ++t) rstd[first + t] = p.normalize ? 1 / __builtin_sqrt(variance[t]) : 1;
+    }
+  }
+
+  // f as of each_vector, and which of several independent sums the vector goes to.
+  template <typename F>
+  static TF_INLINE void each_chain(int64_t channels, F f) {
+    constexpr int64_t lanes = VecOf<A>::lanes, group = kChains * lanes;
+    const int64_t whole = channels / group * group;
+    for (int64_t c = 0; c < whole; c += group)
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) f(c + i * lanes, lanes, i);
+    each_vector<A>(channels - whole, [&](int64_t c, int64_t n) { f(whole + c, n, 0); });
+  }
+  static TF_INLINE Vec<A> sum_of(const Vec<A> (&v)[kChains]) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+  // out[q][t] = matrix[q] . n_t
+  TF_INLINE void dot_tile(const A* matrix, const A (&rstd)[kTile], A* out, Prefetch& next) const {
+    constexpr int lanes = VecOf<A>::lanes;
+    constexpr int tokens = lanes / kPair;
+    for (int t = 0; t < kTile; t += tokens) {
+      const A* const token_rows = tile + t * step;
+      for (int64_t q = 0; q < s.queries; q += kPair) {
+        const A* const query = matrix + q * s.pitch;
+        Vec<A> sums[lanes] = {};
+        for (int64_t c = 0; c < s.channels; c += lanes) {
+          next.line();
+          const Vec<A> first = load(query + c), second = load(query + s.pitch + c);
+#pragma GCC unroll 8
+          for (int i = 0; i < tokens; ++i) {
+            const Vec<A> token = in_register<A>(load(token_rows + i * step + c));
+            sums[i] += first * token;
+            sums[tokens + i] += second * token;
+          }
+        }
+        const Vec<A> dots = sum_each<A>(sums);
+        __builtin_memcpy(out + q * kTile + t, &dots, sizeof(dots) / 2);
+        __builtin_memcpy(out + (q + 1) * kTile + t, reinterpret_cast<const char*>(&dots) + sizeof(dots) / 2,
+                         sizeof(dots) / 2);
+      }
+    }
+    for (int64_t q = 0; q < s.queries; ++q)
+      for (int t = 0; t < kTile; t += lanes) store(out + q * kTile + t, load(out + q * kTile + t) * load(rstd + t));
+  }
+};
+
+}  // namespace
+}  // namespace TOKENFUSION_ISA_NAMESPACE
+}  // namespace tokenfusion
