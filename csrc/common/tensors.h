@@ -22,8 +22,13 @@ inline Tensor with_contiguous_rows(const Tensor& tensor) {
 }
 
 // An uninitialised gradient; of size 0 where it is not needed.
+inline Tensor empty_gradient(bool needed, const Tensor& like, at::ScalarType dtype) {
+  const auto options = like.options().dtype(dtype);
+  return needed ? at::empty(like.sizes(), options) : at::empty({0}, options);
+}
+
 inline Tensor empty_gradient(bool needed, const Tensor& like) {
-  return needed ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
+  return empty_gradient(needed, like, like.scalar_type());
 }
 
 }  // namespace tokenfusion

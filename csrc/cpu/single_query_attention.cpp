@@ -22,7 +22,9 @@ namespace {
 constexpr int64_t kItemsPerThread = 4;       // below it, images are cut into parts
 constexpr int64_t kMinRowsPerPart = 64;      // threads do not pay for less
 constexpr int64_t kMaxRowsPerPart = 1024;    // a longer sum would lose precision
-constexpr int64_t kWorkPerThread = 1 << 16;  // multiplications below which threads do not pay
+constexpr int64_t kQueryElements = 3 << 14;  // of a block of queries that stays in cache, in each of four matrices
+constexpr int64_t kMinQueries = 16, kMaxQueries = 128;  // of a block
+constexpr int64_t kWorkPerThread = 1 << 16;             // multiplications below which threads do not pay
 
 // The tokens of an image: the number of the first, among those of all images one after the other, and how many.
 struct Bag {
@@ -100,7 +102,7 @@ SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens
     p.extra_token_stride = extra_token->stride(0);
   }
   p.channels = tokens.size(2);
-  p.queries = query.size(1);
+  p.all_queries = p.queries = query.size(1);
   p.parts = cut.parts.data();
   p.first_part = cut.first_part.data();
   p.normalize = normalize;
@@ -108,16 +110,31 @@ SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens
   return p;
 }
 
+int64_t queries_of_block(const SingleQueryAttentionParams& p) {
+  const int64_t most = std::clamp(kQueryElements / std::max<int64_t>(1, p.channels), kMinQueries, kMaxQueries);
+  return at::divup(p.all_queries, std::max<int64_t>(1, at::divup(p.all_queries, most)));
+}
+
+// Reads the rows of a part, which stay in cache, again for each block of queries.
 void run_parts(const SingleQueryAttentionParams& p, const Cut& cut,
                const SingleQueryAttentionKernels::ForDtype& kernels, SingleQueryAttentionKernels::Parts kernel) {
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, p.channels * p.queries));
-  const int64_t scratch_bytes = kernels.scratch_bytes(p.channels, p.queries);
+  const int64_t block = queries_of_block(p), scratch_bytes = kernels.scratch_bytes(p.channels, block);
   const auto part_at = [&](int64_t cost) {
     return std::lower_bound(cut.cost.begin(), cut.cost.end(), cost) - cut.cost.begin();
   };
   at::parallel_for(0, cut.cost.back(), grain, [&](int64_t begin, int64_t end) {
     const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
-    kernel(p, part_at(begin), part_at(end), scratch.get());
+    SingleQueryAttentionParams q = p;
+    for (int64_t part = part_at(begin); part < part_at(end); ++part) {
+      q.first_query = 0;
+      do {
+        q.queries = std::min(block, p.all_queries - q.first_query);
+        q.add_gradients = q.first_query > 0;
+        kernel(q, part, part + 1, scratch.get());
+        q.first_query += block;
+      } while (q.first_query < p.all_queries);
+    }
   });
 }
 
@@ -201,8 +218,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
   p.grad_context = grad_context.const_data_ptr();
 
   Tensor grad_query = empty_gradient(needed[0], query);
-  Tensor grad_tokens = empty_gradient(needed[1], tokens);
-  Tensor grad_extra_token = empty_gradient(needed[2], extra_token.value_or(query));
+  // gradients that several blocks of queries add to are rounded once
+  const at::ScalarType dtype = tokens.scalar_type();
+  const at::ScalarType sums = queries_of_block(p) < p.all_queries ? accumulation_dtype(tokens) : dtype;
+  p.wide_gradients = sums != dtype;
+  Tensor grad_tokens = empty_gradient(needed[1], tokens, sums);
+  Tensor grad_extra_token = empty_gradient(needed[2], extra_token.value_or(query), sums);
   Tensor partial_grad_query;
   if (needed[0]) {
     p.grad_query = grad_query.data_ptr();
@@ -219,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
   if (needed[2]) p.grad_extra_token = grad_extra_token.data_ptr();
   run_parts(p, cut, kernels, kernels.backward);
   if (needed[0] && cut.has_partial()) run_rows(p, cut, kernels.sum_gradients);
-  return {grad_query, grad_tokens, grad_extra_token};
+  return {grad_query, grad_tokens.to(dtype), grad_extra_token.to(dtype)};
 }
 
 }  // namespace

@@ -24,9 +24,10 @@ struct SingleQueryAttentionParams {
   int64_t tokens_stride;
   const void* extra_token;  // [batch, channels] or null
   int64_t extra_token_stride;
-  int64_t channels, queries;
-  const SingleQueryAttentionPart* parts;  // image by image, in the order of their rows
-  const int64_t* first_part;              // [batch + 1], of each image
+  int64_t channels;
+  int64_t all_queries, first_query, queries;  // of an image, and which of them a call is for
+  const SingleQueryAttentionPart* parts;      // image by image, in the order of their rows
+  const int64_t* first_part;                  // [batch + 1], of each image
   bool normalize;
   double eps;
 
@@ -42,6 +43,8 @@ struct SingleQueryAttentionParams {
   void* partial_grad_query;  // of images in several parts: accumulation dtype, [parts, queries, channels]
   void* grad_tokens;         // contiguous, or null
   void* grad_extra_token;    // contiguous, or null
+  bool wide_gradients;       // these two are of the accumulation dtype
+  bool add_gradients;        // and what they hold is added to
 };
 
 struct SingleQueryAttentionKernels {

@@ -30,6 +30,9 @@ TF_INLINE void online_softmax(const Scratch<A>& s, const A (&rstd)[kTile], int c
   }
 }
 
+// Of [images or parts, all queries], the row of number i's first query.
+TF_INLINE int64_t first_row_of(const Params& p, int64_t i) { return i * p.all_queries + p.first_query; }
+
 template <typename T, typename A>
 void write_context(const Params& p, const A* sums, int64_t row, A maximum, A total) {
   T* const out = static_cast<T*>(p.context) + row * p.channels;
@@ -45,8 +48,8 @@ void forward(const Params& p, int64_t begin_part, int64_t end_part, void* memory
   Scratch<A>::layout(&s, memory, p.channels, p.queries);
   for (int64_t i_part = begin_part; i_part < end_part; ++i_part) {
     const Part part = p.parts[i_part];
-    widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride, p.query_stride, p.queries,
-               p.channels, s.query, s);
+    widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride + p.first_query * p.query_stride,
+               p.query_stride, p.queries, p.channels, s.query, s);
     for (int64_t i = 0; i < s.queries * s.pitch; i += VecOf<A>::lanes) store(s.context + i, Vec<A>{});
     for (int64_t q = 0; q < s.queries; ++q) {
       s.maximum[q] = -__builtin_inf();
@@ -65,9 +68,9 @@ void forward(const Params& p, int64_t begin_part, int64_t end_part, void* memory
       // the context of no row is 0
       const A total = part.begin == part.end ? A(1) : sum_lanes<A>(load(s.total + q * VecOf<A>::lanes));
       if (part.whole) {
-        write_context<T>(p, s.context + q * s.pitch, part.image * p.queries + q, s.maximum[q], total);
+        write_context<T>(p, s.context + q * s.pitch, first_row_of(p, part.image) + q, s.maximum[q], total);
       } else {
-        const int64_t row = i_part * p.queries + q;
+        const int64_t row = first_row_of(p, i_part) + q;
         static_cast<A*>(p.partial_max)[row] = s.maximum[q];
         static_cast<A*>(p.partial_sum)[row] = total;
         A* const out = static_cast<A*>(p.partial_context) + row * p.channels;
@@ -146,8 +149,10 @@ TF_INLINE void write_token_gradients(const Params& p, const Scratch<A>& s, const
         for (int i = 0; i < width; ++i) {
           const int64_t at = c + i * lanes;
           const Vec<A> centred = load(s.tile + (t + r) * s.pitch + at);
-          const Vec<A> grad = (sums[r][i] - mean[t + r] - centred * slope[t + r]) * rstd[t + r];
-          store_lanes(out[t + r] + at, grad, p.channels - at < lanes ? p.channels - at : lanes);
+          const int64_t n = p.channels - at < lanes ? p.channels - at : lanes;
+          Vec<A> grad = (sums[r][i] - mean[t + r] - centred * slope[t + r]) * rstd[t + r];
+          if (p.add_gradients) grad += load_lanes(out[t + r] + at, n);
+          store_lanes(out[t + r] + at, grad, n);
         }
       }
     }
@@ -172,9 +177,9 @@ void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memor
   for (int64_t i_part = begin_part; i_part < end_part; ++i_part) {
     const Part part = p.parts[i_part];
     const bool lone = part.whole && part.end - part.begin == 1;
-    const int64_t first_row = part.image * p.queries;
-    widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride, p.query_stride, p.queries,
-               p.channels, s.query, s);
+    const int64_t first_row = first_row_of(p, part.image);
+    widen_rows(static_cast<const T*>(p.query) + part.image * p.query_batch_stride + p.first_query * p.query_stride,
+               p.query_stride, p.queries, p.channels, s.query, s);
     widen_rows(static_cast<const T*>(p.grad_context) + first_row * p.channels, p.channels, p.queries, p.channels,
                s.grad_context, s);
     widen_rows(static_cast<const T*>(p.context) + first_row * p.channels, p.channels, p.queries, p.channels, s.context,
@@ -218,16 +223,25 @@ void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memor
       }
       for (int64_t i = p.queries * kTile; i < s.queries * kTile; ++i) s.scores[i] = s.weights[i] = 0;
       if (p.grad_tokens != nullptr || p.grad_extra_token != nullptr) {
-        T* out[kTile] = {};
-        const bool has_extra = p.extra_token != nullptr;
-        for (int t = 0; t < rows.count; ++t) {
-          const int64_t j = first + t;
-          const bool is_extra = has_extra && j == 0;
-          T* const grad = static_cast<T*>(is_extra ? p.grad_extra_token : p.grad_tokens);
-          const int64_t at = is_extra ? part.image * p.channels : part.at_token_gradient + (j - has_extra) * p.channels;
-          if (grad != nullptr) out[t] = grad + at;
+        const auto write = [&](auto* type) {
+          typedef decltype(type) Gradient;
+          Gradient out[kTile] = {};
+          const bool has_extra = p.extra_token != nullptr;
+          for (int t = 0; t < rows.count; ++t) {
+            const int64_t j = first + t;
+            const bool is_extra = has_extra && j == 0;
+            const Gradient grad = static_cast<Gradient>(is_extra ? p.grad_extra_token : p.grad_tokens);
+            const int64_t at =
+                is_extra ? part.image * p.channels : part.at_token_gradient + (j - has_extra) * p.channels;
+            if (grad != nullptr) out[t] = grad + at;
+          }
+          write_token_gradients(p, s, s.scores, s.weights, rstd, mean, slope, out, rows.count);
+        };
+        if (sizeof(T) < sizeof(A) && p.wide_gradients) {
+          write(static_cast<A*>(nullptr));
+        } else {
+          write(static_cast<T*>(nullptr));
         }
-        write_token_gradients<T>(p, s, s.scores, s.weights, rstd, mean, slope, out, rows.count);
       }
       if (p.grad_query != nullptr) {
         for (int64_t i = 0; i < s.queries * kTile; i += lanes)
@@ -240,7 +254,8 @@ void backward(const Params& p, int64_t begin_part, int64_t end_part, void* memor
       if (part.whole) {
         write_query_gradient(p, s, q, static_cast<T*>(p.grad_query) + (first_row + q) * p.channels);
       } else {
-        write_query_gradient(p, s, q, static_cast<A*>(p.partial_grad_query) + (i_part * p.queries + q) * p.channels);
+        write_query_gradient(p, s, q,
+                             static_cast<A*>(p.partial_grad_query) + (first_row_of(p, i_part) + q) * p.channels);
       }
     }
   }

@@ -54,7 +54,6 @@ def test_no_backend_by_name_where_it_cannot_run():
         "float16": arguments(query=torch.randn(B, Q, C).half(), tokens=torch.randn(B, N, C).half(), extra_token=None),
         "C = 12": dict(query=torch.randn(B, Q, 12), tokens=torch.randn(B, N, 12)),
         "C = 4104": dict(query=torch.randn(B, Q, 4104), tokens=torch.randn(B, N, 4104)),
-        "Q = 65": dict(query=torch.randn(B, 65, C), tokens=torch.randn(B, N, C)),
         "innermost": dict(query=torch.randn(B, Q, C), tokens=torch.randn(B, C, N).transpose(1, 2)),
     }
     for part, call in cases.items():

@@ -40,9 +40,22 @@ def test_long_sums_keep_their_precision():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("queries", [1, 2, 3, 7, 12, 63, 64])
+@pytest.mark.parametrize("queries", [1, 2, 3, 7, 12, 63, 64, 129, 300, 1024])
 def test_any_number_of_queries(queries, dtype):
     check(make_inputs(2, queries, 50, 40, dtype=dtype, extra=True), normalize=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_many_queries_run_in_blocks_over_parts_of_bags(normalize, dtype):
+    inputs = make_inputs(3, 37, 2100, 2048, dtype=dtype, extra=True)
+    check(inputs, lengths=torch.tensor([2100, 0, 70]), normalize=normalize)
+
+
+@pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {0, 1}, {1, 2}], ids=str)
+def test_frozen_inputs_with_many_queries(frozen):
+    inputs = make_inputs(2, 300, 20, 16, dtype=torch.bfloat16, extra=True)
+    check_frozen(single_query_attention, inputs, frozen, normalize=True)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 7, 8, 33])

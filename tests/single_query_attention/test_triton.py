@@ -51,7 +51,7 @@ def test_any_channels_in_half_precision(channels):
     check(make_inputs(1, 4, 18, channels, dtype=torch.float16, extra=True), normalize=True)
 
 
-@pytest.mark.parametrize("queries", [1, 3, 12, 17, 64])
+@pytest.mark.parametrize("queries", [1, 3, 12, 17, 64, 70])
 def test_any_number_of_queries(queries):
     check(make_inputs(2, queries, 40, 40, dtype=torch.float32, extra=True), normalize=True)
 

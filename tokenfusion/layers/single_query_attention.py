@@ -8,7 +8,7 @@ from torch import nn
 
 from tokenfusion.kernels import dispatch, single_query_attention
 from tokenfusion.kernels.checks import check_floating, check_rank, check_shape, symbolic
-from tokenfusion.kernels.single_query_attention.op import MAX_QUERIES, check_lengths, is_nested, packed, padded
+from tokenfusion.kernels.single_query_attention.op import check_lengths, is_nested, packed, padded
 from tokenfusion.layers.attention_weights import (
     attention_weights,
     beyond,
@@ -189,13 +189,10 @@ def _attend(
     norm: nn.LayerNorm | None,
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The operator, in as many calls as its kernels need for the queries."""
     options = dict(lengths=lengths, **(dict(normalize=False) if norm is None else dict(normalize=True, eps=norm.eps)))
-    if dispatch.transform() is not None:
-        return single_query_attention(query, tokens, extra_token, **options)
-    tokens = tokens if is_nested(tokens) or tokens.stride(-1) == 1 else tokens.contiguous()
-    parts = [single_query_attention(part, tokens, extra_token, **options) for part in query.split(MAX_QUERIES, dim=1)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if dispatch.transform() is None and not is_nested(tokens) and tokens.stride(-1) != 1:
+        tokens = tokens.contiguous()
+    return single_query_attention(query, tokens, extra_token, **options)
 
 
 class SingleQueryAttention(OwnLayer, nn.Module):

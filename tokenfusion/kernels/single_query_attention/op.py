@@ -19,7 +19,6 @@ from tokenfusion.kernels.library import Form, define_differentiable, second_orde
 from tokenfusion.kernels.single_query_attention import flops, reference
 from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, statistics_dtype
 
-MAX_QUERIES = 64
 _CPU_MAX_CHANNELS = 4096
 _GPU_MAX_CHANNELS = 1024
 MAX_CUDA_QUERIES = 32
@@ -93,8 +92,6 @@ def _why_not_kernel(query, tokens, dtypes, max_channels) -> str | None:
         return f"dtype {tokens.dtype} is not supported"
     if channels % 8 or channels > max_channels:
         return f"C = {channels} is not a multiple of 8 up to {max_channels}"
-    if query.shape[1] > MAX_QUERIES:
-        return f"Q = {query.shape[1]} is more than {MAX_QUERIES}"
     if tokens.stride(2) != 1:
         return "the innermost dimension of tokens is not contiguous"
     return None
