@@ -284,7 +284,8 @@ constexpr SingleQueryAttentionKernels::ForDtype for_dtype() {
 
 }  // namespace
 
-const SingleQueryAttentionKernels single_query_attention = {for_dtype<float>(), for_dtype<bf16>(), for_dtype<double>()};
+const SingleQueryAttentionKernels single_query_attention = {for_dtype<float>(), for_dtype<bf16>(), for_dtype<f16>(),
+                                                            for_dtype<double>()};
 
 }  // namespace TOKENFUSION_ISA_NAMESPACE
 }  // namespace tokenfusion

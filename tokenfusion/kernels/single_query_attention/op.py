@@ -22,7 +22,7 @@ from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, s
 _CPU_MAX_CHANNELS = 4096
 _GPU_MAX_CHANNELS = 1024
 MAX_CUDA_QUERIES = 32
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _SCHEMA = (
