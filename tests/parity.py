@@ -32,7 +32,8 @@ def assert_parity(
 
 def longest_sum(model: nn.Module) -> int:
     """The most terms that a linear layer or a convolution of it adds up for one element."""
-    return max(layer.weight[0].numel() for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    weights = (layer.weight[0] for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    return max((weight.numel() for weight in weights), default=0)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,17 @@ class _Masked(layers.SingleQueryAttention):
         return super().forward(tokens, mask=tokens[..., 0] < 0)
 
 
+class _Probes(layers.ProbeGrid):
+    """Two probes; gives one tensor."""
+
+    def __init__(self):
+        attentions = [layers.SingleQueryAttention(8, 2, num_latents=count) for count in (1, 2)]
+        super().__init__([nn.Sequential(attentions[0], nn.Linear(8, 3)), attentions[1]])
+
+    def forward(self, tokens):
+        return torch.cat([out.flatten(1) for out in super().forward(tokens)], dim=1)
+
+
 class _FewQueries(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -105,6 +116,7 @@ _LAYERS = {
         [(2, 4, 8), (2, 1, 8), (2, 8)],
     ),
     "SingleQueryAttention, masked": (lambda: _Masked(8, 2, num_latents=2), [(2, 4, 8)]),
+    "ProbeGrid": (_Probes, [(2, 4, 8)]),
     "MultiheadAttention": (lambda: _FewQueries(32, 2), [(2, 1, 32), (2, 4, 32)]),
     "AttentionPoolLatent": (lambda: AttentionPoolLatent(8, num_heads=2), [(2, 4, 8)]),
     "DynaMixerOp": (lambda: layers.DynaMixerOp(8, 4, 2), [(2, 4, 8)]),

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.crossvit import randomize
 from tests.drop_in import BACKWARD, FORWARD, check_parity
 from tests.parity import assert_parity, assert_runs
 from tokenfusion.layers import SingleQueryAttention
+from tokenfusion.layers.attention_weights import additive, as_lengths, beyond
 
 
 class Formula(SingleQueryAttention):
@@ -142,6 +144,42 @@ def _joined(parts, name):
     return torch.cat([torch.zeros_like(x) if x.grad is None else x.grad for x in tensors])
 
 
+def last_tokens(*, boolean=True):
+    mask = torch.arange(40) >= torch.tensor([40, 7, 0])[:, None]
+    return mask if boolean else additive(mask, torch.float32)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("boolean", [False, True])
+@pytest.mark.parametrize("options", [{}, {"norm_layer": nn.LayerNorm}], ids=str)
+def test_a_mask_of_the_last_tokens_runs_the_kernel(options, boolean, extra):
+    layer, _ = pair(**options)
+    tensors = (torch.randn(3, 40, 48), torch.randn(3, 2, 48), *([torch.randn(3, 48)] if extra else []))
+    call = {"mask": last_tokens(boolean=boolean)}
+    _check(Seeded(layer, **call), Seeded(Torchs(layer, 0), **call), tensors, (FORWARD, BACKWARD))
+
+
+@pytest.mark.parametrize("boolean", [False, True])
+def test_lengths_of_a_mask(boolean):
+    mask = last_tokens(boolean=boolean)
+    assert as_lengths(mask).tolist() == [40, 7, 0]
+    assert as_lengths(mask[:, :0]).tolist() == [0, 0, 0]
+    first, among = mask.flip(1), mask.clone()
+    among[0, 3] = among[1, 10]
+    assert as_lengths(first) is None and as_lengths(among) is None
+    with FakeTensorMode() as mode:
+        assert as_lengths(mode.from_tensor(mask)) is None
+
+
+@pytest.mark.parametrize("value", [-1e9, 0.5, float("nan"), float("inf")])
+def test_a_mask_that_adds_something_has_no_lengths(value):
+    for image in range(2):
+        mask = last_tokens(boolean=False)
+        mask[image, 6] = value
+        assert as_lengths(mask) is None
+    assert as_lengths(last_tokens(boolean=False).requires_grad_()) is None  # it learns
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_mask_that_leaves_no_token(training, dtype):
@@ -191,15 +229,19 @@ def test_dropout_at_evaluation_runs_the_kernel():
 def test_an_empty_batch():
     layer, _ = pair(num_latents=2)
     assert layer(torch.randn(0, 5, 48)).shape == (0, 2, 48)
+    assert layer(torch.randn(0, 5, 48), mask=torch.ones(0, 5).bool()).shape == (0, 2, 48)
 
 
 def test_compiles_without_graph_breaks():
     torch.compiler.reset()
     layer, formula = pair(num_latents=2, norm_layer=nn.LayerNorm)
-    x = torch.randn(2, 30, 48)
-    with torch.no_grad(), assert_runs("single_query_attention_cpu"):
-        out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    torch.testing.assert_close(out, formula(x))
+    x, mask = torch.randn(3, 40, 48), last_tokens()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        with assert_runs("single_query_attention_cpu"):
+            out = compiled(x)
+        torch.testing.assert_close(out, formula(x))
+        torch.testing.assert_close(compiled(x, mask=mask), layer(x, mask=mask))
 
 
 @pytest.mark.parametrize(
@@ -212,6 +254,13 @@ def test_compiles_without_graph_breaks():
             lambda: SingleQueryAttention(48, num_latents=1)(torch.randn(2, 5, 48), mask=torch.ones(2, 6).bool()),
             ValueError,
             ["mask", "[2, 6]", "[2, 5]"],
+        ),
+        (
+            lambda: SingleQueryAttention(48, num_latents=1)(
+                torch.randn(2, 5, 48), mask=torch.ones(2, 5, device="meta")
+            ),
+            ValueError,
+            ["mask", "meta", "cpu"],
         ),
         (
             lambda: SingleQueryAttention(48, num_latents=1)(torch.randn(2, 5, 48), mask=torch.ones(2, 5).int()),
@@ -277,7 +326,7 @@ def test_lengths_run_the_kernel_and_join_a_mask():
     with torch.no_grad():
         with assert_runs(FORWARD):
             expected = layer(tokens, lengths=lengths)
-        for given in (mask, mask.float()):
+        for given in (mask, mask.float(), beyond(lengths, tokens), mask | (tokens[..., 0] > 9)):
             torch.testing.assert_close(layer(tokens, mask=given, lengths=lengths), expected)
     with pytest.raises(ValueError, match="lengths: got 31, expected 0 to N = 30"):
         layer(tokens, lengths=lengths + 1)

@@ -300,7 +300,9 @@ def evaluated(model, part, undo):
 def lora(model, part, undo):
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, target_modules=r".*\.(wk|wv|k|v|kv|qkv|generate|out_proj)", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=r".*\.(wk|wv|k|v|kv|to_kv|qkv|generate|out_proj)", init_lora_weights=False
+    )
     return peft.get_peft_model(model, config)
 
 

@@ -10,6 +10,7 @@ from timm.models import cait, crossvit, volo, xcit
 from torch import nn
 
 from tests.crossvit import randomize
+from tests.surgery import poolings
 from tokenfusion.models.dynamixer_reference import PlainBlock, PlainOp
 
 
@@ -88,6 +89,14 @@ def _class_and_patches(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _with_weights(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     patches = x[:, 1:]
     return torch.cat([result.flatten(1) for result in module(x[:, :1], patches, patches)], dim=1)
+
+
+def _first_over_others(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module(x[:, :1], x[:, 1:])
+
+
+def _first_over_all(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module(x[:, :1], x[:, 1:], kv_include_self=True)
 
 
 _CLASS_ATTENTION = dict(attn="attn", norm="norm1", dropout="attn.attn_drop")
@@ -187,5 +196,26 @@ SUBJECTS = {
     "DynaMixer operation": Subject(
         lambda: PlainOp(16, 5, 4, 2), (3, 5, 16), ("compress", "generate"), attn="", others=("out",)
     ),
+    "attention found, two tensors": Subject(
+        lambda: poolings.Cross(16, 4),
+        (3, 6, 16),
+        ("kv",),
+        attn="",
+        others=("q", "proj"),
+        call=_first_over_others,
+    ),
+    "attention found, a context": Subject(
+        lambda: poolings.Context(16, 4, 4, dropout=0.0, bias=True),
+        (3, 6, 16),
+        ("to_kv",),
+        attn="",
+        dropout="dropout",
+        others=("norm", "attend", "to_q", "to_out", "to_out.0"),
+        call=_first_over_all,
+    ),
+    "pooling found, a BatchNorm": Subject(
+        lambda: poolings.Pool(16, 4, bias=True), (3, 6, 16), ("k", "v"), attn="", others=("bn", "linear")
+    ),
+    "pooling found, no keys": Subject(lambda: poolings.Vectors(16), (3, 6, 16), (), norm="ln", others=("fc",)),
     "up-convolution": Subject(Up, (2, 4, 3, 3), ("up",), fused="up"),
 }

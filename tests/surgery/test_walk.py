@@ -24,7 +24,7 @@ class _Doubling(nn.Linear):
 
 
 class Walk:
-    """A model with the way back from each change; `linear` is one that the fused forward does not call."""
+    """A model with the way back from each change; `linear` is one that the fused forward does not call, if any."""
 
     def __init__(self, kind: str):
         self.subject = SUBJECTS[kind]
@@ -32,7 +32,7 @@ class Walk:
 
     @property
     def linear(self) -> nn.Module:
-        return self.model.get_submodule(f"module.{self.subject.weighted[-1]}")
+        return self.model.get_submodule(f"module.{(self.subject.weighted or self.subject.others)[-1]}")
 
     def fuse(self):
         tokenfusion.fuse(self.model)

@@ -25,10 +25,14 @@ def check_rank(name: str, tensor: torch.Tensor, layout: str) -> None:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {rank} dimensions {layout}")
 
 
-def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Same device and dtype."""
+def check_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name}: is on {tensor.device}, expected {other.device}, where {other_name} is")
+
+
+def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Same device and dtype."""
+    check_device(name, tensor, other_name, other)
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {other.dtype}, the dtype of {other_name}")
 

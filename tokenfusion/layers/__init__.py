@@ -2,6 +2,7 @@
 
 from tokenfusion.layers.crossvit import CrossAttentionBlock, MultiScaleBlock
 from tokenfusion.layers.dynamixer import DynaMixerBlock, DynaMixerOp
+from tokenfusion.layers.probe_grid import ProbeGrid
 from tokenfusion.layers.single_query_attention import SingleQueryAttention
 from tokenfusion.layers.tied_resnet import TiedBottleneck, TiedStage
 from tokenfusion.layers.tied_transformer import TiedAttention, TiedFFN
@@ -12,6 +13,7 @@ __all__ = [
     "DynaMixerBlock",
     "DynaMixerOp",
     "MultiScaleBlock",
+    "ProbeGrid",
     "SingleQueryAttention",
     "TiedAttention",
     "TiedBottleneck",

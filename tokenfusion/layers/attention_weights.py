@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenfusion.kernels.single_query_attention.op import has_values
+
 
 def normalized(tokens: torch.Tensor | None, norm: nn.LayerNorm | None) -> torch.Tensor | None:
     """What a LayerNorm computes of tokens before its weight and bias."""
@@ -22,6 +24,17 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def beyond(lengths: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """[B, N], True for the tokens from lengths[b] on."""
     return torch.arange(tokens.shape[1], device=tokens.device) >= lengths.unsqueeze(1)
+
+
+def as_lengths(mask: torch.Tensor) -> torch.Tensor | None:
+    """[B], how many tokens a mask [B, N] keeps where it does no more than leave out the last ones of each image; None
+    where it does, has a gradient, or is on a GPU or under a tracer, where nobody looks."""
+    if mask.requires_grad or not has_values(mask):
+        return None
+    absent = mask if mask.dtype == torch.bool else mask.isneginf()
+    lengths = mask.shape[1] - absent.sum(dim=1)
+    last = beyond(lengths, mask)
+    return lengths if torch.equal(mask, last if mask.dtype == torch.bool else additive(last, mask.dtype)) else None
 
 
 def left_out(absent: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 from tokenfusion.kernels import dispatch
 
 _NAME = "_fused_as"  # an attribute of the module, so that its copies and pickles have it
+STATE = "_fused_state"  # another, of what it was when it was fused
 PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: quantized, distributed and other weights multiply in their own way
 
 _log = logging.getLogger("tokenfusion")
@@ -76,7 +77,8 @@ def name(module: nn.Module, path: str) -> None:
 def restore(module: DropIn) -> None:
     """Gives a module the class back that its fused one stands in for."""
     module.__class__ = module.original
-    vars(module).pop(_NAME, None)
+    for name in (_NAME, STATE):
+        vars(module).pop(name, None)
 
 
 def _report(module: nn.Module, reason: str) -> None:
@@ -132,11 +134,15 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
     return None
 
 
-def why_not_linear(part: nn.Module | None, name: str, rows: int, columns: int) -> str | None:
-    """`why_not_part` of an nn.Linear whose weight is [rows, columns]."""
+def why_not_linear(
+    part: nn.Module | None, name: str, rows: int | None = None, columns: int | None = None
+) -> str | None:
+    """`why_not_part` of an nn.Linear whose weight is [rows, columns], by default as large as the layer says."""
     reason = why_not_part(part, name, nn.Linear)
     if reason is not None:
         return reason
+    rows = part.out_features if rows is None else rows
+    columns = part.in_features if columns is None else columns
     weight = part._parameters.get("weight")  # getattr on a module takes ten times as long
     if weight is None or weight.size() != (rows, columns):
         got = "no parameter" if weight is None else list(weight.shape)

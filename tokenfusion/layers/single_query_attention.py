@@ -1,5 +1,6 @@
 """Multi-head attention of one or a few query tokens over a sequence, with the key and value projections absorbed."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenfusion.kernels import dispatch, single_query_attention
-from tokenfusion.kernels.checks import check_floating, check_rank, check_shape, symbolic
+from tokenfusion.kernels.checks import check_device, check_floating, check_rank, check_shape, symbolic
 from tokenfusion.kernels.single_query_attention.op import check_lengths, is_nested, packed, padded
 from tokenfusion.layers.attention_weights import (
+    as_lengths,
     attention_weights,
     beyond,
     left_out,
@@ -59,12 +61,14 @@ def absorbed_attention(
     tokens: torch.Tensor,
     extra_token: torch.Tensor | None,
     norm: nn.LayerNorm | None,
-    key: nn.Linear | Projection,
-    value: nn.Linear | Projection,
+    key: nn.Linear | Projection | None,
+    value: nn.Linear | Projection | None,
     *,
     num_heads: int,
     scale: float,
     lengths: torch.Tensor | None = None,
+    mix_pre_attn: torch.Tensor | None = None,
+    mix_post_attn: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for few queries, without ever forming keys and values.
 
@@ -73,7 +77,9 @@ def absorbed_attention(
         n = norm(x);  k, v = key(n), value(n);  query, k, v each split into heads of d channels
         attention(query, k, v) with its heads concatenated
 
-    in exact arithmetic; see tokenfusion/kernels/single_query_attention/reference.py for the algebra.
+    in exact arithmetic; see tokenfusion/kernels/single_query_attention/reference.py for the algebra. Talking heads
+    (arXiv:2003.02436) mix scores and weights, and both are linear over the heads: head g has the query
+    sum_h mix_pre_attn[h, g] W_k,h^T q_h, and the context sum_h mix_post_attn[h, g] context_h.
 
     Args:
         query: [B, L, D], projected; or [1, L, D], the same for every image.
@@ -81,20 +87,23 @@ def absorbed_attention(
             CaiT, whose patch embedding leaves it so. Or a jagged nested tensor.
         extra_token: [B, C], not normalised, one more key; or None.
         norm: the LayerNorm of the keys, over C; None where there is none.
-        key, value: the projections, C -> D.
+        key, value: the projections, C -> D. Without a key, query is [B, heads L, C], compared with n itself; without a
+            value, the result is [B, heads L, C].
         lengths: [B], how many of an image's tokens there are; None for all.
+        mix_pre_attn, mix_post_attn: [heads, heads], by whose column g head g mixes the scores of all heads, and the
+            weights that the softmax makes of those; None where heads do not talk.
 
     Returns:
         [B, L, D], the heads' outputs side by side, before the output projection.
     """
-    absorbed = _absorbed(query * scale, norm, key, num_heads).expand(tokens.shape[0], -1, -1)
+    absorbed = _absorbed(query * scale, norm, key, num_heads, mix_pre_attn).expand(tokens.shape[0], -1, -1)
     context = _attend(absorbed, tokens, extra_token, norm, lengths)
     mass = None  # what the weights of an image without any token add up to
     if is_nested(tokens):
         lengths = tokens.offsets().diff() if tokens.lengths() is None else tokens.lengths()
     if lengths is not None and extra_token is None:
         mass = (lengths > 0).to(context.dtype)[:, None, None, None]
-    return _heads_side_by_side(context, norm, value, num_heads, mass)
+    return _heads_side_by_side(context, norm, value, num_heads, mass, mix_post_attn)
 
 
 def attention_with_weights(
@@ -102,14 +111,16 @@ def attention_with_weights(
     tokens: torch.Tensor,
     extra_token: torch.Tensor | None,
     norm: nn.LayerNorm | None,
-    key: nn.Linear | Projection,
-    value: nn.Linear | Projection,
+    key: nn.Linear | Projection | None,
+    value: nn.Linear | Projection | None,
     *,
     num_heads: int,
     scale: float,
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     empty_is_zero: bool = True,
+    mix_pre_attn: torch.Tensor | None = None,
+    mix_post_attn: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `absorbed_attention`, with the attention weights; keys and values are formed no more than there.
 
@@ -119,13 +130,15 @@ def attention_with_weights(
 
     Args:
         mask: boolean (True leaves a token out) or additive, broadcast to [B, heads, L, N]; the extra token has none.
+            It joins the scores after mix_pre_attn.
         dropout: the rate at which weights are dropped, with the random numbers of an unfused attention.
         empty_is_zero: where the mask leaves no token, weights are zero, and not NaN.
 
     Returns:
-        [B, L, D] and the weights [B, heads, L, N], or 1 + N with the extra token first, after dropout.
+        [B, L, D] and the weights [B, heads, L, N], or 1 + N with the extra token first, after dropout and, after that,
+        mix_post_attn.
     """
-    absorbed = _absorbed(query * scale, norm, key, num_heads).expand(tokens.shape[0], -1, -1)
+    absorbed = _absorbed(query * scale, norm, key, num_heads, mix_pre_attn).expand(tokens.shape[0], -1, -1)
     n, extra_n = normalized(tokens, norm), normalized(extra_token, norm)
     scores = scores_of(absorbed, n, extra_n).unflatten(1, (num_heads, -1))
     weights = attention_weights(scores, mask, dropout, empty_is_zero)
@@ -133,41 +146,61 @@ def attention_with_weights(
         context, mass = _attend(absorbed, tokens, extra_token, norm), None
     else:
         context, mass = weighted_sum(weights.flatten(1, 2), n, extra_n), weights.sum(dim=-1, keepdim=True)
-    return _heads_side_by_side(context, norm, value, num_heads, mass), weights
+    out = _heads_side_by_side(context, norm, value, num_heads, mass, mix_post_attn)
+    return out, _mixed(weights, mix_post_attn)
 
 
 def _absorbed(
-    query: torch.Tensor, norm: nn.LayerNorm | None, key: nn.Linear | Projection, num_heads: int
+    query: torch.Tensor,
+    norm: nn.LayerNorm | None,
+    key: nn.Linear | Projection | None,
+    num_heads: int,
+    mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Projected queries [B, L, D] -> [B, heads L, C], whose products with normalised tokens are the scores."""
+    absorbed = query if key is None else _mixed(_times_key(query, key, num_heads), mix).flatten(1, 2)
+    return absorbed if norm is None or norm.weight is None else absorbed * norm.weight
+
+
+def _times_key(query: torch.Tensor, key: nn.Linear | Projection, num_heads: int) -> torch.Tensor:
+    """[B, L, D] -> [B, heads, L, C]."""
     if key.bias is not None and torch.is_grad_enabled() and dispatch.transform() is None:
         query = query + 0 * key.bias  # its gradient is zero, and not absent, as optimizers and DDP expect
     query = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, heads, L, d]
-    absorbed = _times_each_head(query, _heads_of(key.weight, num_heads)).flatten(1, 2)
-    return absorbed if norm is None or norm.weight is None else absorbed * norm.weight
+    return _times_each_head(query, _heads_of(key.weight, num_heads))
 
 
 def _heads_side_by_side(
     context: torch.Tensor,
     norm: nn.LayerNorm | None,
-    value: nn.Linear | Projection,
+    value: nn.Linear | Projection | None,
     num_heads: int,
     mass: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[B, heads L, C], sums of normalised tokens -> [B, L, D].
+    """[B, heads L, C], sums of normalised tokens, mixed over the heads -> [B, L, D].
 
     mass: what the weights of each sum add up to, broadcast to [B, heads, L, 1]; None where that is one.
     """
-    context = context.unflatten(1, (num_heads, -1))
+    context = _mixed(context.unflatten(1, (num_heads, -1)), mix)
+    if mix is not None:
+        mass = _mixed(mix.new_ones(1, num_heads, 1, 1) if mass is None else mass.expand(-1, num_heads, -1, -1), mix)
     if norm is not None and norm.weight is not None:
         context = context * norm.weight
     if norm is not None and norm.bias is not None:
         context = context + (norm.bias if mass is None else mass * norm.bias)
+    if value is None:
+        return context.flatten(1, 2)
     out = _times_each_head(context, _heads_of(value.weight, num_heads).transpose(1, 2))  # [B, heads, L, d]
     if value.bias is not None:
         bias = value.bias.unflatten(0, (num_heads, 1, -1))
-        out = out + (bias if mass is None else mass * bias)
+        out = out + (bias if mass is None else mass * bias).to(out.dtype)  # of nn.Linear's under autocast
     return out.transpose(1, 2).flatten(2)
+
+
+def _mixed(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
+    """[B, heads, L, .], of whose heads each column of mix makes a new one."""
+    return x if mix is None else torch.einsum("bhlc,hg->bglc", x, mix)
 
 
 def _heads_of(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -206,7 +239,8 @@ class SingleQueryAttention(OwnLayer, nn.Module):
     and the pooling by multi-head attention of the Set Transformer (arXiv:1810.00825, Eq. 11) with learned queries,
     which are not normalised. Keys and values are never written, nor, where a kernel runs, are n(x) and x: one pass
     reads the tokens. It pays while heads times queries stay well below dim. A call with a mask, with dropout in
-    training or for the weights forms these, [B, heads, L, N], in plain PyTorch, and still neither keys nor values.
+    training or for the weights forms these, [B, heads, L, N], in plain PyTorch, and still neither keys nor values; on a
+    CPU a mask that leaves out the last tokens of each image, and does nothing else, is taken for their number.
 
     Args:
         dim: channels of the tokens and of the output.
@@ -315,6 +349,7 @@ class SingleQueryAttention(OwnLayer, nn.Module):
             mask: [B, N], as the key_padding_mask of nn.MultiheadAttention: boolean, in which True leaves a token out,
                 or floating point, added to the scores. The extra token is always attended to. Where no token is left,
                 all weights are zero. By keyword, as what follows, though TorchScript knows no way to ask for that.
+                Tokens that are left out as by lengths need not be numbers: where the kernel runs, they are not read.
             need_weights: whether the attention weights are returned, too; not in TorchScript.
             average_attn_weights: whether they are the mean over the heads, [B, L, N], or [B, heads, L, N].
             lengths: [B], int32 or int64, how many tokens of each image there are, as of `single_query_attention`: a
@@ -326,8 +361,8 @@ class SingleQueryAttention(OwnLayer, nn.Module):
             1 + N, of which its is the first.
 
         Raises:
-            ValueError: no query where none is learned, or one where they are; a mask or lengths of another shape; or
-                what single_query_attention raises.
+            ValueError: no query where none is learned, or one where they are; a mask or lengths of another shape or
+                on another device; or what single_query_attention raises.
             TypeError: a mask that is neither boolean nor floating point, lengths that are no integers.
         """
         if torch.jit.is_scripting():
@@ -351,6 +386,9 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         lengths: torch.Tensor | None,
     ):
         dropout = self.dropout if self.training else 0.0
+        kept = as_lengths(mask) if mask is not None and self._by_kernel(None, need_weights) else None
+        if kept is not None:
+            mask, lengths = None, kept if lengths is None else kept.minimum(lengths)
         by_kernel = self._by_kernel(mask, need_weights)
         if lengths is not None and not by_kernel:
             absent = beyond(lengths, tokens)
@@ -387,9 +425,24 @@ class SingleQueryAttention(OwnLayer, nn.Module):
             if mask.dtype != torch.bool:
                 check_floating("mask", mask)
             check_shape("mask", mask, list(tokens.shape[:2]), "of the tokens")
+            check_device("mask", mask, "tokens", tokens)
         if lengths is not None and not is_nested(tokens) and not symbolic(lengths, tokens):
             check_lengths(lengths, tokens)
 
     @torch.jit.unused
     def _result(self, out: torch.Tensor, weights: torch.Tensor, average: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return out, weights.mean(dim=1) if average else weights
+
+
+def attend_together(layers: Sequence[SingleQueryAttention], tokens: torch.Tensor) -> list[torch.Tensor]:
+    """layer(tokens) for each of some layers with learned queries, which go to the kernel together.
+
+    They are as `ProbeGrid.why_not` asks.
+    """
+    queries = [_absorbed(each.q(each.latent) * each.scale, each.norm, each.k, each.num_heads) for each in layers]
+    stacked = torch.cat(queries, dim=1).expand(tokens.shape[0], -1, -1)
+    contexts = _attend(stacked, tokens, None, layers[0].norm).split([query.shape[1] for query in queries], dim=1)
+    return [
+        each.proj(_heads_side_by_side(context, each.norm, each.v, each.num_heads))
+        for each, context in zip(layers, contexts, strict=True)
+    ]

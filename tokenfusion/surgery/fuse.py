@@ -28,10 +28,14 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         CLIP's ResNets                  AttentionPool2d, where it pools; RotAttentionPool2d is left alone
 
     and torch's own nn.MultiheadAttention, where a call has few queries over one tensor of keys and values, with masks,
-    dropout and weights. Self-attention, and whatever else it is called for, runs torch's forward;
+    dropout and weights. Self-attention, and whatever else it is called for, runs torch's forward, so that the report
+    has it as replaced, "decided per call"; attention of few queries in vit-pytorch, x-transformers, transformers
+    (AIMv2, V-JEPA 2), torchmil, stable-pretraining, the attentive probes of V-JEPA, AIM, CAPI and EfficientProbing, or
+    in any class with the same names of parameters or a rule of `register_rule`: a trial on random numbers shows first
+    that, and what, such a module computes;
 
     by dynamic_mixing, DynaMixer's block and operation in the official code or any other, found by the names and shapes
-    of their parameters; a trial on random numbers shows first that such a module computes the same;
+    of their parameters, and tried as well;
 
     and by upconv_concat, in U-Net decoders, nn.ConvTranspose2d with kernel = stride. The model's own forward runs:
     where torch.cat joins the result with one other tensor along the channels, both are one operator; whatever else is
@@ -72,7 +76,7 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         if found is None:
             continue
         rule, plan = found
-        reports.append(ModuleReport(name, plan.kind, rule.op, plan.reason))
+        reports.append(ModuleReport(name, plan.kind, rule.op, plan.reason, plan.note))
         if plan.reason is None:
             plans[name] = module, plan
             absorbed.update(plan.absorbs)

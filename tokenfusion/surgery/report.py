@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module that fuse looked at. reason is None when it was replaced, otherwise why it was left alone."""
+    """One module that fuse looked at. reason is None when it was replaced, otherwise why it was left alone; note says
+    what else there is to know of one that was replaced."""
 
     name: str
     kind: str
     op: str
     reason: str | None
+    note: str = ""
 
     @property
     def replaced(self) -> bool:
@@ -37,7 +39,8 @@ class FuseReport:
         lines = [f"fuse: {len(self.replaced)} modules replaced, {len(self.left)} left alone"]
         for module in self.modules:
             outcome = f"replaced ({module.op})" if module.replaced else f"left alone: {module.reason}"
-            lines.append(f"  {module.name or '(the model itself)'}  {module.kind}  {outcome}")
+            note = f", {module.note}" if module.replaced and module.note else ""
+            lines.append(f"  {module.name or '(the model itself)'}  {module.kind}  {outcome}{note}")
         return "\n".join(lines)
 
 

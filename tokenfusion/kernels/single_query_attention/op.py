@@ -175,7 +175,7 @@ def check_lengths(lengths, tokens) -> None:
     check_shape("lengths", lengths, [tokens.shape[0]], f"to match tokens {list(tokens.shape)}")
     if lengths.device != tokens.device:
         raise ValueError(f"lengths: got a tensor on {lengths.device}, expected {tokens.device}, where tokens is")
-    if _has_values(lengths):
+    if has_values(lengths):
         outside = [length for length in lengths.tolist() if not 0 <= length <= tokens.shape[1]]
         if outside:
             raise ValueError(f"lengths: got {outside[0]}, expected 0 to N = {tokens.shape[1]}")
@@ -191,7 +191,7 @@ def _is_traced(tensor) -> bool:
     )
 
 
-def _has_values(tensor) -> bool:
+def has_values(tensor) -> bool:
     """Whether they can be looked at without waiting for a GPU, and without a tracer that sees it."""
     return tensor.device.type == "cpu" and not _is_traced(tensor)
 
@@ -222,7 +222,7 @@ def packed(tokens, lengths=None) -> tuple[torch.Tensor, torch.Tensor | None, tor
     for name, integers in (("offsets", offsets), ("lengths", lengths)):
         if integers is not None and integers.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"tokens: got {name} of dtype {integers.dtype}, expected int32 or int64")
-    if _has_values(offsets):
+    if has_values(offsets):
         _check_bags(offsets.tolist(), None if lengths is None else lengths.tolist(), values.shape[1])
     return values, lengths, offsets
 
@@ -238,7 +238,7 @@ def _check_bags(offsets: list[int], lengths: list[int] | None, tokens: int) -> N
 
 
 def padded(tokens, lengths, offsets) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `packed` gives as [B, N, C] and lengths [B]; N is the longest's, or enough for any where it is traced."""
+    """What `packed` gives as [B, N, C] and lengths [B]; N is the longest bag's, or enough where it is traced."""
     longest = tokens.shape[1] if _is_traced(tokens) else max(offsets.diff().tolist(), default=0)
     return reference.padded(tokens, lengths, offsets, longest)
 

@@ -13,9 +13,10 @@ def rules() -> tuple[Rule, ...]:
         class_attention,
         crossvit,
         dynamixer,
+        few_queries,
         multihead_attention,
         upconv,
     )
 
-    families = (crossvit, class_attention, attention_pool, multihead_attention, dynamixer, upconv)
+    families = (crossvit, class_attention, attention_pool, multihead_attention, dynamixer, upconv, few_queries)
     return tuple(rule for family in families for rule in family.RULES)

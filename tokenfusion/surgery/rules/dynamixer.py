@@ -5,7 +5,6 @@ paper says is tried out before it is replaced.
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
@@ -16,7 +15,6 @@ from torch import nn
 from tokenfusion import layers
 from tokenfusion.kernels import dispatch
 from tokenfusion.layers.drop_in import (
-    DropIn,
     dropout,
     remember_forwards,
     why_not_linear,
@@ -24,28 +22,22 @@ from tokenfusion.layers.drop_in import (
     why_not_watched,
     within,
 )
+from tokenfusion.layers.found import Found, fused_class
 from tokenfusion.surgery.rules.rule import Plan, with_forward_on_instance
+from tokenfusion.surgery.rules.trial import Draws, failed, same, with_drawn_parameters
 
-_TOLERANCE = 1e-6  # relative, in float64
 _OP_LINEARS = ("compress", "generate", "out")
 _BLOCK_LINEARS = ("mlp_c", "proj")
 _BIASED = ("compress", "generate")
 
 
-class _Found(DropIn):
-    """A module of somebody else's class: one with the parameters of a layer of this package, and not its attributes."""
-
-    def __init_subclass__(cls) -> None:
-        """Not passed on: a class that keeps a register of its subclasses is not to learn of the fused one."""
+class _Found(Found):
+    """A module with the parameters of a layer of this package, and not its attributes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return self.plain_forward(x)
         return self.layer._fused(self, x) if self.fuses() else self.original.forward(self, x)
-
-    def __reduce_ex__(self, protocol):
-        """By the class that it had, as this one can be imported nowhere."""
-        return _new_fused, (self.found, self.original), *super().__reduce_ex__(protocol)[2:]
 
 
 class _FoundOp(_Found, layers.DynaMixerOp):
@@ -77,20 +69,6 @@ class _FoundBlock(_Found, layers.DynaMixerBlock):
         return _why_not_linears(module, _BLOCK_LINEARS) or _why_not_dropout(module)
 
 
-@functools.cache
-def _fused_class(found: type[_Found], original: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of both, of the original's name; one for each class, so that type(module) compares as usual."""
-    body = {"__module__": original.__module__, "__doc__": original.__doc__, "found": found}
-    fused = type(original.__name__, (found, original), body)
-    fused.stand_in_for(original)
-    return fused
-
-
-def _new_fused(found: type[_Found], original: type[nn.Module]) -> nn.Module:
-    fused = _fused_class(found, original)
-    return fused.__new__(fused)
-
-
 def _why_not_op(op: nn.Module) -> str | None:
     return op.why_not_fused(op) if isinstance(op, _FoundOp) else _FoundOp.why_not(op)
 
@@ -98,8 +76,7 @@ def _why_not_op(op: nn.Module) -> str | None:
 def _why_not_linears(module: nn.Module, names: tuple[str, ...]) -> str | None:
     for name in names:
         part = module._modules.get(name)
-        sizes = (part.out_features, part.in_features) if type(part) is nn.Linear else (0, 0)
-        reason = why_not_linear(part, name, *sizes)
+        reason = why_not_linear(part, name)
         if reason is None and part.bias is None and name in _BIASED:
             reason = f"{name} has no bias"
         if reason is not None:
@@ -170,7 +147,7 @@ class StructuralRule:
         for part in self._absorbed(module):
             OP._replace(part)
         if not isinstance(module, self.found):
-            module.__class__ = _fused_class(self.found, type(module))
+            module.__class__ = fused_class(self.found, type(module), None)
 
     def _why_not_state(self, module: nn.Module) -> str | None:
         names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
@@ -180,30 +157,17 @@ class StructuralRule:
 
     def _why_not_results(self, module: nn.Module) -> str | None:
         """Compares both forward passes in float64, for parameters and tokens drawn at random."""
-        generator = torch.Generator().manual_seed(0)
-
-        def drawn(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
+        drawn = Draws()
         try:
-            plain = _without_hooks(copy.deepcopy(module)).to_empty(device="cpu").double().eval()
-            plain.load_state_dict({k: drawn(*v.shape) / v[0].numel() ** 0.5 for k, v in plain.state_dict().items()})
+            plain = with_drawn_parameters(module, drawn)
             fused = copy.deepcopy(plain)
             self._replace(fused)
             x = drawn(2, *fused.sizes)
             with torch.no_grad(), dispatch.backend("reference"):
                 expected, got = type(plain).forward(plain, x), self.found.layer._fused(fused, x)
-            same = torch.allclose(got, expected, rtol=0, atol=_TOLERANCE * expected.abs().max().item())
         except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
-            return f"its forward cannot be tried out: {type(error).__name__}: {error}".splitlines()[0]
-        return None if same else "its forward does not compute what the official code's does"
-
-
-def _without_hooks(module: nn.Module) -> nn.Module:
-    for part in module.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            hooks.clear()
-    return module
+            return failed(error)
+        return None if same(got, expected) else "its forward does not compute what the official code's does"
 
 
 def _why_not_dropout(module: nn.Module, path: str = "") -> str | None:

@@ -8,19 +8,22 @@ from torch import nn
 
 from tokenfusion.layers.drop_in import DropIn
 
+DECIDED_PER_CALL = "decided per call: few queries over one tensor of keys and values"
+
 
 @dataclass(frozen=True)
 class Plan:
     """What a rule means to do with a module of a kind that it knows.
 
     apply does it; None where the module is left alone, for the reason given. absorbs are the children whose work is
-    then done by the module itself, so that they need no replacement of their own.
+    then done by the module itself, so that they need no replacement of their own. note goes into the report.
     """
 
     kind: str
     reason: str | None
     apply: Callable[[], Any] | None = None
     absorbs: tuple[nn.Module, ...] = ()
+    note: str = ""
 
 
 class Rule(Protocol):
@@ -44,12 +47,13 @@ def with_forward_on_instance(module: nn.Module) -> str | None:
 class DropInRule:
     """Modules of exactly the class that `fused` stands in for: a subclass may have changed what its forward means.
 
-    absorbs names children, as in `Plan`.
+    absorbs names children, and both it and note are as in `Plan`.
     """
 
     op: str
     fused: type[DropIn]
     absorbs: tuple[str, ...] = ()
+    note: str = ""
 
     def plan(self, module: nn.Module) -> Plan | None:
         if type(module) not in (self.fused.original, self.fused):
@@ -58,4 +62,4 @@ class DropInRule:
         if reason is not None:
             return Plan(type(module).__name__, reason)
         absorbs = tuple(module.get_submodule(name) for name in self.absorbs)
-        return Plan(type(module).__name__, None, lambda: setattr(module, "__class__", self.fused), absorbs)
+        return Plan(type(module).__name__, None, lambda: setattr(module, "__class__", self.fused), absorbs, self.note)

@@ -1,0 +1,289 @@
+"""Attention of few queries in other people's classes: found by the names of their parameters, or as somebody says.
+
+Names do not tell what a forward computes of such parts. That is found out by trial, in float64, before a module is
+replaced.
+"""
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from tokenfusion.kernels import dispatch
+from tokenfusion.layers import few_queries
+from tokenfusion.layers.drop_in import DropIn, why_not_watched
+from tokenfusion.layers.few_queries import FewQueries, Form, Parts
+from tokenfusion.layers.found import fused_class
+from tokenfusion.surgery.rules.rule import DECIDED_PER_CALL, Plan, with_forward_on_instance
+from tokenfusion.surgery.rules.trial import Draws, failed, same, with_drawn_parameters
+
+_OTHER = "its forward does not compute attention of few queries with these parts"
+_HEADS = dict(heads="num_heads")
+_VJEPA = Parts(**_HEADS, query="q", key="kv", value="kv")
+_TORCHMIL = Parts(heads="n_heads", query="q_nn", key="kv_nn", value="kv_nn")
+_VIT_PYTORCH = Parts(
+    heads="heads",
+    query="to_q",
+    key="to_kv",
+    value="to_kv",
+    out="to_out",
+    norm="norm",
+    dropout="dropout",
+    tokens="context",
+    flag="kv_include_self",
+)
+_KNOWN = {  # by the names of the parameters, without ".weight" and ".bias", of classes such as
+    # V-JEPA's CrossAttention, without and with its projection
+    "q kv": _VJEPA,
+    "q kv proj": replace(_VJEPA, out="proj"),
+    # transformers' VJEPA2PoolerCrossAttention
+    "q_proj k_proj v_proj": Parts(
+        **_HEADS, query="q_proj", key="k_proj", value="v_proj", depends_on=("config._attn_implementation",)
+    ),
+    # transformers' Aimv2AttentionPoolingHead
+    "cls_token k_proj v_proj output_proj": Parts(
+        **_HEADS, latent="cls_token", key="k_proj", value="v_proj", out="output_proj"
+    ),
+    # AIM's AttentionPoolingClassifier
+    "cls_token k v linear": Parts(**_HEADS, latent="cls_token", key="k", value="v", out="linear", norm="bn"),
+    # CAPI's AttnPoolClassifier
+    "query_token kv linear": Parts(**_HEADS, latent="query_token", key="kv", value="kv", out="linear"),
+    # EfficientProbing
+    "cls_token v": Parts(latent="cls_token", value="v"),
+    # vit-pytorch's PatchMerger
+    "queries norm": Parts(latent="queries", norm="norm"),
+    # stable-pretraining's MultiHeadAttentiveProbe
+    "attn_vectors ln fc": Parts(latent="attn_vectors", norm="ln", out="fc"),
+    # torchmil's MultiheadCrossAttention, without and with its projection
+    "q_nn kv_nn": _TORCHMIL,
+    "q_nn kv_nn out_proj": replace(_TORCHMIL, out="out_proj"),
+    # x-transformers' AttentionPool
+    "queries pooler.to_q pooler.to_k pooler.to_v pooler.to_out": Parts(
+        heads="pooler.heads",
+        latent="queries",
+        query="pooler.to_q",
+        key="pooler.to_k",
+        value="pooler.to_v",
+        out="pooler.to_out",
+    ),
+    # Attention of vit-pytorch's CrossViT and XCiT
+    "norm to_q to_kv to_out.0": _VIT_PYTORCH,
+    # Attention of vit-pytorch's CaiT
+    "norm to_q to_kv to_out.0 mix_heads_pre_attn mix_heads_post_attn": replace(
+        _VIT_PYTORCH, mix_pre_attn="mix_heads_pre_attn", mix_post_attn="mix_heads_post_attn"
+    ),
+    # CrossAttention of IBM's CrossViT
+    "wq wk wv proj": Parts(**_HEADS, query="wq", key="wk", value="wv", out="proj", dropout="attn_drop"),
+    # CaiT's class attention
+    "q k v proj": Parts(**_HEADS, query="q", key="k", value="v", out="proj", dropout="attn_drop"),
+}
+_BY_NAMES = {frozenset(names.split()): parts for names, parts in _KNOWN.items()}
+_registered: dict[type[nn.Module], Parts] = {}
+_tried: dict[tuple, Form | str] = {}
+
+
+def register_rule(
+    cls: type[nn.Module],
+    *,
+    key: str | None = None,
+    value: str | None = None,
+    heads: str | int = 1,
+    query: str | None = None,
+    latent: str | None = None,
+    out: str | None = None,
+    norm: str | None = None,
+    dropout: str | None = None,
+    example: nn.Module | None = None,
+) -> None:
+    """Have `fuse` replace a class of one's own that computes multi-head attention of few queries over many tokens.
+
+    With n = norm(tokens) and softmax over the tokens, it is to compute
+
+        out(softmax(scale * query(x) key(n)^T) value(n)),   a head on each of `heads` groups of channels
+
+    where x is a parameter or comes with the call: forward(tokens) with `latent`; forward(query, tokens) or
+    forward(query, key, value), called with one tensor for both; or forward(tokens), whose first token is the query.
+    Further arguments are optional, and a call that uses them runs the class's own forward.
+
+    Whether the scale is module.scale, one over the square root of a head's channels, or one, whether `norm` is for the
+    tokens, the query or both, and whether `out` takes the queries' results one by one, their mean or all side by side,
+    is found out by a trial in float64 on random numbers: `fuse` makes it for every module, and leaves alone what
+    computes something else.
+
+    Args:
+        cls: exactly this class is replaced, no subclass.
+        key, value: the names of linear layers, C -> D; the same name for one of 2 D rows, the keys' first. Names may be
+            paths, such as "attn.k". Without a key, queries are compared with n itself, and each query has a group of
+            the value's channels; without both, the result is made of n itself.
+        heads: the name of the attribute that holds how many heads there are, or a number.
+        query: the name of the linear layer of the queries; None where they are not projected.
+        latent: the name of the parameter that holds learned queries, [D], [L, D] or [1, L, D].
+        out: the name of the module that the result goes through.
+        norm: the name of a LayerNorm, or of a BatchNorm1d, which is called.
+        dropout: the name of the dropout of the weights.
+        example: a module of the class, to be tried at once.
+
+    Raises:
+        TypeError: cls is no class of modules, or example is not of it.
+        ValueError: the trial of the example failed; nothing is registered.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls: got {cls!r}, expected a subclass of torch.nn.Module")
+    parts = Parts(heads, key, value, query, latent, out, norm, dropout)
+    if example is not None:
+        if type(example) is not cls:
+            raise TypeError(f"example: got {type(example).__name__}, expected {cls.__name__}")
+        found = _form(example, parts)
+        if isinstance(found, str):
+            raise ValueError(f"example: {found}")
+    _registered[cls] = parts
+
+
+class FewQueriesRule:
+    op = "single_query_attention"
+
+    def plan(self, module: nn.Module) -> Plan | None:
+        kind = type(module)
+        if isinstance(module, FewQueries):
+            return _plan(module, kind)
+        if isinstance(module, (DropIn, torch.jit.ScriptModule)):
+            return None
+        parts = _registered.get(kind) or _known_parts(module)
+        if parts is None:
+            return None
+        found = with_forward_on_instance(module) or why_not_watched() or _form(module, parts)
+        if isinstance(found, _Unlike) and kind not in _registered:
+            return None
+        if isinstance(found, str):
+            return Plan(kind.__name__, found)
+        return _plan(module, fused_class(FewQueries, kind, (parts, found)))
+
+
+def _plan(module: nn.Module, fused: type[FewQueries]) -> Plan:
+    parts, _ = fused.details
+    note = "" if parts.latent is not None else DECIDED_PER_CALL
+    reason = fused.why_not_fused(module)
+    return Plan(fused.__name__, reason, lambda: few_queries.become(module, fused), note=note)
+
+
+RULES = (FewQueriesRule(),)
+
+
+class _Unlike(str):
+    """Why a module is none of these at all: it cannot be called like them, or gives results of other sizes."""
+
+
+def _known_parts(module: nn.Module) -> Parts | None:
+    if type(module).__module__.startswith("timm."):
+        return None  # other rules know them, as parts of their blocks
+    names = (name for name, _ in module.named_parameters())
+    parts = _BY_NAMES.get(frozenset(name.removesuffix(".weight").removesuffix(".bias") for name in names))
+    if parts is None:
+        return None
+    optional = {name: getattr(parts, name) for name in ("norm", "dropout")}
+    absent = (name for name, path in optional.items() if path and type(getattr(module, path, None)) in _NOTHING)
+    return replace(parts, **dict.fromkeys(absent))
+
+
+_NOTHING = (nn.Identity, type(None))
+
+
+def _form(module: nn.Module, parts: Parts) -> Form | str:
+    """What its class computes with these parts, or why the module is not to be replaced; tried once for its sizes."""
+    try:
+        reason = few_queries.why_not_parts(module, parts)
+        if reason is not None:
+            return reason
+        sizes = tuple((name, tensor.shape) for name, tensor in module.state_dict().items())
+        kinds = tuple(type(part) for part in module.modules())
+        what = (type(module).forward, parts, few_queries.state_of(module, parts), kinds, sizes)
+        if what not in _tried:
+            _tried[what] = _tried_form(module, parts)
+        return _tried[what]
+    except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
+        return _Unlike(failed(error))
+
+
+def _tried_form(module: nn.Module, parts: Parts) -> Form | str:
+    drawn = Draws()
+    plain = with_drawn_parameters(module, drawn)
+    arguments = few_queries.arguments_of(type(module), parts)
+    calls = [(3, {}), (1, {})] if len(arguments.tensors) > 1 else [(1, {})]  # how many queries, and keywords
+    ways = [(False, calls[:1]), (True, calls[1:])]  # whether the query is a token, and what shows it
+    if arguments.flag is not None:
+        ways = [(False, [(3, {arguments.flag: False}), (1, {arguments.flag: True})])]
+    why_not = _Unlike(_OTHER)
+    for extra, shown in ways:
+        trials = []
+        for length, keywords in shown:
+            inputs = _inputs(plain, parts, len(arguments.tensors), length, drawn)
+            call = few_queries.call_of(arguments, parts, extra, inputs, keywords)
+            trials.append(_Trial(plain, parts, call, inputs, keywords))
+        for form in _forms(plain, parts, extra) if trials else ():
+            if all(trial.agrees(form) for trial in trials):
+                return form._replace(in_training=all(trial.agrees_in_training(form) for trial in trials))
+        if any(trial.comparable for trial in trials):
+            why_not = _OTHER
+    return why_not
+
+
+def _forms(module: nn.Module, parts: Parts, extra: bool) -> Iterator[Form]:
+    scales = ("scale", "heads", None) if type(getattr(module, "scale", None)) is float else ("heads", None)
+    normed = ("tokens", "query", "both") if type(few_queries.part(module, parts.norm)) is nn.LayerNorm else ("tokens",)
+    for choice in itertools.product(scales, normed, (None, "mean", "flat"), (False, True)):
+        yield Form(*choice, extra, in_training=False)
+
+
+def _inputs(module: nn.Module, parts: Parts, tensors: int, length: int, drawn: Draws) -> tuple[torch.Tensor, ...]:
+    projection = few_queries.part(module, parts.key or parts.value)
+    channels = few_queries.part(module, parts.latent).shape[-1] if projection is None else projection.in_features
+    tokens = drawn(2, 5, channels)
+    if tensors == 1:
+        return (tokens,)
+    query = few_queries.part(module, parts.query)
+    return drawn(2, length, channels if query is None else query.in_features), *(tokens,) * (tensors - 1)
+
+
+class _Trial:
+    """A call of a module, and its result."""
+
+    def __init__(self, module: nn.Module, parts: Parts, call: few_queries.Call, inputs: tuple, keywords: dict):
+        self.module, self.parts, self.call, self.inputs, self.keywords = module, parts, call, inputs, keywords
+        self.expected = self._original(module)
+        self.comparable = False  # whether a form gave a result of the same size
+
+    def agrees(self, form: Form) -> bool:
+        try:
+            got = self._fused(form, self.module)
+        except (RuntimeError, ValueError):  # sizes that do not fit
+            return False
+        return self._same(got, self.expected)
+
+    def agrees_in_training(self, form: Form) -> bool:
+        """With the same random numbers."""
+        return self._same(*map(self._trained, (functools.partial(self._fused, form), self._original)))
+
+    def _trained(self, forward: Callable):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return forward(copy.deepcopy(self.module).train())
+
+    def _original(self, module: nn.Module):
+        with torch.no_grad(), dispatch.backend("reference"):
+            return type(module).forward(module, *self.inputs, **self.keywords)
+
+    def _fused(self, form: Form, module: nn.Module):
+        with torch.no_grad(), dispatch.backend("reference"):
+            out = few_queries.attended(module, self.parts, form, self.call)
+            return few_queries.finished(module, self.parts, form, out)
+
+    def _same(self, got, expected) -> bool:
+        (got, *rest), (expected, *others) = (each if isinstance(each, tuple) else (each,) for each in (got, expected))
+        if got.shape != expected.shape:
+            return False
+        self.comparable = True
+        return [each is None for each in rest] == [each is None for each in others] and same(got, expected)
