@@ -17,7 +17,7 @@ DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 NVCC_FLAGS = ["-O3"]
 
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-_ISA_FLAGS = {"default": [], "avx2": ["-mavx2", "-mfma"], "avx512": _AVX512}
+_ISA_FLAGS = {"default": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": _AVX512}
 
 
 class BuildRefused(SystemExit):

@@ -58,7 +58,7 @@ struct SingleQueryAttentionKernels {
     Parts backward;
     Rows sum_gradients;  // of the queries, from the parts of backward
   };
-  ForDtype float32, bfloat16, float64;
+  ForDtype float32, bfloat16, float16, float64;
 };
 
 TOKENFUSION_DECLARE_KERNELS(SingleQueryAttentionKernels, single_query_attention)

@@ -281,6 +281,7 @@ constexpr SingleQueryAttentionKernels::ForDtype kBfloat16 = for_products<VectorP
 }  // namespace
 
 const SingleQueryAttentionKernels single_query_attention = {for_products<VectorProducts<float>>(), kBfloat16,
+                                                            for_products<VectorProducts<f16>>(),
                                                             for_products<VectorProducts<double>>()};
 
 }  // namespace TOKENFUSION_ISA_NAMESPACE

@@ -59,11 +59,10 @@ def test_parity(options, dtype):
     check_parity(Joined(grid), Joined(copy.deepcopy(grid), plain=True), torch.randn(3, 40, DIM).to(dtype))
 
 
-@pytest.mark.parametrize("heads, calls", [([6, 4, 2], 1), ([16] * 4, 1), ([16] * 9, 3), ([24] * 5, 3)], ids=str)
-def test_calls_of_the_kernel(heads, calls):
-    """Of whole probes, as many at once as it takes."""
+@pytest.mark.parametrize("heads", [[6, 4, 2], [16] * 9, [24] * 5], ids=str)
+def test_one_call_of_the_kernel(heads):
     grid, tokens = grid_of(*map(probe, heads)), torch.randn(2, 20, DIM)
-    assert forward_calls(lambda: grid(tokens)) == calls
+    assert forward_calls(lambda: grid(tokens)) == 1
     assert forward_calls(lambda: grid.plain_forward(tokens)) == len(heads)
 
 

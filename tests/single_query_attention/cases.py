@@ -15,7 +15,7 @@ without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton 
 KERNELS = ["cpu", pytest.param("triton", marks=without_triton)]
 DTYPES = {
     "reference": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.float16),
 }
 BACKENDS_AND_DTYPES = [
@@ -79,6 +79,17 @@ def check_common_offset(function: Callable, dtype: torch.dtype, normalize: bool,
         for f in (function, reference.single_query_attention)
     )
     assert fused < unfused / 2, f"error {fused:.2e}, unfused {unfused:.2e}"
+
+
+def check_every_float16(function: Callable) -> None:
+    """Every finite number is read and written as it is, and what lies between two is rounded to the even one."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    tokens = numbers[numbers.isfinite()].view(-1, 1, 8)
+    query = torch.zeros(len(tokens), 1, 8, dtype=torch.float16)
+    assert torch.equal(function(query, tokens), tokens)
+    below = tokens.abs().clamp(max=32768)
+    both = torch.stack((below, (below.view(torch.int16) + 1).view(torch.float16)), dim=1).squeeze(2)
+    assert torch.equal(function(query, both), both.float().mean(dim=1, keepdim=True).half())
 
 
 def check(inputs: Tensors, **options) -> None:

@@ -18,6 +18,7 @@ SHAPES = [(90, dtype, channels, heads) for dtype in ("bfloat16", "float32") for 
 SHAPES += [(90, "float16", 192, 3), (90, "float16", 768, 12), (90, "bfloat16", 1024, 16), (90, "bfloat16", 256, 32)]
 SHAPES += [(80, "bfloat16", 192, 6), (80, "bfloat16", 448, 7), (80, "float32", 192, 6)]
 SHAPES += [(100, "bfloat16", 192, 6), (100, "bfloat16", 768, 12), (100, "float32", 192, 6)]
+WIDE = [(90, "bfloat16", 2048, 16), (90, "float32", 4096, 32), (80, "float16", 1152, 16), (100, "bfloat16", 1280, 16)]
 
 # The tiles were chosen with Triton 3.6; later ones keep these few bytes of a kernel's state in local memory.
 SPILLED = {(90, "float32", 448): 8, (90, "float32", 768): 160, (90, "bfloat16", 256): 336, (100, "bfloat16", 768): 24}
@@ -37,7 +38,7 @@ def calls(capability: int, dtype: str, channels: int, queries: int) -> list[dict
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple, list[dict]]:
-    return aot.compile({shape: calls(*shape) for shape in SHAPES})
+    return aot.compile({shape: calls(*shape) for shape in SHAPES + WIDE})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -51,3 +52,15 @@ def test_compiles_without_spills_and_reads_tokens_once(shape, compiled):
         aot.check(kernel, capability, dtype, allowed)
         assert kernel["loop_bytes"] == kernel["arguments"]["BN"] * channels * ITEMSIZE[dtype], kernel
         assert kernel["narrowest_load"] >= 8, kernel
+
+
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_more_channels_compile_without_spills(shape, compiled):
+    capability, dtype, *_ = shape
+    scores, log_sum_exp, total, *backward = compiled[shape]
+    names = ["scores_kernel", "scores_kernel", "sum_kernel", "token_gradients_kernel"]
+    assert [kernel["name"] for kernel in (scores, log_sum_exp, total)] == [names[0], "log_sum_exp_kernel", names[2]]
+    assert [kernel["name"] for kernel in backward] == names
+    assert log_sum_exp["spilled"] == 0
+    for kernel in (scores, total, *backward):
+        aot.check(kernel, capability, dtype)

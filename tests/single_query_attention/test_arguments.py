@@ -51,7 +51,6 @@ def test_bad_input_names_the_argument(changed, error, parts):
 
 def test_no_backend_by_name_where_it_cannot_run():
     cases = {
-        "float16": arguments(query=torch.randn(B, Q, C).half(), tokens=torch.randn(B, N, C).half(), extra_token=None),
         "C = 12": dict(query=torch.randn(B, Q, 12), tokens=torch.randn(B, N, 12)),
         "C = 4104": dict(query=torch.randn(B, Q, 4104), tokens=torch.randn(B, N, 4104)),
         "innermost": dict(query=torch.randn(B, Q, C), tokens=torch.randn(B, C, N).transpose(1, 2)),

@@ -8,12 +8,18 @@ import torch
 import tokenfusion
 from tests.gradients import check_frozen, check_repeats, in_float64, with_gradients
 from tests.parity import assert_trains
-from tests.single_query_attention.cases import check, check_common_offset, check_parity, make_inputs
+from tests.single_query_attention.cases import (
+    check,
+    check_common_offset,
+    check_every_float16,
+    check_parity,
+    make_inputs,
+)
 from tokenfusion.kernels import single_query_attention
 
 pytestmark = pytest.mark.backend("cpu")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPTIONS = [dict(normalize=normalize, extra=extra) for normalize in (False, True) for extra in (False, True)]
 
 
@@ -29,6 +35,10 @@ def test_any_number_of_tokens(tokens, dtype, option):
 @pytest.mark.parametrize("channels", [8, 24, 96, 128, 192, 224, 256, 384, 448, 768, 1000, 1152, 2048, 4096])
 def test_any_channels(channels, dtype):
     check(make_inputs(3, 4, 37, channels, dtype=dtype, extra=True), normalize=True)
+
+
+def test_every_float16():
+    check_every_float16(single_query_attention)
 
 
 def test_long_sums_keep_their_precision():
@@ -197,7 +207,7 @@ def test_tokens_with_a_large_mean_keep_their_precision():
     check_parity(single_query_attention, inputs, normalize=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_what_all_tokens_share_is_not_in_the_gradient_of_the_query(normalize, dtype):
     check_common_offset(single_query_attention, dtype, normalize)
@@ -259,12 +269,13 @@ def test_other_instruction_sets(capability, run_python):
     run_python(
         f"""
         import torch, tokenfusion._C
-        from tests.single_query_attention.cases import check_parity, make_inputs
+        from tests.single_query_attention.cases import check_every_float16, check_parity, make_inputs
         import tokenfusion
         from tokenfusion.kernels import single_query_attention
         assert tokenfusion._C.capability() == {capability!r}, tokenfusion._C.capability()
         with tokenfusion.backend("cpu"):
-            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            check_every_float16(single_query_attention)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 for channels in (8, 24, 192):
                     inputs = make_inputs(2, 3, 37, channels, dtype=dtype, extra=True)
                     check_parity(single_query_attention, inputs, normalize=True)

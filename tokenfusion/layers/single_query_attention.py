@@ -434,18 +434,11 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         return out, weights.mean(dim=1) if average else weights
 
 
-_TOGETHER = 64  # queries
-
-
 def attend_together(layers: Sequence[SingleQueryAttention], tokens: torch.Tensor) -> list[torch.Tensor]:
     """layer(tokens) for each of some layers with learned queries, which go to the kernel together.
 
-    By as many layers as it takes: a result of all of them would be joined and split again, forward and backward. They
-    are as `ProbeGrid.why_not` asks.
+    They are as `ProbeGrid.why_not` asks.
     """
-    if len(layers) > 1 and sum(each.num_heads * each.latent.shape[1] for each in layers) > _TOGETHER:
-        half = len(layers) // 2
-        return attend_together(layers[:half], tokens) + attend_together(layers[half:], tokens)
     queries = [_absorbed(each.q(each.latent) * each.scale, each.norm, each.k, each.num_heads) for each in layers]
     stacked = torch.cat(queries, dim=1).expand(tokens.shape[0], -1, -1)
     contexts = _attend(stacked, tokens, None, layers[0].norm).split([query.shape[1] for query in queries], dim=1)

@@ -4,6 +4,9 @@
 #pragma once
 
 #include <stdint.h>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #ifndef TOKENFUSION_ISA
 #error "TOKENFUSION_ISA is set by setup.py: default, avx2 or avx512"
@@ -33,6 +36,10 @@ struct Constant {
 };
 
 struct bf16 {
+  uint16_t bits;
+};
+
+struct f16 {
   uint16_t bits;
 };
 
@@ -84,6 +91,21 @@ TF_INLINE Vec<float> load(const bf16* p) {
   return (Vec<float>)(__builtin_convertvector(bits, U32) << 16);
 }
 
+TF_INLINE Vec<float> load(const f16* p) {
+  const U16 half = *reinterpret_cast<const U16Memory*>(p);
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)half);
+#else
+  typedef VecOf<float>::bits I32;
+  const U32 bits = __builtin_convertvector(half, U32), magnitude = bits & 0x7fffu;
+  const U32 normal = (magnitude << 13) + (magnitude < 0x7c00u ? U32{} + (112u << 23) : U32{} + (224u << 23));
+  const Vec<float> subnormal = __builtin_convertvector((I32)magnitude, Vec<float>) * 0x1p-24f;
+  return (Vec<float>)((magnitude < 0x400u ? (U32)subnormal : normal) | (bits & 0x8000u) << 16);
+#endif
+}
+
 template <typename T>
 TF_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecOf<T>::memory*>(p) = v;
@@ -97,6 +119,24 @@ TF_INLINE void store(bf16* p, Vec<float> v) {
   *reinterpret_cast<U16Memory*>(p) = __builtin_convertvector(chosen, U16);
 }
 
+TF_INLINE void store(f16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  const U16 half = (U16)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  const U16 half = (U16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const U32 bits = (U32)v, magnitude = bits & 0x7fffffffu;
+  const U32 normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // a sum with 1/2, whose last place is the least of a subnormal number, is rounded as that is
+  const U32 subnormal = (U32)((Vec<float>)magnitude + 0.5f) - (126u << 23);
+  const U32 finite = magnitude < 0x38800000u ? subnormal : normal;
+  const U32 chosen = magnitude < 0x477ff000u ? finite : U32{} + 0x7c00u;
+  const U32 known = v == v ? chosen : U32{} + 0x7e00u;
+  const U16 half = __builtin_convertvector(known | (bits >> 16 & 0x8000u), U16);
+#endif
+  *reinterpret_cast<U16Memory*>(p) = half;
+}
+
 TF_INLINE float widen(float x) { return x; }
 TF_INLINE double widen(double x) { return x; }
 TF_INLINE float widen(bf16 x) {
@@ -106,12 +146,23 @@ TF_INLINE float widen(bf16 x) {
   return value;
 }
 
+TF_INLINE float widen(f16 x) {
+  const f16 row[VecOf<float>::lanes] = {x};
+  return load(row)[0];
+}
+
 TF_INLINE void narrow(float* p, float x) { *p = x; }
 TF_INLINE void narrow(double* p, double x) { *p = x; }
 TF_INLINE void narrow(bf16* p, float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   p->bits = x == x ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t(0x7fc0);
+}
+
+TF_INLINE void narrow(f16* p, float x) {
+  f16 row[VecOf<float>::lanes];
+  store(row, Vec<float>{} + x);
+  *p = row[0];
 }
 
 template <typename T>

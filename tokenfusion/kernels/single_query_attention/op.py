@@ -19,10 +19,10 @@ from tokenfusion.kernels.library import Form, define_differentiable, second_orde
 from tokenfusion.kernels.single_query_attention import flops, reference
 from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, statistics_dtype
 
-_CPU_MAX_CHANNELS = 4096
-_GPU_MAX_CHANNELS = 1024
+_MAX_CHANNELS = 4096
+_MAX_CUDA_CHANNELS = 1024
 MAX_CUDA_QUERIES = 32
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _SCHEMA = (
@@ -85,7 +85,7 @@ def _run_reference(query, tokens, extra_token, lengths, offsets, normalize, eps)
     return reference.single_query_attention(query, tokens, extra_token, lengths=lengths, normalize=normalize, eps=eps)
 
 
-def _why_not_kernel(query, tokens, dtypes, max_channels) -> str | None:
+def _why_not_kernel(query, tokens, dtypes, max_channels=_MAX_CHANNELS) -> str | None:
     """What the kernels of every backend ask of a call."""
     channels = tokens.shape[2]
     if tokens.dtype not in dtypes:
@@ -98,11 +98,11 @@ def _why_not_kernel(query, tokens, dtypes, max_channels) -> str | None:
 
 
 def _cpu_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
-    return extension.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _CPU_DTYPES, _CPU_MAX_CHANNELS)
+    return extension.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _CPU_DTYPES)
 
 
 def _triton_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
-    return triton_support.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS)
+    return triton_support.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _GPU_DTYPES)
 
 
 def _why_not_bags(lengths, offsets) -> str | None:
@@ -151,7 +151,7 @@ def _cuda_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str
     return (
         extension.why_not_cuda_tensor(tokens)
         or _why_not_bags(lengths, offsets)
-        or _why_not_kernel(query, tokens, _GPU_DTYPES, _GPU_MAX_CHANNELS)
+        or _why_not_kernel(query, tokens, _GPU_DTYPES, _MAX_CUDA_CHANNELS)
         or _why_not_cuda_kernel(query, tokens)
     )
 
