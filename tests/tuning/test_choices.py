@@ -150,3 +150,15 @@ def test_the_observer_names_what_was_chosen():
         call()
     (choice,) = seen.choices
     assert choice.backend == "reference" and choice.workload == Workload("single_query_attention", KIND, (2, 50, 32, 3))
+
+
+def test_a_kernel_that_waits_for_its_proof_is_said_once(monkeypatch, caplog):
+    """Where the tensors are on a GPU, for which Triton's interpreter stands here."""
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda tensors: True)
+    monkeypatch.setattr(dispatch, "_advised", False)
+    cpu = next(i for i in OPERATORS["single_query_attention"].implementations if i.backend == "cpu")
+    monkeypatch.setattr(type(cpu), "automatic", property(lambda self: self.backend == "reference"), raising=False)
+    for _ in range(2):
+        call(2, 5, 16, 3)
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "tokenfusion tune" in record.getMessage() and "triton" in record.getMessage()

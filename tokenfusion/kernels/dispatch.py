@@ -27,6 +27,7 @@ _CHOICES = ("auto", *BACKENDS)
 
 _log = logging.getLogger("tokenfusion")
 _logged: set[tuple[str, str]] = set()
+_advised = False
 
 
 class CannotRun(RuntimeError):
@@ -90,6 +91,8 @@ class Operator:
                 if reason is None:
                     if not torch.compiler.is_compiling():
                         self._tell(implementation, reasons, tensors)
+                        if choice == "auto" and not _advised:
+                            self._advise(implementation, tensors)
                     return implementation
                 reasons.append(f"{implementation.backend}: {reason}")
         if self.supporting:
@@ -113,6 +116,22 @@ class Operator:
             if implementation.name == name and implementation.can_run(*tensors) is None:
                 return implementation
         return None
+
+    def _advise(self, chosen: Implementation, tensors: tuple) -> None:
+        """Says once in a process that a GPU kernel waits for its proof."""
+        global _advised
+        if chosen.backend != "reference" or not _on_gpu(tensors):
+            return
+        waiting = [each.backend for each in self.implementations if not each.automatic and not each.can_run(*tensors)]
+        if waiting:
+            _advised = True
+            kernels = " and ".join(dict.fromkeys(waiting))
+            _log.warning(
+                "%s: PyTorch's code runs on this GPU, as nobody has proven and timed the %s kernels on it; "
+                "`tokenfusion tune` does, and has the faster ones used",
+                self.name,
+                kernels,
+            )
 
     def workload(self, *tensors) -> Workload:
         """What `choices` goes by, of a call of these tensors."""
@@ -200,6 +219,10 @@ def register(
 ) -> Operator:
     OPERATORS[name] = Operator(name, implementations, supporting, workloads)
     return OPERATORS[name]
+
+
+def _on_gpu(tensors: tuple) -> bool:
+    return isinstance(tensors[0], torch.Tensor) and tensors[0].is_cuda
 
 
 def _log_once(name: str, chosen: str, reasons: list[str]) -> None:
