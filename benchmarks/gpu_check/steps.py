@@ -172,7 +172,7 @@ def tune(check: Check, seconds: float) -> Outcome:
     """Proves every kernel at the sizes of real calls, and times it beside the others: what a default is made of."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tuning.json")
-        command = python("-m", "tokenfusion", "tune", "--minutes", str(0.8 * seconds / 60))
+        command = python("-m", "tokenfusion", "tune", "--minutes", str(0.5 * seconds / 60))
         finished = process.run(command, seconds, environment=_ON_A_GPU | {"TOKENFUSION_TUNING": str(path)})
         found = json.loads(path.read_text()) if path.exists() else {"entries": []}
     refused = [entry for entry in found["entries"] if entry["wrong"]]
