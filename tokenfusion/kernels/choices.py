@@ -48,13 +48,15 @@ class Table:
         self._nearest: dict[Workload, str | None] = {}
 
     def choice(self, workload: Workload) -> str | None:
-        """None outside of what was measured."""
+        """None outside of what was measured, and for sizes that may be any, of which symbolic shapes are made."""
         try:
             return self._nearest[workload]
         except KeyError:
             if len(self._nearest) >= _MOST_KEPT:
                 self._nearest.clear()
             return self._nearest.setdefault(workload, self._find(workload))
+        except TypeError:
+            return None
 
     def _find(self, workload: Workload) -> str | None:
         found = [

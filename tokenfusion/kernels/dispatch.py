@@ -24,6 +24,7 @@ from tokenfusion.kernels.choices import Workload, Workloads
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _CHOICES = ("auto", *BACKENDS)
+_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 _log = logging.getLogger("tokenfusion")
 _logged: set[tuple[str, str]] = set()
@@ -49,10 +50,10 @@ class Implementation:
     can_run: Callable[..., str | None]
     automatic: bool = True
     form: str = ""
+    name: str = field(init=False)
 
-    @property
-    def name(self) -> str:
-        return f"{self.backend}:{self.form}" if self.form else self.backend
+    def __post_init__(self):
+        object.__setattr__(self, "name", f"{self.backend}:{self.form}" if self.form else self.backend)
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,15 @@ class Operator:
         if choices.is_empty():
             return None
         workload = self.workload(*tensors)
-        if not torch.compiler.is_compiling():
-            name = choices.in_force().choice(workload)
-        elif all(map(has_static_value, workload.sizes)):
-            name = choices.constant_choice(*workload)
+        if torch.compiler.is_compiling():
+            name = choices.constant_choice(*workload) if all(map(has_static_value, workload.sizes)) else None
         else:
+            name = choices.in_force().choice(workload)
+        if name is None:
             return None
         for implementation in self.implementations:
-            if implementation.name == name and implementation.can_run(*tensors) is None:
-                return implementation
+            if implementation.name == name:
+                return implementation if implementation.can_run(*tensors) is None else None
         return None
 
     def _advise(self, chosen: Implementation, tensors: tuple) -> None:
@@ -136,9 +137,12 @@ class Operator:
     def workload(self, *tensors) -> Workload:
         """What `choices` goes by, of a call of these tensors."""
         words, sizes = self.workloads.of(*tensors)
-        trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
-        dtype = str(tensors[0].dtype).removeprefix("torch.")
-        return Workload(self.name, (dtype, "training" if trains else "inference", *words), sizes)
+        direction = "inference"
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    direction = "training"
+        return Workload(self.name, (_DTYPES[tensors[0].dtype], direction, *words), sizes)
 
     def _tell(self, chosen: Implementation, reasons: list[str], tensors: tuple) -> None:
         """Log why faster backends could not run, and note the choice where `observe` asks for it."""
