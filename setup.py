@@ -93,6 +93,7 @@ class BuildKernels(BuildExtension):
             "python": platform.python_version(),
             "compiler": plan.compiler_version(plan.cpp_compiler()) if cpp_built else None,
             "platform": f"{sys.platform} {platform.machine()}",
+            "sources": plan.digest_of_sources(),
             "cpp": {"built": cpp_built, "reason": left_out["cpp"], "isas": list(plan.isa_flags()) if cpp_built else []},
             "cuda": {
                 "built": cuda_built,

@@ -1,5 +1,6 @@
 """What setup.py builds on this machine, and why it leaves the rest out."""
 
+import hashlib
 import os
 import platform
 import re
@@ -28,6 +29,15 @@ def isa_flags() -> dict[str, list[str]]:
     """Instruction set -> compiler flags, for each one that the kernels are compiled for."""
     x86_64 = platform.machine().lower() in ("x86_64", "amd64")
     return _ISA_FLAGS if x86_64 else {"default": []}
+
+
+def digest_of_sources() -> str:
+    """Of what the extension is compiled from."""
+    digest = hashlib.sha256()
+    for path in sorted(Path("csrc").rglob("*")):
+        if path.is_file():
+            digest.update(path.as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def requested(part: str) -> bool | None:

@@ -11,6 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
+os.environ["TOKENFUSION_TUNING"] = "0"  # what was measured on this machine decides nothing here
+
 import tokenfusion
 
 ROOT = Path(__file__).parent.parent

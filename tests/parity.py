@@ -5,8 +5,8 @@ import contextlib
 import torch
 from torch import nn
 
-from benchmarks.measure import parity
 from tokenfusion.kernels import dispatch
+from tokenfusion.tuning import parity
 
 
 def assert_parity(
@@ -18,7 +18,7 @@ def assert_parity(
     summands: int = 0,
     scale: torch.Tensor | None = None,
 ) -> None:
-    """The error of `actual` is at most twice that of the unfused PyTorch path, and rounding: `measure/parity.py`.
+    """The error of `actual` is at most twice that of the unfused PyTorch path, and rounding: `tuning/parity.py`.
 
     summands: the terms of an element's sum, where they are many; scale: their norm, where they cancel.
     """

@@ -136,6 +136,12 @@ def test_steps_for_a_gpu_are_skipped_without_one(tmp_path):
     assert statuses(path) == {"parity": "skipped"}
 
 
+def test_tuning_is_a_step(tmp_path):
+    found = steps.tune(make_check(tmp_path / "record.json", "cpu"), 40)
+    assert found.status == "passed", found.log
+    assert found.facts["tuning"]["entries"] and "0 with a kernel that was refused" in found.summary
+
+
 def sanitizer_outcome(tmp_path, script: str | None) -> steps.Outcome:
     check = make_check(tmp_path / "record.json")
     tool = None

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tokenfusion
-from benchmarks.measure import parity
 from tests.random_calls import DTYPES, LAYOUTS, OPERATORS, laid_out, random_call
+from tokenfusion.tuning import parity
 
 CALLS = int(os.environ.get("TOKENFUSION_RANDOM_CALLS", "60"))
 

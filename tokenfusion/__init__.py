@@ -19,7 +19,9 @@ __all__ = [
     "register_rule",
     "set_backend",
     "tie_weights",
+    "tune",
     "unfuse",
+    "verify",
 ]
 
 
@@ -30,6 +32,8 @@ _LATER = {
     "register_rule": "tokenfusion.surgery",
     "unfuse": "tokenfusion.surgery",
     "tie_weights": "tokenfusion.surgery.tie",
+    "tune": "tokenfusion.tuning",
+    "verify": "tokenfusion.tuning",
     "create_model": "tokenfusion.models",
     "list_models": "tokenfusion.models",
 }

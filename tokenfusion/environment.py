@@ -7,6 +7,7 @@ import torch
 
 import tokenfusion
 from tokenfusion.kernels import dispatch, extension
+from tokenfusion.tuning import files
 
 
 def collect() -> dict:
@@ -26,6 +27,7 @@ def collect() -> dict:
         "backend": dispatch.get_backend(),
         "backend of the process": dispatch.process_backend(),
         "backends": {name: {"runs": why is None, "reason": why} for name, why in tokenfusion.backends().items()},
+        "tuning": _tuning(),
         "operators": {operator.name: _implementations(operator) for operator in dispatch.OPERATORS.values()},
     }
 
@@ -46,6 +48,16 @@ def _isa() -> str | None:
     return _C.capability()
 
 
+def _tuning() -> dict:
+    loaded = files.loaded()
+    return {
+        "file": None if loaded.path is None else str(loaded.path),
+        "digest": loaded.digest or None,
+        "choices": len(loaded.table.choices),
+        "ignored": list(loaded.ignored),
+    }
+
+
 def _implementations(operator: dispatch.Operator) -> dict[str, dict]:
     here = tokenfusion.backends()
     return {
@@ -55,4 +67,5 @@ def _implementations(operator: dispatch.Operator) -> dict[str, dict]:
             "reason": here[implementation.backend],
         }
         for implementation in operator.implementations
+        if not implementation.form
     }

@@ -168,6 +168,18 @@ def sanitizer(tool: str, check: Check, seconds: float) -> Outcome:
     return result
 
 
+def tune(check: Check, seconds: float) -> Outcome:
+    """Proves every kernel at the sizes of real calls, and times it beside the others: what a default is made of."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tuning.json")
+        command = python("-m", "tokenfusion", "tune", "--minutes", str(0.5 * seconds / 60))
+        finished = process.run(command, seconds, environment=_ON_A_GPU | {"TOKENFUSION_TUNING": str(path)})
+        found = json.loads(path.read_text()) if path.exists() else {"entries": []}
+    refused = [entry for entry in found["entries"] if entry["wrong"]]
+    summary = f"{len(found['entries'])} calls, {len(refused)} with a kernel that was refused"
+    return outcome(finished, summary if found["entries"] else None, tuning=found)
+
+
 def roofline(check: Check, seconds: float) -> Outcome:
     finished = process.run(python("-m", "benchmarks.measure.roofline"), seconds)
     rates = _last_json(finished.log) if finished.status == PASSED else None
@@ -218,6 +230,7 @@ STEPS = (
     Step("build", build, share=10),
     Step("parity", parity, share=4, needs_gpu=True),
     Step("repeats", repeats, share=2, needs_gpu=True),
+    Step("tune", tune, share=5, needs_gpu=True),
     Step("memcheck", functools.partial(sanitizer, "memcheck"), share=2, needs_gpu=True),
     Step("racecheck", functools.partial(sanitizer, "racecheck"), share=2, needs_gpu=True),
     Step("roofline", roofline, share=1),

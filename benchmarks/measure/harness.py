@@ -11,11 +11,11 @@ import torch
 
 import tokenfusion
 from benchmarks.measure import roofline
-from benchmarks.measure.parity import Parity, compare, in_float64
 from benchmarks.measure.problem import AND_COMPILE, COMPILED, Problem, Variant, dtype_of
 from benchmarks.measure.timing import MOST_CALLS, Replay, Ring, seconds_a_call
 from tokenfusion import measure
 from tokenfusion.kernels import dispatch
+from tokenfusion.tuning.parity import Parity, compare, in_float64
 
 _SAMPLE_SECONDS = 1e-3  # the least that a sample of the fastest variant should last
 _WARM_UP_SECONDS = 0.3  # of a GPU, whose clocks rise with work

@@ -177,7 +177,8 @@ def variants(
 
 def backends_for(operator: str, *tensors: torch.Tensor) -> list[str]:
     """The backends that can run an operator on these tensors, fastest first."""
-    return [i.backend for i in OPERATORS[operator].implementations if i.can_run(*tensors) is None]
+    implementations = OPERATORS[operator].implementations
+    return list(dict.fromkeys(each.backend for each in implementations if each.can_run(*tensors) is None))
 
 
 def kernels_for(operator: str, *tensors: torch.Tensor) -> list[str]:

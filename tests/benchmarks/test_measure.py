@@ -3,8 +3,8 @@
 import torch
 
 from benchmarks.measure import harness, timing
-from benchmarks.measure.parity import compare
 from benchmarks.measure.problem import Problem, Variant
+from tokenfusion.tuning.parity import compare
 
 
 def test_inputs_of_a_case_are_capped_where_a_virtual_machine_reports_a_large_cache(monkeypatch):

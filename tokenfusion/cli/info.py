@@ -45,6 +45,14 @@ def _built(build: dict, isa: str | None) -> list[tuple[str, str]]:
     return [("C++ extension", cpp), ("CUDA kernels", cuda)]
 
 
+def _tuning(tuning: dict) -> list[tuple[str, str]]:
+    if tuning["file"] is None:
+        rows = [("file", "none; tokenfusion tune makes one for this machine")]
+    else:
+        rows = [("file", f"{tuning['file']}, {tuning['choices']} choices, digest {tuning['digest']}")]
+    return rows + [("ignored", reason) for reason in tuning["ignored"]]
+
+
 def _print(facts: dict) -> None:
     sections = [
         ("Versions", [(name, version or "none") for name, version in facts["versions"].items()]),
@@ -57,6 +65,7 @@ def _print(facts: dict) -> None:
             ],
         ),
     ]
+    sections.append(("Tuning", _tuning(facts["tuning"])))
     for name, implementations in facts["operators"].items():
         rows = [(backend, _state(implementations.get(backend))) for backend in dispatch.BACKENDS]
         sections.append((name, rows))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import tokenfusion
 from tokenfusion.cli.errors import UsageError
 
-COMMANDS = ("compare", "info")
+COMMANDS = ("compare", "info", "tune", "verify")
 _FAILED, _MISUSED, _INTERRUPTED = 1, 2, 130
 
 

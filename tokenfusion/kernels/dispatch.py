@@ -16,15 +16,19 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace as symbolic_trace
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from tokenfusion import measure
-from tokenfusion.kernels import extension, triton_support
+from tokenfusion.kernels import choices, extension, triton_support
+from tokenfusion.kernels.choices import Workload, Workloads
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _CHOICES = ("auto", *BACKENDS)
+_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 _log = logging.getLogger("tokenfusion")
 _logged: set[tuple[str, str]] = set()
+_advised = False
 
 
 class CannotRun(RuntimeError):
@@ -36,13 +40,20 @@ class Implementation:
     """One backend's form of an operator.
 
     can_run takes the operator's tensors and returns None, or the reason why this backend cannot take them.
-    automatic says whether "auto" may pick it: a GPU kernel enters once a record in benchmarks/records/ supports it.
+    automatic says whether "auto" may pick it without a measurement on this machine (see `choices`): a GPU kernel enters
+    once a record in benchmarks/records/ supports it. form names another way of the same backend, which nothing but a
+    measurement picks.
     """
 
     backend: str
     run: Callable
     can_run: Callable[..., str | None]
     automatic: bool = True
+    form: str = ""
+    name: str = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "name", f"{self.backend}:{self.form}" if self.form else self.backend)
 
 
 @dataclass(frozen=True)
@@ -51,12 +62,14 @@ class Operator:
 
     Under a transform it alone runs: PyTorch's own operators can be exported, traced, batched and differentiated anyhow.
     supporting says that the operator is a step of a layer rather than the reason to choose a backend: its reference
-    runs where the backend asked for by name cannot.
+    runs where the backend asked for by name cannot. workloads tells its calls apart for `choices`, whose table goes
+    before the order.
     """
 
     name: str
     implementations: tuple[Implementation, ...]
     supporting: bool = False
+    workloads: Workloads | None = None
 
     def select(self, *tensors) -> Implementation:
         """The implementation to run for these tensors under the backend in force.
@@ -66,12 +79,21 @@ class Operator:
         """
         choice = get_backend() if transform() is None else "reference"
         reasons = []
+        measured = self._measured(tensors) if choice == "auto" and self.workloads is not None else None
+        if measured is not None:
+            if not torch.compiler.is_compiling():
+                self._tell(measured, reasons, tensors)
+            return measured
         for implementation in self.implementations:
+            if implementation.form:
+                continue
             if implementation.backend == choice or (choice == "auto" and implementation.automatic):
                 reason = implementation.can_run(*tensors)
                 if reason is None:
                     if not torch.compiler.is_compiling():
-                        self._tell(implementation.backend, reasons, tensors)
+                        self._tell(implementation, reasons, tensors)
+                        if choice == "auto" and not _advised:
+                            self._advise(implementation, tensors)
                     return implementation
                 reasons.append(f"{implementation.backend}: {reason}")
         if self.supporting:
@@ -80,14 +102,57 @@ class Operator:
             reasons.append(f"{choice}: {self.name} has no {choice} implementation")
         raise CannotRun(f"tokenfusion.{self.name}: backend {choice!r} cannot run here: {'; '.join(reasons)}")
 
-    def _tell(self, chosen: str, reasons: list[str], tensors: tuple) -> None:
+    def _measured(self, tensors: tuple) -> Implementation | None:
+        """What the table of this machine says, if anything, and if that can run."""
+        if choices.is_empty():
+            return None
+        workload = self.workload(*tensors)
+        if torch.compiler.is_compiling():
+            name = choices.constant_choice(*workload) if all(map(has_static_value, workload.sizes)) else None
+        else:
+            name = choices.in_force().choice(workload)
+        if name is None:
+            return None
+        for implementation in self.implementations:
+            if implementation.name == name:
+                return implementation if implementation.can_run(*tensors) is None else None
+        return None
+
+    def _advise(self, chosen: Implementation, tensors: tuple) -> None:
+        """Says once in a process that a GPU kernel waits for its proof."""
+        global _advised
+        if chosen.backend != "reference" or not _on_gpu(tensors):
+            return
+        waiting = [each.backend for each in self.implementations if not each.automatic and not each.can_run(*tensors)]
+        if waiting:
+            _advised = True
+            kernels = " and ".join(dict.fromkeys(waiting))
+            _log.warning(
+                "%s: PyTorch's code runs on this GPU, as nobody has proven and timed the %s kernels on it; "
+                "`tokenfusion tune` does, and has the faster ones used",
+                self.name,
+                kernels,
+            )
+
+    def workload(self, *tensors) -> Workload:
+        """What `choices` goes by, of a call of these tensors."""
+        words, sizes = self.workloads.of(*tensors)
+        direction = "inference"
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    direction = "training"
+        return Workload(self.name, (_DTYPES[tensors[0].dtype], direction, *words), sizes)
+
+    def _tell(self, chosen: Implementation, reasons: list[str], tensors: tuple) -> None:
         """Log why faster backends could not run, and note the choice where `observe` asks for it."""
         if reasons:
-            _log_once(self.name, chosen, reasons)
-        choices = _noted.get()
-        if choices is not None:
+            _log_once(self.name, chosen.backend, reasons)
+        noted = _noted.get()
+        if noted is not None:
             why_not = {each.backend: each.can_run(*tensors) for each in self.implementations}
-            choices.append(Choice(self.name, chosen, why_not))
+            workload = None if self.workloads is None else self.workload(*tensors)
+            noted.append(Choice(self.name, chosen.name, why_not, workload))
 
 
 @dataclass(frozen=True)
@@ -97,6 +162,7 @@ class Choice:
     operator: str
     backend: str
     why_not: dict[str, str | None]
+    workload: Workload | None = None
 
 
 @dataclass(frozen=True)
@@ -152,9 +218,15 @@ def _unguarded_transform() -> str | None:
 OPERATORS: dict[str, Operator] = {}
 
 
-def register(name: str, *implementations: Implementation, supporting: bool = False) -> Operator:
-    OPERATORS[name] = Operator(name, implementations, supporting)
+def register(
+    name: str, *implementations: Implementation, supporting: bool = False, workloads: Workloads | None = None
+) -> Operator:
+    OPERATORS[name] = Operator(name, implementations, supporting, workloads)
     return OPERATORS[name]
+
+
+def _on_gpu(tensors: tuple) -> bool:
+    return isinstance(tensors[0], torch.Tensor) and tensors[0].is_cuda
 
 
 def _log_once(name: str, chosen: str, reasons: list[str]) -> None:

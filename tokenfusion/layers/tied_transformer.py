@@ -63,7 +63,7 @@ class TiedFFN(OwnLayer, nn.Module):
         bias: bool = True,
         drop: float = 0.0,
         *,
-        recompute: bool = True,
+        recompute: bool | str = "auto",
         device=None,
         dtype=None,
     ):

@@ -10,6 +10,7 @@ from tokenfusion.kernels.checks import autocast, check_floating, check_rank, che
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.dynamic_mixing import flops, reference
 from tokenfusion.kernels.dynamic_mixing.shapes import empty_gradients, empty_mean
+from tokenfusion.kernels.dynamic_mixing.workloads import WORKLOADS
 from tokenfusion.kernels.library import Form, define_differentiable, second_order
 
 MAX_TOKENS = 64
@@ -138,6 +139,7 @@ OPERATOR = register(
     Implementation("triton", _KERNELS["triton"], _triton_can_run, automatic=False),
     Implementation("cpu", _KERNELS["cpu"], _cpu_can_run),
     Implementation("reference", _run_reference, lambda *call: None),
+    workloads=WORKLOADS,
 )
 triton_support.implement(__package__, "dynamic_mixing")
 

@@ -18,6 +18,7 @@ from tokenfusion.kernels.dispatch import Implementation, register, transform
 from tokenfusion.kernels.library import Form, define_differentiable, second_order
 from tokenfusion.kernels.single_query_attention import flops, reference
 from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, statistics_dtype
+from tokenfusion.kernels.single_query_attention.workloads import WORKLOADS
 
 _MAX_CHANNELS = 4096
 _MAX_CUDA_CHANNELS = 1024
@@ -162,6 +163,7 @@ OPERATOR = register(
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
     Implementation("cpu", _run_on("cpu"), _cpu_can_run),
     Implementation("reference", _run_reference, lambda query, tokens, extra_token, lengths=None, offsets=None: None),
+    workloads=WORKLOADS,
 )
 triton_support.implement(__package__, "single_query_attention")
 

@@ -10,6 +10,7 @@ from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.library import Form, define_differentiable, second_order
 from tokenfusion.kernels.tied_ffn import flops, reference
 from tokenfusion.kernels.tied_ffn.shapes import empty_gradients, empty_outputs
+from tokenfusion.kernels.tied_ffn.workloads import WORKLOADS
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,10 +62,11 @@ _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backwar
 _KERNELS = define_differentiable("tied_ffn", ("cpu", "triton"), _FORWARD, _BACKWARD)
 
 
-def _run_on(backend: str):
+def _run_on(backend: str, *, holds: bool = False):
     def run(x, weight, bias_in, bias_out, activation, recompute):
         tensors = (x, weight, bias_in, bias_out)
-        hold = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        wanted = holds if recompute == "auto" else not recompute
+        hold = wanted and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         return _KERNELS[backend](*tensors, activation, hold)[0]
 
     return run
@@ -89,8 +91,11 @@ def _triton_can_run(x, weight, bias_in, bias_out) -> str | None:
 OPERATOR = register(
     "tied_ffn",
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
+    Implementation("triton", _run_on("triton", holds=True), _triton_can_run, automatic=False, form="hold"),
     Implementation("cpu", _run_on("cpu"), _cpu_can_run),
+    Implementation("cpu", _run_on("cpu", holds=True), _cpu_can_run, form="hold"),
     Implementation("reference", _run_reference, lambda x, weight, bias_in, bias_out: None),
+    workloads=WORKLOADS,
 )
 triton_support.implement(__package__, "tied_ffn")
 
@@ -129,7 +134,7 @@ def tied_ffn(
     bias_out: torch.Tensor | None = None,
     *,
     activation: str = "gelu",
-    recompute: bool = True,
+    recompute: bool | str = "auto",
 ) -> torch.Tensor:
     """A feed-forward network with one matrix for both its layers: y = act(x W^T + b_in) W + b_out.
 
@@ -143,9 +148,10 @@ def tied_ffn(
         bias_in: [F], or None.
         bias_out: [C], or None.
         activation: "gelu" (exact), "gelu_tanh", "relu", "silu" or "identity".
-        recompute: hold x alone for the backward pass, which computes x W^T again. False holds the pre-activation
-            x W^T + b_in too: F / C times the memory of x, and one matrix product of seven less. The reference backend
-            holds all that autograd does.
+        recompute: True holds x alone for the backward pass, which computes x W^T again. False holds the pre-activation
+            x W^T + b_in too: F / C times the memory of x, and one matrix product of seven less. "auto" is True, but
+            where `tokenfusion tune` found on this machine that False is faster. The reference backend holds all that
+            autograd does.
 
     All of one device and of one dtype: float16, bfloat16, float32 or float64. Under autocast they are cast to its
     dtype, as those of F.linear are.
@@ -155,10 +161,12 @@ def tied_ffn(
 
     Raises:
         TypeError: a dtype that is not floating point, or differing dtypes.
-        ValueError: wrong rank, mismatching C or F, an unknown activation, tensors on different devices.
+        ValueError: wrong rank, mismatching C or F, an unknown activation or recompute, tensors on different devices.
         RuntimeError: the backend chosen by `set_backend` cannot run this call; the message says why.
     """
     x, weight, bias_in, bias_out = autocast(x, weight, bias_in, bias_out)
     _check(x, weight, bias_in, bias_out, activation)
+    if recompute not in (True, False, "auto"):
+        raise ValueError(f"recompute: got {recompute!r}, expected True, False or 'auto'")
     implementation = OPERATOR.select(x, weight, bias_in, bias_out)
     return implementation.run(x, weight, bias_in, bias_out, activation, recompute)

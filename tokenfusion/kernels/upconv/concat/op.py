@@ -9,6 +9,7 @@ from tokenfusion.kernels.library import Form, define_differentiable, define_with
 from tokenfusion.kernels.upconv import reference
 from tokenfusion.kernels.upconv.arguments import check_upconv, cpu_can_run, triton_can_run
 from tokenfusion.kernels.upconv.concat import flops
+from tokenfusion.kernels.upconv.concat.workloads import WORKLOADS
 from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? skip, bool skip_first"
@@ -84,6 +85,7 @@ OPERATOR = register(
     Implementation("triton", _run_on("triton"), triton_can_run, automatic=False),
     Implementation("cpu", _run_on("cpu"), cpu_can_run),
     Implementation("reference", _run_reference, lambda x, weight: None),
+    workloads=WORKLOADS,
 )
 triton_support.implement(__package__, "upconv_concat", "out")
 

@@ -1,0 +1,154 @@
+"""tune and verify: a wrong kernel is refused and named, a slow one is not chosen, and what was found is kept."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+import timm
+import torch
+
+import tokenfusion
+from tokenfusion.kernels import choices, dispatch
+from tokenfusion.kernels.choices import Table, Workload
+from tokenfusion.kernels.dispatch import OPERATORS, Implementation
+from tokenfusion.tuning import files, search, tune, verify
+
+INFERENCE = Workload("single_query_attention", ("float32", "inference"), (2, 40, 32, 3))
+TRAINING = Workload("single_query_attention", ("float32", "training", "tokens with a gradient"), (2, 40, 32, 3))
+TIED = Workload("tied_ffn", ("float32", "training"), (40, 16, 32))
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(search, "_SECONDS", 0.05)
+
+
+@pytest.fixture
+def with_implementation(monkeypatch):
+    """Puts one more implementation before the others of an operator."""
+
+    def add(operator: str, run, **options) -> None:
+        old = OPERATORS[operator]
+        new = Implementation("cpu", run, lambda *tensors: None, form="mine", **options)
+        changed = dataclasses.replace(old, implementations=(new, *old.implementations))
+        monkeypatch.setitem(OPERATORS, operator, changed)
+
+    return add
+
+
+def reference(*operands):
+    return OPERATORS["single_query_attention"].implementations[-1].run(*operands)
+
+
+def one_lane_wrong(*operands):
+    out = reference(*operands)
+    return out + torch.nn.functional.one_hot(torch.tensor(5), out.shape[-1]) * 1e-3
+
+
+def nan(*operands):
+    return reference(*operands) * torch.nan
+
+
+def race(*operands):
+    return reference(*operands) * (1 + 1e-5 * torch.rand(1))
+
+
+def raises(*operands):
+    raise RuntimeError("no such instruction")
+
+
+def beyond_the_end(query, tokens, *others):
+    out = reference(query, tokens, *others)
+    tokens.detach().as_strided((1,), (1,), tokens.storage_offset() + tokens.numel()).zero_()
+    return out
+
+
+def wrong_gradient(query, *others):
+    return reference(query + 1e-3 * (query - query.detach()), *others)
+
+
+@pytest.mark.parametrize(
+    "broken, workload, reason",
+    [
+        (one_lane_wrong, INFERENCE, "relative error"),
+        (nan, INFERENCE, "relative error"),
+        (race, INFERENCE, "other bits"),
+        (raises, INFERENCE, "no such instruction"),
+        (beyond_the_end, INFERENCE, "writes outside"),
+        (wrong_gradient, TRAINING, "relative error"),
+    ],
+)
+def test_a_wrong_kernel_is_refused_named_and_never_chosen(with_implementation, tmp_path, broken, workload, reason):
+    with_implementation("single_query_attention", broken)
+    path = tmp_path / "tuning.json"
+    (finding,) = tune(workloads=[workload], path=path).wrong
+    assert list(finding.wrong) == ["cpu:mine"] and reason in finding.wrong["cpu:mine"]
+    assert finding.choice != "cpu:mine" and "cpu:mine" not in finding.seconds
+    (entry,) = json.loads(path.read_text())["entries"]
+    assert entry["wrong"].keys() == {"cpu:mine"} and entry["choice"] == finding.choice
+    (proof,) = verify([workload]).wrong
+    assert proof.wrong.keys() == {"cpu:mine"}
+
+
+def test_a_slow_form_is_not_chosen_and_a_fast_one_is(with_implementation, tmp_path):
+    def slow(*operands):
+        time.sleep(0.002)
+        return reference(*operands)
+
+    with_implementation("single_query_attention", slow)
+    (finding,) = tune(workloads=[INFERENCE], path=tmp_path / "tuning.json").findings
+    assert finding.choice in ("cpu", "reference") and finding.seconds["cpu:mine"] > finding.seconds[finding.choice]
+    assert not finding.wrong
+
+
+def test_what_is_chosen_runs(tmp_path):
+    path = tmp_path / "tuning.json"
+    (finding,) = tune(workloads=[INFERENCE], path=path).findings
+    table = Table(files.choices_of(files.read(path)))
+    with choices.using(table), dispatch.observe() as seen:
+        tokens = torch.randn(2, 40, 32)
+        tokenfusion.kernels.single_query_attention(tokens[:, :3], tokens)
+    assert [choice.backend for choice in seen.choices] == [finding.choice]
+
+
+def test_every_form_is_measured(tmp_path):
+    (finding,) = tune(workloads=[TIED], path=tmp_path / "tuning.json").findings
+    assert {"cpu", "cpu:hold", "reference"} <= set(finding.seconds)
+    assert finding.built_in == "cpu" and finding.gain >= 1
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path):
+    path = tmp_path / "tuning.json"
+    tune(workloads=[TIED], path=path)
+
+    def interrupt(finding, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(workloads=[INFERENCE, TRAINING], path=path, report=interrupt)
+    assert {files.workload_of(entry) for entry in files.read(path)} == {TIED, INFERENCE}
+
+
+def test_it_stops_in_time(tmp_path):
+    found = tune(workloads=[INFERENCE, TRAINING, TIED], path=tmp_path / "tuning.json", minutes=1e-6)
+    assert len(found.findings) == 1
+
+
+def test_a_path_that_cannot_be_written_is_said_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        tune(workloads=[INFERENCE], path=tmp_path / "file" / "tuning.json", report=pytest.fail)
+
+
+def test_the_calls_of_a_model(tmp_path):
+    model = timm.create_model("crossvit_9_240")
+    tokenfusion.fuse(model)
+    images = torch.randn(2, 3, 240, 240)
+    workloads = search.workloads_of(model, (images,), trains=True)
+    assert {workload.operator for workload in workloads} == {"single_query_attention"}
+    assert {workload.kind[1] for workload in workloads} == {"inference", "training"}
+    assert {workload.sizes for workload in workloads} == {(2, 196, 256, 4), (2, 400, 128, 4)}
+    assert model.training
+    found = tokenfusion.tune(model, (images,), train=False, path=tmp_path / "tuning.json")
+    assert {finding.workload.kind[1] for finding in found.findings} == {"inference"}

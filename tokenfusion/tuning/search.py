@@ -1,0 +1,201 @@
+"""tune and verify: prove every implementation of an operator, time those that are right, and keep what was found."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tokenfusion import measure
+from tokenfusion.kernels import dispatch
+from tokenfusion.kernels.choices import Table, Workload, using
+from tokenfusion.kernels.dispatch import OPERATORS, Implementation
+from tokenfusion.tuning import files, machine, proof
+from tokenfusion.tuning.shipped import WORKLOADS
+
+_ENOUGH = 1.02  # times as fast as the built-in choice, to be chosen in its place
+_ROUNDS = 5, 41  # fewest and most
+_SECONDS = 1.0  # of the timing of a workload
+_SAMPLE = 1e-3  # seconds that a sample lasts at least
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about a workload.
+
+    seconds are medians of a call, of the implementations that are right; wrong says why the others are refused; choice
+    is the one to run, and built_in what runs without a table. All are names of implementations.
+    """
+
+    workload: Workload
+    choice: str | None
+    built_in: str
+    seconds: dict[str, float]
+    wrong: dict[str, str]
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast the choice is as what would run without it."""
+        if self.choice is None or self.built_in not in self.seconds:
+            return None
+        return self.seconds[self.built_in] / self.seconds[self.choice]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Findings, and the file that they are in, if any."""
+
+    findings: tuple[Finding, ...]
+    path: Path | None = None
+
+    @property
+    def wrong(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.wrong)
+
+
+def workloads_of(model: nn.Module, inputs: Sequence, *, trains: bool, infers: bool = True) -> list[Workload]:
+    """The distinct workloads of a model's own calls of operators, fused beforehand."""
+    found: dict[Workload, None] = {}
+    for training in (mode for mode, wanted in ((False, infers), (True, trains)) if wanted):
+        was_training = model.training
+        model.train(training)
+        try:
+            with using(Table({})), torch.set_grad_enabled(training), dispatch.observe() as seen:
+                model(*inputs)
+        finally:
+            model.train(was_training)
+        found |= dict.fromkeys(choice.workload for choice in seen.choices if choice.workload is not None)
+    return list(found)
+
+
+def tune(
+    model: nn.Module | None = None,
+    example_inputs: Sequence = (),
+    *,
+    workloads: Iterable[Workload] | None = None,
+    train: bool = True,
+    infer: bool = True,
+    minutes: float = 5.0,
+    path: Path | None = None,
+    report: Callable[[Finding, int, int], None] = lambda finding, done, total: None,
+) -> Tuning:
+    """Prove and time every backend and form that can run here; the fastest go into the file that "auto" follows.
+
+    What was measured is kept: entries of the file for other workloads stay, and it is written after each workload, so
+    that an interruption loses none.
+
+    Args:
+        model: its own calls are measured; it is fused already. None: `workloads`, or the list that comes with the
+            package.
+        example_inputs: what model is called with.
+        train, infer: which of both to measure.
+        minutes: when to stop, at the end of a workload.
+        path: the file; None for the one of this device in the user's cache folder.
+        report: is told each finding, with how many there are and will be.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = files.user_path() if path is None else Path(path)
+    chosen = _workloads(model, example_inputs, workloads, train, infer)
+    kept = _kept(path)
+    deadline = time.monotonic() + 60 * minutes
+    findings = []
+    files.write(path, list(kept.values()))  # says at once if it cannot
+    for done, workload in enumerate(chosen, 1):
+        finding = _measured(workload)
+        findings.append(finding)
+        kept[workload] = _entry(finding)
+        files.write(path, list(kept.values()))
+        report(finding, done, len(chosen))
+        if time.monotonic() > deadline:
+            break
+    return Tuning(tuple(findings), path)
+
+
+def verify(
+    workloads: Iterable[Workload] | None = None,
+    *,
+    report: Callable[[Finding, int, int], None] = lambda finding, done, total: None,
+) -> Tuning:
+    """The proof of `tune` alone: nothing is timed or written."""
+    chosen = list(WORKLOADS if workloads is None else workloads)
+    findings = []
+    for done, workload in enumerate(chosen, 1):
+        _, _, wrong, built_in = _proven(workload)
+        findings.append(Finding(workload, None, built_in, {}, wrong))
+        report(findings[-1], done, len(chosen))
+    return Tuning(tuple(findings))
+
+
+def _workloads(model, example_inputs, workloads, train: bool, infer: bool) -> list[Workload]:
+    if model is not None:
+        return workloads_of(model, example_inputs, trains=train, infers=infer)
+    wanted = {"training": train, "inference": infer}
+    return [workload for workload in (WORKLOADS if workloads is None else workloads) if wanted[workload.kind[1]]]
+
+
+def _kept(path: Path) -> dict[Workload, dict]:
+    """The entries of a file that holds for this machine."""
+    try:
+        return {files.workload_of(entry): entry for entry in files.read(path)}
+    except (OSError, ValueError):
+        return {}
+
+
+def _entry(finding: Finding) -> dict:
+    fields = {"operator": finding.workload.operator, "kind": finding.workload.kind, "sizes": finding.workload.sizes}
+    return fields | {"choice": finding.choice, "seconds": finding.seconds, "wrong": finding.wrong}
+
+
+def _measured(workload: Workload) -> Finding:
+    call, right, wrong, built_in = _proven(workload)
+    if not right:
+        return Finding(workload, None, built_in, {}, wrong)
+    samples = _samples(call, right)
+    seconds = {name: statistics.median(times) for name, times in samples.items()}
+    fastest = min(seconds, key=seconds.get)
+    if built_in in seconds and not _clearly_faster(samples[fastest], samples[built_in]):
+        fastest = built_in
+    return Finding(workload, fastest, built_in, seconds, wrong)
+
+
+def _clearly_faster(samples: list[float], others: list[float]) -> bool:
+    """By the median of the rounds, and in three of four of them at all."""
+    lower, median, _ = statistics.quantiles((b / a for a, b in zip(samples, others, strict=True)), n=4)
+    return median >= _ENOUGH and lower > 1
+
+
+def _proven(workload: Workload) -> tuple[proof.Call, list[Implementation], dict[str, str], str]:
+    """A call of a workload, the implementations that are right, why the others are not, and which is built in."""
+    operator = OPERATORS[workload.operator]
+    call = proof.call_of(operator, workload, machine.device())
+    can_run = [each for each in operator.implementations if each.can_run(*call.selecting) is None]
+    reasons = {}
+    for each in can_run:
+        of_its_own = proof.call_of(operator, workload, machine.device())  # a wrong one may write anywhere
+        reasons[each.name] = proof.why_wrong(of_its_own, each, operator.implementations[-1])
+    right = [each for each in can_run if reasons[each.name] is None]
+    with using(Table({})), dispatch.backend("auto"):
+        built_in = operator.select(*call.selecting).name
+    return call, right, {name: reason for name, reason in reasons.items() if reason is not None}, built_in
+
+
+def _samples(call: proof.Call, implementations: Sequence[Implementation]) -> dict[str, list[float]]:
+    """Seconds of a call, all in turn."""
+    timed = {each.name: call.timed(each) for each in implementations}
+    once = {name: min(times) for name, times in measure.interleaved_seconds(timed, rounds=2).items()}
+    repeats = max(1, round(_SAMPLE / min(once.values())))
+    rounds = int(_SECONDS / (repeats * sum(once.values())))
+    repeated = {name: functools.partial(_repeat, run, repeats) for name, run in timed.items()}
+    seconds = measure.interleaved_seconds(repeated, rounds=min(max(rounds, _ROUNDS[0]), _ROUNDS[1]))
+    return {name: [each / repeats for each in times] for name, times in seconds.items()}
+
+
+def _repeat(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
