@@ -1,6 +1,5 @@
 """Attention of few queries in a class of somebody else's, described by the names of its parts."""
 
-import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from tokenfusion.layers.single_query_attention import (
     split_class_token,
     split_linear,
 )
-
-_HYPERPARAMETERS = (bool, int, float, str, type(None))
+from tokenfusion.layers.watched import Watched, attribute, remember, watch, why_not_as_before
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ class Form(NamedTuple):
     pair: bool  # whether None follows, in the place of weights
     extra: bool  # whether the query is a token, too, where no argument says so
     in_training: bool  # whether all of it holds in training, too
+    in_autocast: bool  # whether the result has the same dtype under autocast, too
+    modes: tuple[str, ...]  # the parts for which it counts whether they are in training
 
 
 class Arguments(NamedTuple):
@@ -76,8 +76,8 @@ class Call(NamedTuple):
 class FewQueries(Found):
     """A module of such a class. What is no call of few queries over many tokens runs the class's own forward.
 
-    details are its Parts and Form. Each call looks at the parts that are read past and at all hyperparameters, which
-    must be what they were when the module was tried.
+    details are its Parts and Form. Each call looks at the parts that are read past and at all that the module holds,
+    which must be what it was when the module was tried.
     """
 
     @classmethod
@@ -87,14 +87,15 @@ class FewQueries(Found):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        remember_forwards(*(kind for _, kind, _ in self._fused_state))
+        remember(*self._fused_state)
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
         parts, form = cls.details
         if module.training and not form.in_training:
             return "in training its forward is another one"
-        return why_not_parts(module, parts) or (_why_not_as_tried(module) if isinstance(module, cls) else None)
+        state = module._fused_state if isinstance(module, cls) else ()
+        return why_not_parts(module, parts) or why_not_as_tried(module, state) or _why_not_modes(module, form.modes)
 
     def __prepare_scriptable__(self):
         kind = type(self).__name__
@@ -103,7 +104,7 @@ class FewQueries(Found):
     def forward(self, *args, **kwargs):
         parts, form = self.details
         call = call_of(self.arguments, parts, form.extra, args, kwargs)
-        if call is None or not _serves(self, parts, call) or not self.fuses():
+        if call is None or not _serves(self, parts, form, call) or not self.fuses():
             return self.original.forward(self, *args, **kwargs)
         return finished(self, parts, form, attended(self, parts, form, call))
 
@@ -112,18 +113,13 @@ def become(module: nn.Module, fused: type[FewQueries]) -> None:
     """Makes a module one of its fused class, as it is now."""
     if isinstance(module, fused):
         return
-    vars(module)[STATE] = state = state_of(module, fused.details[0])
-    remember_forwards(*(kind for _, kind, _ in state))
+    vars(module)[STATE] = state_of(module, fused.details[0])
     module.__class__ = fused
 
 
 def part(module: nn.Module, path: str | None):
     """None where there is no such part."""
-    return None if path is None else functools.reduce(_attribute, path.split("."), module)
-
-
-def _attribute(owner, name: str):
-    return getattr(owner, name, None)
+    return None if path is None else attribute(module, path)
 
 
 def arguments_of(kind: type[nn.Module], parts: Parts) -> Arguments:
@@ -145,14 +141,14 @@ def arguments_of(kind: type[nn.Module], parts: Parts) -> Arguments:
 def call_of(arguments: Arguments, parts: Parts, extra: bool, args: tuple, kwargs: dict) -> Call | None:
     """None for a call with more than the tensors, or with others."""
     names = (*arguments.tensors, *arguments.defaults)
-    if len(args) > len(names):
-        return None
     given = dict(zip(names, args), **kwargs)
+    if len(given) < len(args) + len(kwargs):  # too many, or one of them twice
+        return None
     tensors = [given.pop(name, None) for name in arguments.tensors]
     if any(type(tensor) not in PLAIN or tensor.is_nested or tensor.dim() != 3 for tensor in tensors):
         return None
     if arguments.flag is not None:
-        extra = bool(given.pop(arguments.flag, False))
+        extra = bool(given.pop(arguments.flag, arguments.defaults[arguments.flag]))
     if any(name not in arguments.defaults or value is not arguments.defaults[name] for name, value in given.items()):
         return None
     if parts.latent is not None:
@@ -212,7 +208,10 @@ def why_not_parts(module: nn.Module, parts: Parts) -> str | None:
     for name in filter(None, (parts.latent, parts.mix_pre_attn, parts.mix_post_attn)):
         if type(part(module, name)) not in PLAIN:
             return f"{name} is of class {type(part(module, name)).__name__}"
-    return _why_not_norm(module, parts.norm) or _why_not_dropout(module, parts.dropout)
+    reason = None
+    if parts.latent is not None and parts.query is not None:  # projected once, and not for each image
+        reason = why_not_linear(part(module, parts.query), parts.query)
+    return reason or _why_not_norm(module, parts.norm) or _why_not_dropout(module, parts.dropout)
 
 
 def _why_not_norm(module: nn.Module, name: str | None) -> str | None:
@@ -226,50 +225,51 @@ def _why_not_dropout(module: nn.Module, name: str | None) -> str | None:
     return None if name is None else why_not_part(part(module, name), name, nn.Dropout, nn.Identity)
 
 
-State = tuple[tuple[tuple[str, ...], type, tuple[tuple[str, object], ...]], ...]
-
-
-def state_of(module: nn.Module, parts: Parts) -> State:
-    """The module and the parts that are neither called nor looked at by name: path, class, hyperparameters."""
-    (_, kind, own), *rest = (
-        (tuple(filter(None, path.split("."))), type(each), _hyperparameters(each))
+def state_of(module: nn.Module, parts: Parts) -> tuple[Watched, ...]:
+    """The module and the parts that are not called, but for the dropout, which is looked at in each call."""
+    state = tuple(
+        watch(path, each, *(() if path else parts.depends_on))
         for path, each in _read_past(module, parts)
+        if path != parts.dropout
     )
-    return ((), kind, own + tuple((path, part(module, path)) for path in parts.depends_on)), *rest
+    remember(*state)
+    return state
 
 
 def _read_past(module: nn.Module, parts: Parts) -> Iterator[tuple[str, nn.Module]]:
     """By their paths, the module itself first."""
-    seen = [name for name in (parts.key, parts.value, parts.norm, parts.dropout, parts.query, parts.out) if name]
+    called = [name for name in called_parts(module, parts) if name]
     for path, each in module.named_modules():
-        if not any(f"{path}.".startswith(f"{name}.") for name in seen):
+        if not any(f"{path}.".startswith(f"{name}.") for name in called):
             yield path, each
 
 
-def _hyperparameters(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    return tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if type(value) in _HYPERPARAMETERS and name != "training" and not name.startswith("_")
-    )
+def called_parts(module: nn.Module, parts: Parts) -> tuple[str, ...]:
+    """The names of the parts that are called as the class calls them, whatever they are."""
+    normed = type(part(module, parts.norm)) is nn.BatchNorm1d
+    names = (parts.query if parts.latent is None else None, parts.norm if normed else None, parts.out)
+    return tuple(filter(None, names))
 
 
-def _why_not_as_tried(module: nn.Module) -> str | None:
-    for path, kind, hyperparameters in module._fused_state:
-        each, where = module, ".".join(path)
-        for name in path:
-            each = each._modules.get(name)
-        reason = why_not_part(each, where, kind) if path else None
+def why_not_as_tried(module: nn.Module, state: tuple[Watched, ...]) -> str | None:
+    """What differs from this state of the module, or may do so without being seen."""
+    for then in state:
+        reason = why_not_as_before(attribute(module, then.path) if then.path else module, then)
         if reason is not None:
             return reason
-        for name, value in hyperparameters:
-            now = part(each, name)
-            if type(now) is not type(value) or now != value:
-                return f"{where}.{name}".lstrip(".") + f" was {value!r} when it was tried"
     return None
 
 
-def _serves(module: nn.Module, parts: Parts, call: Call) -> bool:
+def _why_not_modes(module: nn.Module, paths: tuple[str, ...]) -> str | None:
+    """A trial has all of a module in training, or nothing of it."""
+    for path in paths:
+        each = part(module, path)
+        if each is not None and each.training is not module.training:
+            return f"{path} is {'' if each.training else 'not '}in training, unlike the module that it is in"
+    return None
+
+
+def _serves(module: nn.Module, parts: Parts, form: Form, call: Call) -> bool:
     """Whether the fused form is for tensors of this kind and size; others are the class's own business."""
     key, value = part(module, parts.key), part(module, parts.value)
     query = part(module, parts.latent) if call.query is None else call.query
@@ -280,11 +280,21 @@ def _serves(module: nn.Module, parts: Parts, call: Call) -> bool:
         return False
     if any(linear is not None and linear.in_features != channels for linear in (key, value)):
         return False
-    if value is None and torch.is_autocast_enabled(call.tokens.device.type):
-        return False  # its results are of another dtype
+    if torch.is_autocast_enabled(call.tokens.device.type):
+        if not form.in_autocast:
+            return False
+    elif any(weight.dtype != call.tokens.dtype for weight in _weights_read(module, parts)):
+        return False
     rows = query.numel() // query.shape[-1] // (1 if call.query is None else batch)
     rows *= 1 if key is None else _heads(module, parts, query)
     return rows < channels / 2 and call.tokens.numel() * channels >= multihead_attention._LEAST_WORTHWHILE
+
+
+def _weights_read(module: nn.Module, parts: Parts) -> Iterator[torch.Tensor]:
+    read = (part(module, name) for name in (parts.key, parts.value, parts.norm))
+    for each in read:
+        if type(each) in (nn.Linear, nn.LayerNorm):
+            yield from (weight for weight in each._parameters.values() if weight is not None)
 
 
 def _projections(module: nn.Module, parts: Parts) -> tuple[nn.Linear | Projection | None, ...]:
