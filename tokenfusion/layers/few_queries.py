@@ -1,7 +1,6 @@
 """Attention of few queries in a class of somebody else's, described by the names of its parts."""
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,15 +86,17 @@ class FewQueries(Found):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        remember(*self._fused_state)
+        remember(*self._fused_state.watched)
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
         parts, form = cls.details
         if module.training and not form.in_training:
             return "in training its forward is another one"
-        state = module._fused_state if isinstance(module, cls) else ()
-        return why_not_parts(module, parts) or why_not_as_tried(module, state) or _why_not_modes(module, form.modes)
+        reason = why_not_parts(module, parts) or _why_not_modes(module, form.modes)
+        if reason is not None or not isinstance(module, cls):
+            return reason
+        return why_not_as_tried(module, parts, module._fused_state)
 
     def __prepare_scriptable__(self):
         kind = type(self).__name__
@@ -225,23 +226,26 @@ def _why_not_dropout(module: nn.Module, name: str | None) -> str | None:
     return None if name is None else why_not_part(part(module, name), name, nn.Dropout, nn.Identity)
 
 
-def state_of(module: nn.Module, parts: Parts) -> tuple[Watched, ...]:
-    """The module and the parts that are not called, but for the dropout, which is looked at in each call."""
-    state = tuple(
+class State(NamedTuple):
+    """A module and its parts that are read past: what each holds, and the sizes of those whose weights are read."""
+
+    watched: tuple[Watched, ...]
+    sizes: tuple[torch.Size, ...]
+
+
+def state_of(module: nn.Module, parts: Parts) -> State:
+    seen = [*called_parts(module, parts), *filter(None, (parts.key, parts.value, parts.norm, parts.dropout))]
+    watched = tuple(
         watch(path, each, *(() if path else parts.depends_on))
-        for path, each in _read_past(module, parts)
-        if path != parts.dropout
+        for path, each in module.named_modules()
+        if not any(f"{path}.".startswith(f"{name}.") for name in seen)
     )
-    remember(*state)
-    return state
+    remember(*watched)
+    return State(watched, _sizes(module, parts))
 
 
-def _read_past(module: nn.Module, parts: Parts) -> Iterator[tuple[str, nn.Module]]:
-    """By their paths, the module itself first."""
-    called = [name for name in called_parts(module, parts) if name]
-    for path, each in module.named_modules():
-        if not any(f"{path}.".startswith(f"{name}.") for name in called):
-            yield path, each
+def _sizes(module: nn.Module, parts: Parts) -> tuple[torch.Size, ...]:
+    return tuple([weight.shape for weight in _weights_read(module, parts)])
 
 
 def called_parts(module: nn.Module, parts: Parts) -> tuple[str, ...]:
@@ -251,13 +255,13 @@ def called_parts(module: nn.Module, parts: Parts) -> tuple[str, ...]:
     return tuple(filter(None, names))
 
 
-def why_not_as_tried(module: nn.Module, state: tuple[Watched, ...]) -> str | None:
+def why_not_as_tried(module: nn.Module, parts: Parts, state: State) -> str | None:
     """What differs from this state of the module, or may do so without being seen."""
-    for then in state:
+    for then in state.watched:
         reason = why_not_as_before(attribute(module, then.path) if then.path else module, then)
         if reason is not None:
             return reason
-    return None
+    return None if _sizes(module, parts) == state.sizes else "its weights have other sizes than when it was tried"
 
 
 def _why_not_modes(module: nn.Module, paths: tuple[str, ...]) -> str | None:
@@ -290,11 +294,11 @@ def _serves(module: nn.Module, parts: Parts, form: Form, call: Call) -> bool:
     return rows < channels / 2 and call.tokens.numel() * channels >= multihead_attention._LEAST_WORTHWHILE
 
 
-def _weights_read(module: nn.Module, parts: Parts) -> Iterator[torch.Tensor]:
-    read = (part(module, name) for name in (parts.key, parts.value, parts.norm))
-    for each in read:
-        if type(each) in (nn.Linear, nn.LayerNorm):
-            yield from (weight for weight in each._parameters.values() if weight is not None)
+def _weights_read(module: nn.Module, parts: Parts) -> list[torch.Tensor]:
+    """The parameters of linear layers and of a LayerNorm."""
+    read = [part(module, name) for name in (parts.key, parts.value, parts.norm) if name is not None]
+    held = [each._parameters.values() for each in read if type(each) is not nn.BatchNorm1d]
+    return [weight for weights in held for weight in weights if weight is not None]
 
 
 def _projections(module: nn.Module, parts: Parts) -> tuple[nn.Linear | Projection | None, ...]:

@@ -113,8 +113,11 @@ def register_rule(
 
     Whether the scale is module.scale, one over the square root of a head's channels, or one, whether `norm` is for the
     tokens, the query or both, and whether `out` takes the queries' results one by one, their mean or all side by side,
-    is found out by a trial in float64 on random numbers: `fuse` makes it for every module, and leaves alone what
-    computes something else.
+    is found out by a trial in float64 on random numbers, with gradients and in training: `fuse` makes it for every
+    module, and leaves alone what computes something else. What the module and its class hold has to stay as it was in
+    the trial: where an attribute, a constant or a method has changed, or a parameter, buffer or module was added, the
+    class's own forward runs. A module with buffers or with tensors in attributes is left alone, unless they belong to
+    the parts that are called: `query`, `out` and a BatchNorm.
 
     Args:
         cls: exactly this class is replaced, no subclass.
@@ -157,10 +160,10 @@ class FewQueriesRule:
         parts = _registered.get(kind) or _known_parts(module)
         if parts is None:
             return None
-        found = _form(module, parts)
+        found = why_not_watched() or _form(module, parts)  # in whose trial hooks on all modules would be called
         if isinstance(found, _Unlike) and kind not in _registered:
             return None
-        reason = with_forward_on_instance(module) or why_not_watched() or (found if isinstance(found, str) else None)
+        reason = with_forward_on_instance(module) or (found if isinstance(found, str) else None)
         if reason is not None:
             return Plan(kind.__name__, reason)
         return _plan(module, fused_class(FewQueries, kind, (parts, found)))
@@ -210,7 +213,7 @@ def _form(module: nn.Module, parts: Parts) -> Form | str:
             with torch.random.fork_rng(devices=[]), torch.inference_mode(False), dispatch.backend("reference"):
                 _tried[what] = _tried_form(module, parts, arguments)
         found = _tried[what]
-        return found if isinstance(found, str) else few_queries.why_not_as_tried(module, state) or found
+        return found if isinstance(found, str) else few_queries.why_not_as_tried(module, parts, state) or found
     except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
         return _Unlike(failed(error))
 
@@ -308,7 +311,7 @@ class _Trial:
     def modes(self) -> Iterator[str]:
         """The paths of the parts that change the result when they alone are in training."""
         module = copy.deepcopy(self.module)
-        for then in few_queries.state_of(module, self.parts)[1:]:
+        for then in few_queries.state_of(module, self.parts).watched[1:]:
             each = few_queries.part(module, then.path)
             each.training = True
             with torch.no_grad():
@@ -351,7 +354,7 @@ class _Trial:
             out = _result(forward(module, inputs))
             leaves = (*dict.fromkeys(inputs), *module.parameters())
             gradients = torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
-        seen += [out, *module.buffers(), few_queries.why_not_as_tried(module, before)]
+        seen += [out, *module.buffers(), few_queries.why_not_as_tried(module, self.parts, before)]
         seen += [each is None for each in gradients]
         seen.append(torch.cat([each.flatten() for each in gradients if each is not None]))  # of keys' biases it is zero
         return seen
@@ -374,4 +377,6 @@ def _each(change: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs) -> Inp
 def _alike(got, expected) -> bool:
     if not isinstance(got, torch.Tensor) or not isinstance(expected, torch.Tensor):
         return got is expected or got == expected
+    if not expected.is_floating_point():
+        return torch.equal(got, expected)
     return got.shape == expected.shape and same(got, expected)
