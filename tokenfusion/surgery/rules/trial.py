@@ -26,8 +26,14 @@ def with_drawn_parameters(module: nn.Module, drawn: Draws) -> nn.Module:
     return plain.requires_grad_()
 
 
-def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(got, expected, rtol=0, atol=_TOLERANCE * expected.abs().max().item())
+def same(got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
+    """scale: of which size the rounding errors are; by default the largest value's."""
+    scale = _largest(expected) if scale is None else scale
+    return bool(_largest(got - expected) <= _TOLERANCE * scale)
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, float("inf"))
 
 
 def failed(error: Exception) -> str:
