@@ -116,7 +116,12 @@ def test_each_module_is_tried_with_what_it_holds():
 
 
 @pytest.mark.parametrize(
-    "attributes", [dict(several=[torch.ones(1)]), dict(options=SimpleNamespace(factor=torch.ones(1)))]
+    "attributes",
+    [
+        dict(several=[torch.ones(1)]),
+        dict(options=SimpleNamespace(factor=torch.ones(1))),
+        dict(function=nn.Identity().forward),
+    ],
 )
 def test_a_tensor_in_an_attribute_could_change_unseen(attributes):
     (name,) = attributes
@@ -281,3 +286,23 @@ def test_a_trial_leaves_nothing_behind(kind, inference):
         assert (reports := tokenfusion.fuse(module).modules) and reports[0].replaced is (kind is Changing)
         assert torch.equal(torch.get_rng_state(), state)
     assert not hooks and all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_exporting_with_sizes_that_change():
+    module, batch, count = fused(Changing), torch.export.Dim("batch"), torch.export.Dim("count", max=999)
+    plain = unfused(copy.deepcopy(module))
+    example, sizes = (tokens()[:, :1], tokens()), ({0: batch}, {0: batch, 1: count})
+    exported = torch.export.export(module, example, dynamic_shapes=sizes).module()
+    other = (torch.randn(2, 1, DIM), torch.randn(2, 30, DIM))
+    torch.testing.assert_close(exported(*other), plain(*other))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: poolings.Merger(DIM), lambda: poolings.Vectors(DIM), lambda: poolings.Slices(DIM)]
+)
+def test_tokens_of_another_width_raise_what_the_original_raises(make):
+    module, narrow = fused(make), tokens()[..., : DIM // 2]
+    with pytest.raises(Exception) as expected:
+        unfused(copy.deepcopy(module))(narrow)
+    with pytest.raises(type(expected.value)):
+        module(narrow)

@@ -44,7 +44,7 @@ class DropIn:
     def stand_in_for(cls, original: type[nn.Module]) -> None:
         """Makes this class, and no subclass that somebody derives from it, the fused one of `original`."""
         cls.original = original
-        cls.plain_forward = _renamed(original.forward, "plain_forward")
+        cls.plain_forward = renamed(original.forward, "plain_forward")
         remember_forwards(cls, original)
 
     @staticmethod
@@ -88,7 +88,7 @@ def _report(module: nn.Module, reason: str) -> None:
         _log.warning("%s (%s) runs its original forward: %s", where, type(module).__name__, reason)
 
 
-def _renamed(function: types.FunctionType, new: str) -> types.FunctionType:
+def renamed(function: types.FunctionType, new: str) -> types.FunctionType:
     """A copy by another name: TorchScript calls a method what its function is called."""
     copy = types.FunctionType(function.__code__, function.__globals__, new, function.__defaults__, function.__closure__)
     copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, function.__annotations__

@@ -1,5 +1,6 @@
 """Attention of few queries in a class of somebody else's, described by the names of its parts."""
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +9,15 @@ import torch
 from torch import nn
 
 from tokenfusion.layers import multihead_attention
-from tokenfusion.layers.drop_in import PLAIN, STATE, remember_forwards, why_not_linear, why_not_norm, why_not_part
+from tokenfusion.layers.drop_in import (
+    PLAIN,
+    STATE,
+    remember_forwards,
+    renamed,
+    why_not_linear,
+    why_not_norm,
+    why_not_part,
+)
 from tokenfusion.layers.found import Found
 from tokenfusion.layers.single_query_attention import (
     Projection,
@@ -81,7 +90,8 @@ class FewQueries(Found):
 
     @classmethod
     def stand_in_for(cls, original: type[nn.Module]) -> None:
-        super().stand_in_for(original)
+        cls.forward = functools.update_wrapper(renamed(FewQueries.forward, "forward"), original.forward)
+        super().stand_in_for(original)  # with a forward that has the original's signature, at which exporters look
         cls.arguments = arguments_of(original, cls.details[0])
 
     def __setstate__(self, state: dict) -> None:
@@ -275,14 +285,13 @@ def _why_not_modes(module: nn.Module, paths: tuple[str, ...]) -> str | None:
 
 def _serves(module: nn.Module, parts: Parts, form: Form, call: Call) -> bool:
     """Whether the fused form is for tensors of this kind and size; others are the class's own business."""
-    key, value = part(module, parts.key), part(module, parts.value)
     query = part(module, parts.latent) if call.query is None else call.query
     batch, count, channels = call.tokens.shape
     if query.dtype != call.tokens.dtype or call.tokens.numel() == 0 or query.numel() == 0:
         return False
     if call.query is not None and (len(query) != batch or (call.extra and query.shape[-1] != channels)):
         return False
-    if any(linear is not None and linear.in_features != channels for linear in (key, value)):
+    if any(width != channels for width in _widths(module, parts)):
         return False
     if torch.is_autocast_enabled(call.tokens.device.type):
         if not form.in_autocast:
@@ -290,8 +299,17 @@ def _serves(module: nn.Module, parts: Parts, form: Form, call: Call) -> bool:
     elif any(weight.dtype != call.tokens.dtype for weight in _weights_read(module, parts)):
         return False
     rows = query.numel() // query.shape[-1] // (1 if call.query is None else batch)
-    rows *= 1 if key is None else _heads(module, parts, query)
+    rows *= 1 if parts.key is None else _heads(module, parts, query)
     return rows < channels / 2 and call.tokens.numel() * channels >= multihead_attention._LEAST_WORTHWHILE
+
+
+def _widths(module: nn.Module, parts: Parts) -> list[int]:
+    """How many channels the tokens have to have."""
+    linears = [part(module, name).in_features for name in (parts.key, parts.value) if name is not None]
+    norm, latent = part(module, parts.norm), part(module, parts.latent)
+    norms = list(norm.normalized_shape) if type(norm) is nn.LayerNorm else []
+    compared = [latent.shape[-1]] if latent is not None and parts.key is None and parts.query is None else []
+    return linears + norms + compared
 
 
 def _weights_read(module: nn.Module, parts: Parts) -> list[torch.Tensor]:

@@ -172,8 +172,9 @@ class _Held:
         self.value = value
 
     def __eq__(self, other) -> bool:
+        owner = getattr(self.value, "__self__", self.value)  # of a method
         same = isinstance(other, _Held) and self.value is other.value
-        return same and not isinstance(self.value, (torch.Tensor, nn.Module, Iterator))
+        return same and not isinstance(owner, (torch.Tensor, nn.Module, Iterator))
 
     def __hash__(self) -> int:
         return hash(type(self.value))

@@ -190,12 +190,9 @@ def _known_parts(module: nn.Module) -> Parts | None:
     parts = _BY_NAMES.get(frozenset(name.removesuffix(".weight").removesuffix(".bias") for name in names))
     if parts is None:
         return None
-    optional = {name: getattr(parts, name) for name in ("norm", "dropout")}
-    absent = (name for name, path in optional.items() if path and type(getattr(module, path, None)) in _NOTHING)
+    optional = {name: few_queries.part(module, getattr(parts, name)) for name in ("norm", "dropout")}
+    absent = (name for name, part in optional.items() if type(part) is nn.Identity or not isinstance(part, nn.Module))
     return replace(parts, **dict.fromkeys(absent))
-
-
-_NOTHING = (nn.Identity, type(None))
 
 
 def _form(module: nn.Module, parts: Parts) -> Form | str:
