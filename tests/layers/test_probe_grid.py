@@ -113,6 +113,10 @@ CHANGES = {
     "another norm": (lambda grid: setattr(grid.probes[1].norm, "eps", 0.5), "probes.1: its dtype, or the norm"),
     "no norm": (lambda grid: setattr(grid.probes[0][0], "norm", None), "probes.1: its dtype, or the norm"),
     "another query": (with_dropout_in_the_query, "probes.0: q is Sequential"),
+    "queries of each image": (
+        lambda grid: setattr(grid.probes[1], "latent", nn.Parameter(torch.randn(3, 1, DIM))),
+        "probes.1: its learned queries are [3, 1, ",
+    ),
     "another class": (lambda grid: grid.probes.insert(0, nn.Linear(DIM, 3)), "probes.0: its attention is Linear"),
     "nothing": (lambda grid: grid.probes.insert(0, nn.Sequential()), "probes.0: its attention is NoneType"),
 }

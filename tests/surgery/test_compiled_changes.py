@@ -79,6 +79,6 @@ def test_hooks_after_compiling(kind):
     results = []
     for fuses in (False, True):
         model, runs = compiled(subject, fuses)
-        changes.forward_hook(model, f"module.{subject.weighted[0]}", None)
+        changes.forward_hook(model, f"module.{(*subject.weighted, subject.norm)[0]}", None)
         results.append(result(runs, subject))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)

@@ -256,7 +256,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.num_heads = HEADS
+        self.num_heads, self.attn_drop = HEADS, 0.1
         self.q, self.k, self.v, self.proj = (nn.Linear(DIM, DIM) for _ in range(4))
 
     def forward(self, x):

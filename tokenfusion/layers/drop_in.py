@@ -17,7 +17,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from tokenfusion.kernels import dispatch
 
-_NAME = "_fused_as"  # an attribute of the module, so that its copies and pickles have it
+NAME = "_fused_as"  # an attribute of the module, so that its copies and pickles have it
 STATE = "_fused_state"  # another, of what it was when it was fused
 PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: quantized, distributed and other weights multiply in their own way
 
@@ -44,7 +44,7 @@ class DropIn:
     def stand_in_for(cls, original: type[nn.Module]) -> None:
         """Makes this class, and no subclass that somebody derives from it, the fused one of `original`."""
         cls.original = original
-        cls.plain_forward = _renamed(original.forward, "plain_forward")
+        cls.plain_forward = renamed(original.forward, "plain_forward")
         remember_forwards(cls, original)
 
     @staticmethod
@@ -71,24 +71,24 @@ class DropIn:
 
 def name(module: nn.Module, path: str) -> None:
     """What to call the module in the log."""
-    vars(module)[_NAME] = path
+    vars(module)[NAME] = path
 
 
 def restore(module: DropIn) -> None:
     """Gives a module the class back that its fused one stands in for."""
     module.__class__ = module.original
-    for name in (_NAME, STATE):
+    for name in (NAME, STATE):
         vars(module).pop(name, None)
 
 
 def _report(module: nn.Module, reason: str) -> None:
     if module not in _reported:
         _reported.add(module)
-        where = vars(module).get(_NAME) or "a module"
+        where = vars(module).get(NAME) or "a module"
         _log.warning("%s (%s) runs its original forward: %s", where, type(module).__name__, reason)
 
 
-def _renamed(function: types.FunctionType, new: str) -> types.FunctionType:
+def renamed(function: types.FunctionType, new: str) -> types.FunctionType:
     """A copy by another name: TorchScript calls a method what its function is called."""
     copy = types.FunctionType(function.__code__, function.__globals__, new, function.__defaults__, function.__closure__)
     copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, function.__annotations__

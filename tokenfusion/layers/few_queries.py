@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +9,15 @@ import torch
 from torch import nn
 
 from tokenfusion.layers import multihead_attention
-from tokenfusion.layers.drop_in import PLAIN, STATE, remember_forwards, why_not_linear, why_not_norm, why_not_part
+from tokenfusion.layers.drop_in import (
+    PLAIN,
+    STATE,
+    remember_forwards,
+    renamed,
+    why_not_linear,
+    why_not_norm,
+    why_not_part,
+)
 from tokenfusion.layers.found import Found
 from tokenfusion.layers.single_query_attention import (
     Projection,
@@ -19,8 +26,7 @@ from tokenfusion.layers.single_query_attention import (
     split_class_token,
     split_linear,
 )
-
-_HYPERPARAMETERS = (bool, int, float, str, type(None))
+from tokenfusion.layers.watched import Watched, attribute, remember, watch, why_not_as_before
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Form(NamedTuple):
     pair: bool  # whether None follows, in the place of weights
     extra: bool  # whether the query is a token, too, where no argument says so
     in_training: bool  # whether all of it holds in training, too
+    in_autocast: bool  # whether the result has the same dtype under autocast, too
+    modes: tuple[str, ...]  # the parts for which it counts whether they are in training
 
 
 class Arguments(NamedTuple):
@@ -76,25 +84,29 @@ class Call(NamedTuple):
 class FewQueries(Found):
     """A module of such a class. What is no call of few queries over many tokens runs the class's own forward.
 
-    details are its Parts and Form. Each call looks at the parts that are read past and at all hyperparameters, which
-    must be what they were when the module was tried.
+    details are its Parts and Form. Each call looks at the parts that are read past and at all that the module holds,
+    which must be what it was when the module was tried.
     """
 
     @classmethod
     def stand_in_for(cls, original: type[nn.Module]) -> None:
-        super().stand_in_for(original)
+        cls.forward = functools.update_wrapper(renamed(FewQueries.forward, "forward"), original.forward)
+        super().stand_in_for(original)  # with a forward that has the original's signature, at which exporters look
         cls.arguments = arguments_of(original, cls.details[0])
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        remember_forwards(*(kind for _, kind, _ in self._fused_state))
+        remember(*self._fused_state.watched)
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
         parts, form = cls.details
         if module.training and not form.in_training:
             return "in training its forward is another one"
-        return why_not_parts(module, parts) or (_why_not_as_tried(module) if isinstance(module, cls) else None)
+        reason = why_not_parts(module, parts) or _why_not_modes(module, form.modes)
+        if reason is not None or not isinstance(module, cls):
+            return reason
+        return why_not_as_tried(module, parts, module._fused_state)
 
     def __prepare_scriptable__(self):
         kind = type(self).__name__
@@ -103,7 +115,7 @@ class FewQueries(Found):
     def forward(self, *args, **kwargs):
         parts, form = self.details
         call = call_of(self.arguments, parts, form.extra, args, kwargs)
-        if call is None or not _serves(self, parts, call) or not self.fuses():
+        if call is None or not _serves(self, parts, form, call) or not self.fuses():
             return self.original.forward(self, *args, **kwargs)
         return finished(self, parts, form, attended(self, parts, form, call))
 
@@ -112,18 +124,13 @@ def become(module: nn.Module, fused: type[FewQueries]) -> None:
     """Makes a module one of its fused class, as it is now."""
     if isinstance(module, fused):
         return
-    vars(module)[STATE] = state = state_of(module, fused.details[0])
-    remember_forwards(*(kind for _, kind, _ in state))
+    vars(module)[STATE] = state_of(module, fused.details[0])
     module.__class__ = fused
 
 
 def part(module: nn.Module, path: str | None):
     """None where there is no such part."""
-    return None if path is None else functools.reduce(_attribute, path.split("."), module)
-
-
-def _attribute(owner, name: str):
-    return getattr(owner, name, None)
+    return None if path is None else attribute(module, path)
 
 
 def arguments_of(kind: type[nn.Module], parts: Parts) -> Arguments:
@@ -145,14 +152,14 @@ def arguments_of(kind: type[nn.Module], parts: Parts) -> Arguments:
 def call_of(arguments: Arguments, parts: Parts, extra: bool, args: tuple, kwargs: dict) -> Call | None:
     """None for a call with more than the tensors, or with others."""
     names = (*arguments.tensors, *arguments.defaults)
-    if len(args) > len(names):
-        return None
     given = dict(zip(names, args), **kwargs)
+    if len(given) < len(args) + len(kwargs):  # too many, or one of them twice
+        return None
     tensors = [given.pop(name, None) for name in arguments.tensors]
     if any(type(tensor) not in PLAIN or tensor.is_nested or tensor.dim() != 3 for tensor in tensors):
         return None
     if arguments.flag is not None:
-        extra = bool(given.pop(arguments.flag, False))
+        extra = bool(given.pop(arguments.flag, arguments.defaults[arguments.flag]))
     if any(name not in arguments.defaults or value is not arguments.defaults[name] for name, value in given.items()):
         return None
     if parts.latent is not None:
@@ -212,7 +219,10 @@ def why_not_parts(module: nn.Module, parts: Parts) -> str | None:
     for name in filter(None, (parts.latent, parts.mix_pre_attn, parts.mix_post_attn)):
         if type(part(module, name)) not in PLAIN:
             return f"{name} is of class {type(part(module, name)).__name__}"
-    return _why_not_norm(module, parts.norm) or _why_not_dropout(module, parts.dropout)
+    reason = None
+    if parts.latent is not None and parts.query is not None:  # projected once, and not for each image
+        reason = why_not_linear(part(module, parts.query), parts.query)
+    return reason or _why_not_norm(module, parts.norm) or _why_not_dropout(module, parts.dropout)
 
 
 def _why_not_norm(module: nn.Module, name: str | None) -> str | None:
@@ -226,65 +236,87 @@ def _why_not_dropout(module: nn.Module, name: str | None) -> str | None:
     return None if name is None else why_not_part(part(module, name), name, nn.Dropout, nn.Identity)
 
 
-State = tuple[tuple[tuple[str, ...], type, tuple[tuple[str, object], ...]], ...]
+class State(NamedTuple):
+    """A module and its parts that are read past: what each holds, and the sizes of those whose weights are read."""
+
+    watched: tuple[Watched, ...]
+    sizes: tuple[torch.Size, ...]
 
 
 def state_of(module: nn.Module, parts: Parts) -> State:
-    """The module and the parts that are neither called nor looked at by name: path, class, hyperparameters."""
-    (_, kind, own), *rest = (
-        (tuple(filter(None, path.split("."))), type(each), _hyperparameters(each))
-        for path, each in _read_past(module, parts)
+    seen = [*called_parts(module, parts), *filter(None, (parts.key, parts.value, parts.norm, parts.dropout))]
+    watched = tuple(
+        watch(path, each, *(() if path else parts.depends_on))
+        for path, each in module.named_modules()
+        if not any(f"{path}.".startswith(f"{name}.") for name in seen)
     )
-    return ((), kind, own + tuple((path, part(module, path)) for path in parts.depends_on)), *rest
+    remember(*watched)
+    return State(watched, _sizes(module, parts))
 
 
-def _read_past(module: nn.Module, parts: Parts) -> Iterator[tuple[str, nn.Module]]:
-    """By their paths, the module itself first."""
-    seen = [name for name in (parts.key, parts.value, parts.norm, parts.dropout, parts.query, parts.out) if name]
-    for path, each in module.named_modules():
-        if not any(f"{path}.".startswith(f"{name}.") for name in seen):
-            yield path, each
+def _sizes(module: nn.Module, parts: Parts) -> tuple[torch.Size, ...]:
+    return tuple([weight.shape for weight in _weights_read(module, parts)])
 
 
-def _hyperparameters(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    return tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if type(value) in _HYPERPARAMETERS and name != "training" and not name.startswith("_")
-    )
+def called_parts(module: nn.Module, parts: Parts) -> tuple[str, ...]:
+    """The names of the parts that are called as the class calls them, whatever they are."""
+    normed = type(part(module, parts.norm)) is nn.BatchNorm1d
+    names = (parts.query if parts.latent is None else None, parts.norm if normed else None, parts.out)
+    return tuple(filter(None, names))
 
 
-def _why_not_as_tried(module: nn.Module) -> str | None:
-    for path, kind, hyperparameters in module._fused_state:
-        each, where = module, ".".join(path)
-        for name in path:
-            each = each._modules.get(name)
-        reason = why_not_part(each, where, kind) if path else None
+def why_not_as_tried(module: nn.Module, parts: Parts, state: State) -> str | None:
+    """What differs from this state of the module, or may do so without being seen."""
+    for then in state.watched:
+        reason = why_not_as_before(attribute(module, then.path) if then.path else module, then)
         if reason is not None:
             return reason
-        for name, value in hyperparameters:
-            now = part(each, name)
-            if type(now) is not type(value) or now != value:
-                return f"{where}.{name}".lstrip(".") + f" was {value!r} when it was tried"
+    return None if _sizes(module, parts) == state.sizes else "its weights have other sizes than when it was tried"
+
+
+def _why_not_modes(module: nn.Module, paths: tuple[str, ...]) -> str | None:
+    """A trial has all of a module in training, or nothing of it."""
+    for path in paths:
+        each = part(module, path)
+        if each is not None and each.training is not module.training:
+            return f"{path} is {'' if each.training else 'not '}in training, unlike the module that it is in"
     return None
 
 
-def _serves(module: nn.Module, parts: Parts, call: Call) -> bool:
+def _serves(module: nn.Module, parts: Parts, form: Form, call: Call) -> bool:
     """Whether the fused form is for tensors of this kind and size; others are the class's own business."""
-    key, value = part(module, parts.key), part(module, parts.value)
     query = part(module, parts.latent) if call.query is None else call.query
     batch, count, channels = call.tokens.shape
     if query.dtype != call.tokens.dtype or call.tokens.numel() == 0 or query.numel() == 0:
         return False
     if call.query is not None and (len(query) != batch or (call.extra and query.shape[-1] != channels)):
         return False
-    if any(linear is not None and linear.in_features != channels for linear in (key, value)):
+    if any(width != channels for width in _widths(module, parts)):
         return False
-    if value is None and torch.is_autocast_enabled(call.tokens.device.type):
-        return False  # its results are of another dtype
+    if torch.is_autocast_enabled(call.tokens.device.type):
+        if not form.in_autocast:
+            return False
+    elif any(weight.dtype != call.tokens.dtype for weight in _weights_read(module, parts)):
+        return False
     rows = query.numel() // query.shape[-1] // (1 if call.query is None else batch)
-    rows *= 1 if key is None else _heads(module, parts, query)
+    rows *= 1 if parts.key is None else _heads(module, parts, query)
     return rows < channels / 2 and call.tokens.numel() * channels >= multihead_attention._LEAST_WORTHWHILE
+
+
+def _widths(module: nn.Module, parts: Parts) -> list[int]:
+    """How many channels the tokens have to have."""
+    linears = [part(module, name).in_features for name in (parts.key, parts.value) if name is not None]
+    norm, latent = part(module, parts.norm), part(module, parts.latent)
+    norms = list(norm.normalized_shape) if type(norm) is nn.LayerNorm else []
+    compared = [latent.shape[-1]] if latent is not None and parts.key is None and parts.query is None else []
+    return linears + norms + compared
+
+
+def _weights_read(module: nn.Module, parts: Parts) -> list[torch.Tensor]:
+    """The parameters of linear layers and of a LayerNorm."""
+    read = [part(module, name) for name in (parts.key, parts.value, parts.norm) if name is not None]
+    held = [each._parameters.values() for each in read if type(each) is not nn.BatchNorm1d]
+    return [weight for weights in held for weight in weights if weight is not None]
 
 
 def _projections(module: nn.Module, parts: Parts) -> tuple[nn.Linear | Projection | None, ...]:

@@ -104,6 +104,8 @@ def _why_not_probe(probe: nn.Module, first: nn.Module | None) -> str | None:
         return "dropout in training needs the attention weights"
     if attention.latent is None:
         return "its attention has no learned queries"
+    if attention.latent.dim() != 3 or len(attention.latent) != 1:
+        return f"its learned queries are {list(attention.latent.shape)}, expected [1, L, dim]"
     if type(first) is not SingleQueryAttention or _kind(attention) != _kind(first):
         return "its dtype, or the norm of its tokens, is not that of probes.0"
     dim = attention.latent.shape[-1]

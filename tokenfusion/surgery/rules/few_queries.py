@@ -16,7 +16,7 @@ from torch import nn
 from tokenfusion.kernels import dispatch
 from tokenfusion.layers import few_queries
 from tokenfusion.layers.drop_in import DropIn, why_not_watched
-from tokenfusion.layers.few_queries import FewQueries, Form, Parts
+from tokenfusion.layers.few_queries import Arguments, FewQueries, Form, Parts
 from tokenfusion.layers.found import fused_class
 from tokenfusion.surgery.rules.rule import DECIDED_PER_CALL, Plan, with_forward_on_instance
 from tokenfusion.surgery.rules.trial import Draws, failed, same, with_drawn_parameters
@@ -84,6 +84,8 @@ _KNOWN = {  # by the names of the parameters, without ".weight" and ".bias", of 
 _BY_NAMES = {frozenset(names.split()): parts for names, parts in _KNOWN.items()}
 _registered: dict[type[nn.Module], Parts] = {}
 _tried: dict[tuple, Form | str] = {}
+_MANY = 263  # tokens: more than what windows and thresholds are made for, and no multiple of anything
+Inputs = tuple[torch.Tensor, ...]
 
 
 def register_rule(
@@ -111,8 +113,11 @@ def register_rule(
 
     Whether the scale is module.scale, one over the square root of a head's channels, or one, whether `norm` is for the
     tokens, the query or both, and whether `out` takes the queries' results one by one, their mean or all side by side,
-    is found out by a trial in float64 on random numbers: `fuse` makes it for every module, and leaves alone what
-    computes something else.
+    is found out by a trial in float64 on random numbers, with gradients and in training: `fuse` makes it for every
+    module, and leaves alone what computes something else. What the module and its class hold has to stay as it was in
+    the trial: where an attribute, a constant or a method has changed, or a parameter, buffer or module was added, the
+    class's own forward runs. A module with buffers or with tensors in attributes is left alone, unless they belong to
+    the parts that are called: `query`, `out` and a BatchNorm.
 
     Args:
         cls: exactly this class is replaced, no subclass.
@@ -155,11 +160,12 @@ class FewQueriesRule:
         parts = _registered.get(kind) or _known_parts(module)
         if parts is None:
             return None
-        found = with_forward_on_instance(module) or why_not_watched() or _form(module, parts)
+        found = why_not_watched() or _form(module, parts)  # in whose trial hooks on all modules would be called
         if isinstance(found, _Unlike) and kind not in _registered:
             return None
-        if isinstance(found, str):
-            return Plan(kind.__name__, found)
+        reason = with_forward_on_instance(module) or (found if isinstance(found, str) else None)
+        if reason is not None:
+            return Plan(kind.__name__, reason)
         return _plan(module, fused_class(FewQueries, kind, (parts, found)))
 
 
@@ -184,106 +190,199 @@ def _known_parts(module: nn.Module) -> Parts | None:
     parts = _BY_NAMES.get(frozenset(name.removesuffix(".weight").removesuffix(".bias") for name in names))
     if parts is None:
         return None
-    optional = {name: getattr(parts, name) for name in ("norm", "dropout")}
-    absent = (name for name, path in optional.items() if path and type(getattr(module, path, None)) in _NOTHING)
+    optional = {name: few_queries.part(module, getattr(parts, name)) for name in ("norm", "dropout")}
+    absent = (name for name, part in optional.items() if type(part) is nn.Identity or not isinstance(part, nn.Module))
     return replace(parts, **dict.fromkeys(absent))
 
 
-_NOTHING = (nn.Identity, type(None))
-
-
 def _form(module: nn.Module, parts: Parts) -> Form | str:
-    """What its class computes with these parts, or why the module is not to be replaced; tried once for its sizes."""
+    """What its class computes with these parts, or why the module is not to be replaced; tried once for its state."""
     try:
+        arguments = few_queries.arguments_of(type(module), parts)
         reason = few_queries.why_not_parts(module, parts)
         if reason is not None:
             return reason
+        state = few_queries.state_of(module, parts)
         sizes = tuple((name, tensor.shape) for name, tensor in module.state_dict().items())
         kinds = tuple(type(part) for part in module.modules())
-        what = (type(module).forward, parts, few_queries.state_of(module, parts), kinds, sizes)
+        what = (type(module).forward, parts, state, kinds, sizes)
         if what not in _tried:
-            _tried[what] = _tried_form(module, parts)
-        return _tried[what]
+            with torch.random.fork_rng(devices=[]), torch.inference_mode(False), dispatch.backend("reference"):
+                _tried[what] = _tried_form(module, parts, arguments)
+        found = _tried[what]
+        return found if isinstance(found, str) else few_queries.why_not_as_tried(module, parts, state) or found
     except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
         return _Unlike(failed(error))
 
 
-def _tried_form(module: nn.Module, parts: Parts) -> Form | str:
+def _tried_form(module: nn.Module, parts: Parts, arguments: Arguments) -> Form | str:
     drawn = Draws()
     plain = with_drawn_parameters(module, drawn)
-    arguments = few_queries.arguments_of(type(module), parts)
-    calls = [(3, {}), (1, {})] if len(arguments.tensors) > 1 else [(1, {})]  # how many queries, and keywords
-    ways = [(False, calls[:1]), (True, calls[1:])]  # whether the query is a token, and what shows it
-    if arguments.flag is not None:
-        ways = [(False, [(3, {arguments.flag: False}), (1, {arguments.flag: True})])]
     why_not = _Unlike(_OTHER)
-    for extra, shown in ways:
+    for extra, shown in _ways(arguments):
         trials = []
-        for length, keywords in shown:
-            inputs = _inputs(plain, parts, len(arguments.tensors), length, drawn)
-            call = few_queries.call_of(arguments, parts, extra, inputs, keywords)
-            trials.append(_Trial(plain, parts, call, inputs, keywords))
-        for form in _forms(plain, parts, extra) if trials else ():
-            if all(trial.agrees(form) for trial in trials):
-                return form._replace(in_training=all(trial.agrees_in_training(form) for trial in trials))
+        for batch, count, length, keywords in shown:
+            inputs = _inputs(plain, parts, len(arguments.tensors), (batch, count, length), drawn)
+            trials.append(_Trial(plain, parts, arguments, inputs, keywords))
+        for form in _forms(plain, parts, extra):
+            if all(trial.agrees(form) for trial in trials) and all(
+                trial.agrees_in_all(form, training=False) for trial in trials
+            ):
+                return form._replace(
+                    in_training=all(trial.agrees_in_all(form, training=True) for trial in trials[::2]),  # of few tokens
+                    in_autocast=trials[0].agrees_in_autocast(form),
+                    modes=tuple(trials[0].modes()),
+                )
         if any(trial.comparable for trial in trials):
             why_not = _OTHER
     return why_not
+
+
+def _ways(arguments: Arguments) -> Iterator[tuple[bool, list[tuple[int, int, int, dict]]]]:
+    """Whether the query is a token, and what shows it: images, tokens, queries and keywords of calls.
+
+    One image or query may be squeezed out of a result, and what is done to many tokens alone needs more than five.
+    """
+    several, one = (2, 5, 3), (1, _MANY, 1)
+    if len(arguments.tensors) == 1:
+        yield False, [(*several, {}), (*one, {})]
+    elif arguments.flag is None:
+        yield False, [(*several, {}), (*one, {})]
+        yield True, [(2, 5, 1, {}), (*one, {})]
+    else:
+        keywords = [{arguments.flag: value} for value in (False, True)]
+        yield False, [(*several, keywords[0]), (*one, keywords[0]), (2, 5, 1, keywords[1]), (*one, keywords[1])]
 
 
 def _forms(module: nn.Module, parts: Parts, extra: bool) -> Iterator[Form]:
     scales = ("scale", "heads", None) if type(getattr(module, "scale", None)) is float else ("heads", None)
     normed = ("tokens", "query", "both") if type(few_queries.part(module, parts.norm)) is nn.LayerNorm else ("tokens",)
     for choice in itertools.product(scales, normed, (None, "mean", "flat"), (False, True)):
-        yield Form(*choice, extra, in_training=False)
+        yield Form(*choice, extra, in_training=False, in_autocast=False, modes=())
 
 
-def _inputs(module: nn.Module, parts: Parts, tensors: int, length: int, drawn: Draws) -> tuple[torch.Tensor, ...]:
+def _inputs(module: nn.Module, parts: Parts, tensors: int, sizes: tuple[int, int, int], drawn: Draws) -> Inputs:
+    batch, count, length = sizes
     projection = few_queries.part(module, parts.key or parts.value)
     channels = few_queries.part(module, parts.latent).shape[-1] if projection is None else projection.in_features
-    tokens = drawn(2, 5, channels)
+    tokens = drawn(batch, count, channels)
     if tensors == 1:
         return (tokens,)
     query = few_queries.part(module, parts.query)
-    return drawn(2, length, channels if query is None else query.in_features), *(tokens,) * (tensors - 1)
+    query = drawn(batch, length, channels if query is None else query.in_features)
+    return query, *(tokens,) * (tensors - 1)
 
 
 class _Trial:
     """A call of a module, and its result."""
 
-    def __init__(self, module: nn.Module, parts: Parts, call: few_queries.Call, inputs: tuple, keywords: dict):
-        self.module, self.parts, self.call, self.inputs, self.keywords = module, parts, call, inputs, keywords
-        self.expected = self._original(module)
+    def __init__(self, module: nn.Module, parts: Parts, arguments: Arguments, inputs: Inputs, keywords: dict):
+        self.module, self.parts, self.arguments = module, parts, arguments
+        self.inputs, self.keywords = inputs, keywords
         self.comparable = False  # whether a form gave a result of the same size
+        with torch.no_grad():
+            self.expected = self._original(_copy(module), inputs)
 
     def agrees(self, form: Form) -> bool:
         try:
-            got = self._fused(form, self.module)
+            with torch.no_grad():
+                got = self._fused(form, self.module, self.inputs)
         except (RuntimeError, ValueError):  # sizes that do not fit
             return False
         return self._same(got, self.expected)
 
-    def agrees_in_training(self, form: Form) -> bool:
-        """With the same random numbers."""
-        return self._same(*map(self._trained, (functools.partial(self._fused, form), self._original)))
+    def agrees_in_all(self, form: Form, training: bool) -> bool:
+        """In gradients, random numbers, what the parts are given that are called, and what is kept, too."""
+        got, expected = (self._seen(forward, training) for forward in self._both(form))
+        return len(got) == len(expected) and all(map(_alike, got, expected))
 
-    def _trained(self, forward: Callable):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return forward(copy.deepcopy(self.module).train())
+    def agrees_in_autocast(self, form: Form) -> bool:
+        module, inputs = copy.deepcopy(self.module).float(), _each(torch.Tensor.float, self.inputs)
+        try:
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                got, expected = (_result(forward(module, inputs)) for forward in self._both(form))
+        except RuntimeError:
+            return False
+        return got.dtype == expected.dtype
 
-    def _original(self, module: nn.Module):
-        with torch.no_grad(), dispatch.backend("reference"):
-            return type(module).forward(module, *self.inputs, **self.keywords)
+    def modes(self) -> Iterator[str]:
+        """The paths of the parts that change the result when they alone are in training."""
+        module = _copy(self.module)
+        for then in few_queries.state_of(module, self.parts).watched[1:]:
+            each = few_queries.part(module, then.path)
+            each.training = True
+            with torch.no_grad():
+                if not self._same(self._original(module, self.inputs), self.expected):
+                    yield then.path
+            each.training = False
+        if self.parts.dropout is not None:
+            yield self.parts.dropout  # whatever its rate is today
 
-    def _fused(self, form: Form, module: nn.Module):
-        with torch.no_grad(), dispatch.backend("reference"):
-            out = few_queries.attended(module, self.parts, form, self.call)
-            return few_queries.finished(module, self.parts, form, out)
+    def _both(self, form: Form) -> tuple[Callable, Callable]:
+        return functools.partial(self._fused, form), self._original
+
+    def _original(self, module: nn.Module, inputs: Inputs):
+        return type(module).forward(module, *inputs, **self.keywords)
+
+    def _fused(self, form: Form, module: nn.Module, inputs: Inputs):
+        call = few_queries.call_of(self.arguments, self.parts, form.extra, inputs, self.keywords)
+        out = few_queries.attended(module, self.parts, form, call)
+        return few_queries.finished(module, self.parts, form, out)
 
     def _same(self, got, expected) -> bool:
-        (got, *rest), (expected, *others) = (each if isinstance(each, tuple) else (each,) for each in (got, expected))
-        if got.shape != expected.shape:
+        if type(got) is not type(expected) or _result(got).shape != _result(expected).shape:
             return False
         self.comparable = True
-        return [each is None for each in rest] == [each is None for each in others] and same(got, expected)
+        rest, others = ([each is None for each in out] if isinstance(out, tuple) else [] for out in (got, expected))
+        return rest == others and same(_result(got), _result(expected))
+
+    def _seen(self, forward: Callable, training: bool) -> list:
+        """All that somebody outside can see of a call, of dropout at a rate of one half."""
+        module, seen = _copy(self.module).train(training), []
+        for name in few_queries.called_parts(module, self.parts):
+            few_queries.part(module, name).register_forward_pre_hook(functools.partial(_given, seen))
+        dropout = few_queries.part(module, self.parts.dropout)
+        if isinstance(dropout, nn.Dropout):
+            dropout.p = 0.5
+        before = few_queries.state_of(module, self.parts)
+        inputs = _each(lambda x: x.clone().requires_grad_(), self.inputs)
+        torch.manual_seed(0)
+        with torch.enable_grad():
+            out = _result(forward(module, inputs))
+            leaves = (*dict.fromkeys(inputs), *module.parameters())
+            gradients = torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
+        seen += [out, *module.buffers(), few_queries.why_not_as_tried(module, self.parts, before)]
+        return seen + [gradients]
+
+
+def _given(seen: list, part: nn.Module, args: tuple) -> None:
+    seen.append(None if isinstance(part, nn.BatchNorm1d) else args[0])  # whose channels are elsewhere
+
+
+def _result(out) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _each(change: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs) -> Inputs:
+    """What is one tensor stays one."""
+    changed = {x: change(x) for x in dict.fromkeys(inputs)}
+    return tuple(changed[x] for x in inputs)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """With the same parameters, which a trial only reads."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+
+
+def _alike(got, expected) -> bool:
+    if isinstance(expected, tuple):  # gradients, of which those of keys' biases are what rounding leaves of zero
+        scale = max(each.abs().max() for each in expected if each is not None)
+        return all(
+            one is other is None or (None not in (one, other) and same(one, other, scale))
+            for one, other in zip(got, expected, strict=True)
+        )
+    if not isinstance(got, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        return got is expected or got == expected
+    if not expected.is_floating_point():
+        return torch.equal(got, expected)
+    return got.shape == expected.shape and same(got, expected)

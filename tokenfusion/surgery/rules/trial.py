@@ -21,13 +21,19 @@ class Draws:
 def with_drawn_parameters(module: nn.Module, drawn: Draws) -> nn.Module:
     """A copy for evaluation, in float64 and without hooks, whose linear layers keep the size of what they take."""
     plain = _without_hooks(copy.deepcopy(module)).to_empty(device="cpu").double().eval()
-    state = {name: _drawn_like(tensor, name, drawn) for name, tensor in plain.state_dict().items()}
-    plain.load_state_dict(state)
-    return plain
+    for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):  # not all buffers are in the state_dict
+        tensor.data.copy_(_drawn_like(tensor, name, drawn))
+    return plain.requires_grad_()
 
 
-def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(got, expected, rtol=0, atol=_TOLERANCE * expected.abs().max().item())
+def same(got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
+    """scale: of which size the rounding errors are; by default the largest value's."""
+    scale = _largest(expected) if scale is None else scale
+    return bool(_largest(got - expected) <= _TOLERANCE * scale)
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, float("inf"))
 
 
 def failed(error: Exception) -> str:
@@ -43,6 +49,6 @@ def _drawn_like(tensor: torch.Tensor, name: str, drawn: Draws) -> torch.Tensor:
 
 def _without_hooks(module: nn.Module) -> nn.Module:
     for part in module.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             hooks.clear()
     return module

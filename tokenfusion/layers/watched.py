@@ -1,0 +1,199 @@
+"""What a module of somebody else's class holds, beside what it held before.
+
+Nobody here knows what the forward of such a class reads: a flag, a list, a function, a configuration, a buffer that is
+not there yet, a property. So all that it can reach through the module counts. What could change without being seen is
+never as before: the values of buffers, and tensors and modules in attributes.
+"""
+
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from tokenfusion.layers.drop_in import NAME, STATE, remember_forwards, why_not_part
+
+_NUMBERS = (bool, int, float, str, type(None))
+_PLAIN = (*_NUMBERS, types.FunctionType, types.BuiltinFunctionType, type)
+_CONTAINERS = (list, tuple)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl", NAME, STATE}
+
+
+class Watched(NamedTuple):
+    """A module, by its path in another, as it was.
+
+    plain are attributes and constants of the class that stand for themselves, contained are lists and the like of such,
+    deeper are attributes of attributes; frozen are all others, at which compiled code cannot look.
+    """
+
+    path: str
+    kind: type[nn.Module]
+    tensors: tuple[tuple[str, tuple[int, ...] | None], ...]
+    children: tuple[tuple[str, bool], ...]
+    names: frozenset[str]
+    plain: tuple[tuple[str, object], ...]
+    deeper: tuple[tuple[str, object], ...]
+    contained: tuple[tuple[str, tuple], ...]
+    frozen: tuple[tuple[str, tuple], ...]
+
+
+class _Class(NamedTuple):
+    """What a class holds, and how many names each of its bases has."""
+
+    contents: dict[str, object]
+    bases: tuple[tuple[Mapping[str, object], int], ...]
+
+
+_classes: dict[type[nn.Module], _Class] = {}
+
+
+def watch(path: str, module: nn.Module, *deeper: str) -> Watched:
+    """deeper: paths of attributes of attributes, such as "config.causal". Those of any attribute count, but compiled
+    code sees these alone."""
+    held = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    constants = {name: getattr(module, name) for name in _names(type(module)) - held.keys()}
+    plain = {name: value for name, value in constants.items() if type(value) in _NUMBERS}
+    plain |= {name: value for name, value in held.items() if type(value) in _PLAIN}
+    others = {name: _frozen(value) for name, value in held.items() if name not in plain}
+    contained = {name: value for name, value in others.items() if value[0] in _CONTAINERS and _is_plain(value)}
+    return Watched(
+        path,
+        type(module),
+        _tensors(module),
+        _children(module),
+        frozenset(held),
+        tuple(plain.items()),
+        tuple((name, attribute(module, name)) for name in deeper),
+        tuple(contained.items()),
+        tuple((name, value) for name, value in others.items() if name not in contained),
+    )
+
+
+def remember(*watched: Watched) -> None:
+    """Takes what their classes hold, when these are first seen, for the classes' own, as `remember_forwards` does."""
+    for each in watched:
+        remember_forwards(each.kind)
+        if each.kind not in _classes:
+            _classes[each.kind] = _class(each.kind)
+
+
+def why_not_as_before(module: nn.Module, then: Watched) -> str | None:
+    """What is not, or may not be, as it was when the module that contains this one was tried."""
+    reason = why_not_part(module, then.path, then.kind) if then.path else None
+    if reason is not None:
+        return reason
+    where = then.path or "it"
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            return f"{where} has the buffer {name}, with values that a trial does not have"
+    if _tensors(module) != then.tensors or _children(module) != then.children:
+        return f"{where} has other parameters, buffers or modules than when it was tried"
+    for name, value in then.plain:
+        if _differs(getattr(module, name, None), value):
+            return f"{where} has another {name} than when it was tried"
+    for path, value in then.deeper:
+        if _differs(attribute(module, path), value):
+            return f"{where} has another {path} than when it was tried"
+    for name, value in then.contained:
+        if _frozen(getattr(module, name, None)) != value:
+            return f"{where} has another {name} than when it was tried"
+    for name, value in _classes[then.kind].contents.items():
+        if _differs(getattr(then.kind, name, None), value):
+            return f"{name} of the class {then.kind.__name__} was changed"
+    return None if torch.compiler.is_compiling() else _why_not_unseen(module, then)
+
+
+def attribute(owner, path: str):
+    """None where there is none."""
+    return functools.reduce(_attribute, path.split("."), owner)
+
+
+def _attribute(owner, name: str):
+    return getattr(owner, name, None)
+
+
+def _why_not_unseen(module: nn.Module, then: Watched) -> str | None:
+    """What code that is being compiled cannot look at."""
+    where, held = then.path or "it", vars(module)
+    if held.keys() - _OF_EVERY_MODULE != then.names:
+        return f"{where} has other attributes than when it was tried"
+    for name, value in then.frozen:
+        if _frozen(held[name]) != value:
+            return f"{where} has another {name} than when it was tried, or one that may change without being seen"
+    contents, bases = _classes[then.kind]
+    if any(len(base) != count for base, count in bases) and _names(then.kind) != contents.keys():
+        return f"names of the class {then.kind.__name__} were changed"
+    return None
+
+
+def _differs(now, then) -> bool:
+    return now is not then and (type(now) is not type(then) or type(then) not in _NUMBERS or now != then)
+
+
+def _tensors(module: nn.Module) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
+    held = (*module._parameters.items(), *module._buffers.items())
+    return tuple([(name, None if tensor is None else tensor.shape) for name, tensor in held])
+
+
+def _children(module: nn.Module) -> tuple[tuple[str, bool], ...]:
+    return tuple([(name, child is None) for name, child in module._modules.items()])
+
+
+def _class(kind: type[nn.Module]) -> _Class:
+    return _Class(
+        {name: getattr(kind, name) for name in _names(kind)},
+        tuple((vars(each), len(vars(each))) for each in _bases(kind)),
+    )
+
+
+def _bases(kind: type[nn.Module]) -> list[type]:
+    """Of torch's classes none: their forward alone counts, and `why_not_part` looks at that."""
+    return (
+        []
+        if kind.__module__.startswith("torch.")
+        else [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    )
+
+
+def _names(kind: type[nn.Module]) -> set[str]:
+    """Of methods, properties and constants, but for what is another object each time."""
+    names = {name for base in _bases(kind) for name in vars(base) if not name.startswith("__")}
+    return {name for name in names if getattr(kind, name) is getattr(kind, name)}
+
+
+class _Held:
+    """An object that is equal to itself alone, and not even that where what it computes is in its values."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other) -> bool:
+        owner = getattr(self.value, "__self__", self.value)  # of a method
+        same = isinstance(other, _Held) and self.value is other.value
+        return same and not isinstance(owner, (torch.Tensor, nn.Module, Iterator))
+
+    def __hash__(self) -> int:
+        return hash(type(self.value))
+
+
+def _is_plain(frozen) -> bool:
+    return all(map(_is_plain, frozen)) if isinstance(frozen, tuple) else type(frozen) in _PLAIN
+
+
+def _frozen(value) -> tuple:
+    """Its class and its contents; of an object also the numbers in its attributes, as in a configuration."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return kind, value
+    if kind in _CONTAINERS:
+        return kind, *[_frozen(each) for each in value]
+    if kind in (set, frozenset):
+        return kind, frozenset(value)
+    if kind is dict:
+        return kind, *value, *map(_frozen, value.values())
+    attributes = getattr(value, "__dict__", {}).values()
+    return kind, _Held(value), *[(type(each), each) if type(each) in _NUMBERS else _Held(each) for each in attributes]
