@@ -306,3 +306,10 @@ def test_tokens_of_another_width_raise_what_the_original_raises(make):
         unfused(copy.deepcopy(module))(narrow)
     with pytest.raises(type(expected.value)):
         module(narrow)
+
+
+def test_a_part_without_sizes_in_the_place_of_a_linear_layer(caplog):
+    module = fused(Changing)
+    module.kv = nn.Sequential(module.kv)
+    check_original(module, tokens()[:, :1], tokens())
+    assert "kv is Sequential" in caplog.text

@@ -115,7 +115,7 @@ class FewQueries(Found):
     def forward(self, *args, **kwargs):
         parts, form = self.details
         call = call_of(self.arguments, parts, form.extra, args, kwargs)
-        if call is None or not _serves(self, parts, form, call) or not self.fuses():
+        if call is None or not self.fuses() or not _serves(self, parts, form, call):
             return self.original.forward(self, *args, **kwargs)
         return finished(self, parts, form, attended(self, parts, form, call))
 
