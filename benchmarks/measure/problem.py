@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tokenfusion
-from benchmarks.report.table import CHECKPOINTED, COMPILED, EAGER, EPILOGUE, PROJECTIONS  # noqa: F401
+from benchmarks.report.table import CHECKPOINTED, COMPILED, EAGER, EPILOGUE, FLEX, PROJECTIONS  # noqa: F401
 from tokenfusion.kernels.dispatch import OPERATORS
 
 FORWARD = "forward"

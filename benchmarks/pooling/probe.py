@@ -1,10 +1,13 @@
 """An attentive probe, and the pooling of a bag: the operator is all of the work. As a problem, in training or not."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import tokenfusion
 from benchmarks.measure import problem
@@ -31,6 +34,25 @@ class Probe(nn.Module):
         return self.classify(found[:, 0])
 
 
+class FlexProbe(Probe):
+    """By flex_attention, which PyTorch has for CPUs without a backward pass and compiled alone."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        attention, heads = self.attention, self.attention.num_heads
+        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+        tensors = (self.query.expand(tokens.shape[0], -1, -1), tokens, tokens)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip(tensors, weights, biases)
+        )
+        return self.classify(attention.out_proj(_compiled_flex_attention()(q, k, v).transpose(1, 2).flatten(2))[:, 0])
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable:
+    return problem.compiled(flex_attention)
+
+
 def probe_problem(group: str, case: Case, compiles: Sequence[str]) -> Problem:
     torch.manual_seed(0)
     plain = Probe(case.C, case.heads)
@@ -38,8 +60,12 @@ def probe_problem(group: str, case: Case, compiles: Sequence[str]) -> Problem:
     without_weights.need_weights = False
     fused = copy.deepcopy(plain)
     tokenfusion.fuse(fused, strict=True)
-    sdpa = [(problem.PROJECTIONS, without_weights)]
-    return frozen_tokens_problem(group, case, plain, fused, compiles, sdpa)
+    others = [(problem.PROJECTIONS, without_weights)]
+    if not case.backward:
+        by_flex = copy.deepcopy(plain)
+        by_flex.__class__ = FlexProbe
+        others.append((problem.FLEX, by_flex))
+    return frozen_tokens_problem(group, case, plain, fused, compiles, others)
 
 
 def frozen_tokens_problem(

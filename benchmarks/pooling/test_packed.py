@@ -15,8 +15,7 @@ from torch import nn
 from benchmarks.measure import problem
 from benchmarks.measure.problem import TRAINING, CaseBase, Problem, Variant
 from benchmarks.pooling.probe import CLASSES, LayerProbe, Probe, in_layer_order, step
-
-PADDED, PADDING_READ = "padded, by lengths", "padded, all read"
+from benchmarks.report.table import PADDED, PADDING_READ
 
 
 @dataclass(frozen=True)

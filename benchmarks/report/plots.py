@@ -7,7 +7,19 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.report.table import CHECKPOINTED, COMPILED, EAGER, EPILOGUE, PROJECTIONS, by_size, case_name, groups
+from benchmarks.report.table import (
+    CHECKPOINTED,
+    COMPILED,
+    EAGER,
+    EPILOGUE,
+    FLEX,
+    PADDED,
+    PADDING_READ,
+    PROJECTIONS,
+    by_size,
+    case_name,
+    groups,
+)
 
 _AXES = {"N": "tokens N", "B": "batch B", "img_size": "image size, pixels"}  # others under their own names
 _FEWEST_POINTS = 3
@@ -17,6 +29,9 @@ _OTHERS = {
     COMPILED: ("#E69F00", "s"),
     PROJECTIONS: ("#56B4E9", "^"),
     CHECKPOINTED: ("#999933", "h"),
+    FLEX: ("#AA4499", "H"),
+    PADDED: ("#44AA99", "8"),
+    PADDING_READ: ("#888888", "d"),
     EPILOGUE: ("#882255", "p"),
 }
 _PACKAGE = [("#0072B2", "D"), ("#D55E00", "v"), ("#009E73", "P"), ("#CC79A7", "X"), ("#8C6D00", "*"), ("#666666", "<")]
