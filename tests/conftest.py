@@ -1,5 +1,6 @@
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -11,9 +12,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
-os.environ["TOKENFUSION_TUNING"] = "0"  # what was measured on this machine decides nothing here
-
 import tokenfusion
+
+os.environ["TOKENFUSION_TUNING"] = "0"  # what was measured on this machine decides nothing here
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it runs in the background
 
 ROOT = Path(__file__).parent.parent
 SLOW = {  # marker: where its tests are

@@ -282,7 +282,7 @@ def test_a_recorded_operator_refuses_tangents_in_its_backward_pass(name):
 
 
 DIRECT_CALLS = {
-    "single_query_attention_cpu": ("single_query_attention", (None, True, 1e-6)),
+    "single_query_attention_cpu": ("single_query_attention", (None, None, True, 1e-6)),
     "tied_ffn_cpu": ("tied_ffn", ("gelu", False)),
     "upconv_concat_cpu": ("upconv_concat", (False, False)),
     "upconv_concat_project_cpu": ("upconv_add", (None, None, False)),

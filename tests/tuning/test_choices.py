@@ -162,3 +162,14 @@ def test_a_kernel_that_waits_for_its_proof_is_said_once(monkeypatch, caplog):
         call(2, 5, 16, 3)
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "tokenfusion tune" in record.getMessage() and "triton" in record.getMessage()
+
+
+def test_memory_that_was_asked_for_goes_before_speed():
+    """recompute=True is no matter of what is faster, such as the reference, which holds more."""
+    kind = ("float32", "training")
+    x, weight = torch.randn(6, 16, requires_grad=True), torch.randn(32, 16, requires_grad=True)
+    with choices.using(table("reference", 6, 16, 32, kind=kind, operator="tied_ffn")):
+        with assert_runs():
+            tokenfusion.kernels.tied_ffn(x, weight)
+        with assert_runs("tied_ffn_cpu"):
+            tokenfusion.kernels.tied_ffn(x, weight, recompute=True)

@@ -78,12 +78,17 @@ class Operator:
             CannotRun: the backend asked for by name cannot run them; the message says why.
         """
         choice = get_backend() if transform() is None else "reference"
-        reasons = []
         measured = self._measured(tensors) if choice == "auto" and self.workloads is not None else None
-        if measured is not None:
-            if not torch.compiler.is_compiling():
-                self._tell(measured, reasons, tensors)
-            return measured
+        if measured is None:
+            return self.select_in_order(*tensors)
+        if not torch.compiler.is_compiling():
+            self._tell(measured, [], tensors)
+        return measured
+
+    def select_in_order(self, *tensors) -> Implementation:
+        """`select`, whatever was measured."""
+        choice = get_backend() if transform() is None else "reference"
+        reasons = []
         for implementation in self.implementations:
             if implementation.form:
                 continue

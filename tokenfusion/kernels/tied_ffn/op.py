@@ -88,12 +88,20 @@ def _triton_can_run(x, weight, bias_in, bias_out) -> str | None:
     return triton_support.why_not_tensor(x) or _why_not_dtype(x, _TRITON_DTYPES)
 
 
+def _holding(can_run):
+    def holding_can_run(*tensors) -> str | None:
+        trains = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        return can_run(*tensors) if trains else "nothing is held in inference"
+
+    return holding_can_run
+
+
 OPERATOR = register(
     "tied_ffn",
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
-    Implementation("triton", _run_on("triton", holds=True), _triton_can_run, automatic=False, form="hold"),
+    Implementation("triton", _run_on("triton", holds=True), _holding(_triton_can_run), automatic=False, form="hold"),
     Implementation("cpu", _run_on("cpu"), _cpu_can_run),
-    Implementation("cpu", _run_on("cpu", holds=True), _cpu_can_run, form="hold"),
+    Implementation("cpu", _run_on("cpu", holds=True), _holding(_cpu_can_run), form="hold"),
     Implementation("reference", _run_reference, lambda x, weight, bias_in, bias_out: None),
     workloads=WORKLOADS,
 )
@@ -149,9 +157,9 @@ def tied_ffn(
         bias_out: [C], or None.
         activation: "gelu" (exact), "gelu_tanh", "relu", "silu" or "identity".
         recompute: True holds x alone for the backward pass, which computes x W^T again. False holds the pre-activation
-            x W^T + b_in too: F / C times the memory of x, and one matrix product of seven less. "auto" is True, but
-            where `tokenfusion tune` found on this machine that False is faster. The reference backend holds all that
-            autograd does.
+            x W^T + b_in too: F / C times the memory of x, and one matrix product of seven less. "auto" is whatever was
+            found to be fastest on this kind of machine (see `tokenfusion tune`), and True where nothing was. The
+            reference backend holds all that autograd does.
 
     All of one device and of one dtype: float16, bfloat16, float32 or float64. Under autocast they are cast to its
     dtype, as those of F.linear are.
@@ -168,5 +176,6 @@ def tied_ffn(
     _check(x, weight, bias_in, bias_out, activation)
     if recompute not in (True, False, "auto"):
         raise ValueError(f"recompute: got {recompute!r}, expected True, False or 'auto'")
-    implementation = OPERATOR.select(x, weight, bias_in, bias_out)
+    select = OPERATOR.select if recompute == "auto" else OPERATOR.select_in_order
+    implementation = select(x, weight, bias_in, bias_out)
     return implementation.run(x, weight, bias_in, bias_out, activation, recompute)
