@@ -157,7 +157,7 @@ class Operator:
         if noted is not None:
             why_not = {each.backend: each.can_run(*tensors) for each in self.implementations}
             workload = None if self.workloads is None else self.workload(*tensors)
-            noted.append(Choice(self.name, chosen.name, why_not, workload))
+            noted.append(Choice(self.name, chosen.backend, why_not, workload))
 
 
 @dataclass(frozen=True)
