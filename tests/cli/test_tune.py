@@ -67,7 +67,24 @@ def test_arguments_of_the_wrong_kind(path, capsys, arguments):
         cli.main(["tune", *arguments])
 
 
-@pytest.mark.parametrize("calls", ["{}", "[[1]]", '[["no_op", ["float32", "inference"], [1]]]', "[["])
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "{}",
+        "[[1]]",
+        "[[",
+        '[["no_op", ["float32", "inference"], [1]]]',
+        '[["tied_ffn", ["float32", "inference"], [8, 8]]]',
+        '[["tied_ffn", ["float32", "inference"], [8, 8, "8"]]]',
+        '[["tied_ffn", ["float32", "inference"], [8, 8, 0]]]',
+        '[["tied_ffn", ["float32"], [8, 8, 8]]]',
+        '[["tied_ffn", ["float99", "inference"], [8, 8, 8]]]',
+        '[["tied_ffn", ["float32", "sideways"], [8, 8, 8]]]',
+        '[["tied_ffn", ["float32", "inference", "rows"], [8, 8, 8]]]',
+        '[["upconv_concat", ["float32", "inference"], [8, 8, 8, 8]]]',
+        '[["upconv_concat", ["float32", "inference", "k two", "contiguous"], [8, 8, 8, 8]]]',
+    ],
+)
 def test_files_of_calls_that_are_none(path, tmp_path, capsys, calls):
     (tmp_path / "calls.json").write_text(calls)
     assert cli.main(["tune", "--calls", str(tmp_path / "calls.json")]) == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tokenfusion.kernels import choices
 from tokenfusion.kernels.choices import Workload
 from tokenfusion.tuning import files, machine
 
@@ -52,6 +53,7 @@ def _changed(path: Path, **changes) -> None:
         (lambda path: _changed(path, device="cpu-riscv"), "device 'cpu-riscv', here"),
         (lambda path: _changed(path, threads=77), "threads 77, here"),
         (lambda path: path.write_text(path.read_text().replace('"choice"', '"chosen"')), "an entry lacks"),
+        (lambda path: path.write_text(path.read_text().replace("50", '"many"')), "an entry lacks"),
         (lambda path: path.write_text(path.read_text().replace('"schema": 1', '"schema": 2')), "schema 2, expected 1"),
         (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
     ],
@@ -62,6 +64,21 @@ def test_a_file_that_does_not_fit_is_ignored_and_says_why(path, spoil, reason):
     loaded = files.loaded()
     assert loaded.table.choices == {} and loaded.path is None
     assert len(loaded.ignored) == 1 and str(path) in loaded.ignored[0] and reason in loaded.ignored[0]
+
+
+def test_what_is_ignored_is_said_once(path, monkeypatch, caplog):
+    files.write(path, ENTRIES)
+    _changed(path, threads=77)
+    monkeypatch.setattr(choices, "_in_force", None)
+    for _ in range(2):
+        choices.in_force()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "threads 77" in record.getMessage()
+
+
+def test_an_entry_of_other_sizes_decides_nothing(path):
+    files.write(path, [ENTRIES[0] | {"sizes": [2, 50, 32]}])
+    assert files.loaded().table.choice(WORKLOAD) is None
 
 
 def test_unknown_fields_are_none_of_its_business(path):

@@ -141,6 +141,18 @@ def test_a_path_that_cannot_be_written_is_said_first(tmp_path):
         tune(workloads=[INFERENCE], path=tmp_path / "file" / "tuning.json", report=pytest.fail)
 
 
+def test_a_model_stays_as_it_is():
+    """Its statistics, the modes of its parts, and the random numbers of whoever asks."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))
+    model[1].eval()
+    x, state = torch.randn(8, 4), torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert search.workloads_of(model, (x,), trains=True) == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and model[0].training and not model[1].training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_calls_of_a_model(tmp_path):
     model = timm.create_model("crossvit_9_240")
     tokenfusion.fuse(model)

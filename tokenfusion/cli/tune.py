@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args) -> int:
-    from tokenfusion.tuning import search
+    from tokenfusion.tuning import files, search
 
     directions = {"train": not args.infer, "infer": not args.train}
     chosen = workloads.chosen(args, **directions)
@@ -38,7 +38,7 @@ def run(args) -> int:
 
             path = search.tune(workloads=chosen, minutes=args.minutes, report=report, **directions).path
     except KeyboardInterrupt:
-        interrupted, path = True, workloads.user_path()
+        interrupted, path = True, files.user_path()
     except OSError as error:
         raise UsageError(f"the file cannot be written: {error}; TOKENFUSION_TUNING names another one") from None
     out = console()

@@ -9,6 +9,7 @@ from tokenfusion.cli.errors import UsageError, first_line, printable
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _MOST = 1_000_000  # images in a batch
+_KINDS = tuple((dtype, direction) for dtype in _DTYPES for direction in ("inference", "training"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +48,6 @@ def chosen(args, train: bool = True, infer: bool = True) -> list:
     return found
 
 
-def user_path() -> Path:
-    from tokenfusion.tuning import files
-
-    return files.user_path()
-
-
 def _of_model(args, train: bool, infer: bool) -> list:
     """Random weights: the time of a call does not depend on them."""
     import timm
@@ -78,22 +73,38 @@ def _of_model(args, train: bool, infer: bool) -> list:
 
 
 def _of_file(path: Path) -> list:
-    from tokenfusion.kernels.choices import Workload
-    from tokenfusion.kernels.dispatch import OPERATORS
+    from tokenfusion.tuning.files import workload_of
 
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(listed, list):
             raise ValueError(f"got {type(listed).__name__}, expected a list")
-        found = [Workload(operator, tuple(kind), tuple(sizes)) for operator, kind, sizes in listed]
+        entries = [dict(zip(("operator", "kind", "sizes"), each, strict=True)) for each in listed]
+        found = [workload_of(entry) for entry in entries]
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"--calls: {printable(path)}: {first_line(error)}") from None
     for workload in found:
-        operator = OPERATORS.get(workload.operator)
-        workloads = None if operator is None else operator.workloads
-        if workloads is None or len(workload.kind) < 2 or len(workload.sizes) != len(workloads.names):
+        if not _can_be_made(workload):
             raise UsageError(f"--calls: {printable(path)}: {list(workload)} is no call of an operator that is measured")
     return found
+
+
+def _can_be_made(workload) -> bool:
+    """Tried at small sizes."""
+    from tokenfusion.kernels.dispatch import OPERATORS
+    from tokenfusion.tuning import proof
+
+    operator = OPERATORS.get(workload.operator)
+    if operator is None or operator.workloads is None or workload.kind[:1] + workload.kind[1:2] not in _KINDS:
+        return False
+    if len(workload.sizes) != len(operator.workloads.names) or min(workload.sizes) < 1:
+        return False
+    small = workload._replace(sizes=(8,) * len(workload.sizes))
+    try:
+        made = proof.call_of(operator, small, "cpu")
+    except Exception:  # noqa: BLE001  (words of a kind that the operator does not have)
+        return False
+    return set(operator.workload(*made.selecting).kind) == set(workload.kind)
 
 
 def name(workload) -> tuple[str, str]:

@@ -5,6 +5,7 @@ sizes are nearest decides, if none of them is further than a factor away; else t
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 
 _FURTHEST = 4  # times as large, or as small, in any size
 _MOST_KEPT = 1 << 12  # looked up, of each table
+
+_log = logging.getLogger("tokenfusion")
 
 
 class Workload(NamedTuple):
@@ -62,9 +65,13 @@ class Table:
         found = [
             (distance, choice)
             for known, choice in self.choices.items()
-            if known[:2] == workload[:2] and (distance := _distance(known.sizes, workload.sizes)) is not None
+            if _comparable(known, workload) and (distance := _distance(known.sizes, workload.sizes)) is not None
         ]
         return min(found)[1] if found else None
+
+
+def _comparable(known: Workload, workload: Workload) -> bool:
+    return known[:2] == workload[:2] and len(known.sizes) == len(workload.sizes)
 
 
 def _distance(sizes: tuple[int, ...], others: tuple[int, ...]) -> float | None:
@@ -72,7 +79,6 @@ def _distance(sizes: tuple[int, ...], others: tuple[int, ...]) -> float | None:
     return None if max(steps) > math.log(_FURTHEST) else sum(steps)
 
 
-_EMPTY = Table({})
 _in_force: Table | None = None  # not read yet
 
 
@@ -82,7 +88,10 @@ def in_force() -> Table:
     if _in_force is None:
         from tokenfusion.tuning import files
 
-        _in_force = files.loaded().table
+        loaded = files.loaded()
+        _in_force = loaded.table
+        for reason in loaded.ignored:
+            _log.warning("a file of `tokenfusion tune` is ignored: %s", reason)
     return _in_force
 
 

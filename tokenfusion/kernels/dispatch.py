@@ -77,17 +77,20 @@ class Operator:
         Raises:
             CannotRun: the backend asked for by name cannot run them; the message says why.
         """
-        choice = get_backend() if transform() is None else "reference"
+        choice = _chosen()
         measured = self._measured(tensors) if choice == "auto" and self.workloads is not None else None
         if measured is None:
-            return self.select_in_order(*tensors)
+            return self._first(choice, tensors)
         if not torch.compiler.is_compiling():
             self._tell(measured, [], tensors)
         return measured
 
     def select_in_order(self, *tensors) -> Implementation:
         """`select`, whatever was measured."""
-        choice = get_backend() if transform() is None else "reference"
+        return self._first(_chosen(), tensors)
+
+    def _first(self, choice: str, tensors: tuple) -> Implementation:
+        """That can run, of those of a backend, or of all."""
         reasons = []
         for implementation in self.implementations:
             if implementation.form:
@@ -228,6 +231,10 @@ def register(
 ) -> Operator:
     OPERATORS[name] = Operator(name, implementations, supporting, workloads)
     return OPERATORS[name]
+
+
+def _chosen() -> str:
+    return get_backend() if transform() is None else "reference"
 
 
 def _on_gpu(tensors: tuple) -> bool:

@@ -78,7 +78,16 @@ def choices_of(entries: list[dict]) -> dict[Workload, str]:
 
 
 def workload_of(entry: dict) -> Workload:
-    return Workload(entry["operator"], tuple(entry["kind"]), tuple(entry["sizes"]))
+    """
+    Raises:
+        KeyError, TypeError: it is none.
+    """
+    workload = Workload(entry["operator"], tuple(entry["kind"]), tuple(entry["sizes"]))
+    if any(type(size) is not int for size in workload.sizes) or not all(
+        isinstance(word, str) for word in workload.kind
+    ):
+        raise TypeError(f"sizes are numbers, and kinds are words: {workload}")
+    return workload
 
 
 def write(path: Path, entries: list[dict]) -> None:

@@ -1,5 +1,6 @@
 """tune and verify: prove every implementation of an operator, time those that are right, and keep what was found."""
 
+import copy
 import functools
 import statistics
 import time
@@ -58,16 +59,20 @@ class Tuning:
 
 
 def workloads_of(model: nn.Module, inputs: Sequence, *, trains: bool, infers: bool = True) -> list[Workload]:
-    """The distinct workloads of a model's own calls of operators, fused beforehand."""
+    """The distinct workloads of a model's own calls of operators, fused beforehand.
+
+    A copy is called: training changes statistics, random numbers are drawn, and parts may be in modes of their own.
+    """
     found: dict[Workload, None] = {}
     for training in (mode for mode, wanted in ((False, infers), (True, trains)) if wanted):
-        was_training = model.training
-        model.train(training)
-        try:
-            with using(Table({})), torch.set_grad_enabled(training), dispatch.observe() as seen:
-                model(*inputs)
-        finally:
-            model.train(was_training)
+        copied = copy.deepcopy(model).train(training)
+        with (
+            using(Table({})),
+            torch.random.fork_rng(),
+            torch.set_grad_enabled(training),
+            dispatch.observe() as seen,
+        ):
+            copied(*inputs)
         found |= dict.fromkeys(choice.workload for choice in seen.choices if choice.workload is not None)
     return list(found)
 
@@ -86,11 +91,11 @@ def tune(
     """Prove and time every backend and form that can run here; the fastest go into the file that "auto" follows.
 
     What was measured is kept: entries of the file for other workloads stay, and it is written after each workload, so
-    that an interruption loses none.
+    that an interruption loses none. Processes that start later follow it; this one has read what it follows.
 
     Args:
-        model: its own calls are measured; it is fused already. None: `workloads`, or the list that comes with the
-            package.
+        model: its own calls are measured; it is fused already, and stays as it is. None: `workloads`, or the list
+            that comes with the package.
         example_inputs: what model is called with.
         train, infer: which of both to measure.
         minutes: when to stop, at the end of a workload.
