@@ -173,3 +173,19 @@ def test_memory_that_was_asked_for_goes_before_speed():
             tokenfusion.kernels.tied_ffn(x, weight)
         with assert_runs("tied_ffn_cpu"):
             tokenfusion.kernels.tied_ffn(x, weight, recompute=True)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_what_was_wrong_once_is_trusted_with_no_call(compiles):
+    """Of whatever size, unless somebody asks for it by name."""
+    operator = tokenfusion.kernels.single_query_attention
+    torch.compiler.reset()
+    run = torch.compile(operator, fullgraph=True) if compiles else operator
+    query, tokens = torch.randn(2, 3, 64), torch.randn(2, 500, 64)
+    far = Workload("single_query_attention", KIND, (2, 50, 8, 3))
+    with choices.using(Table({far: "cpu"}, frozenset({("single_query_attention", "cpu")}))):
+        with assert_runs():
+            run(query, tokens)
+            call(2, 50, 8, 3)
+        with tokenfusion.backend("cpu"), assert_runs(KERNEL):
+            operator(query, tokens)

@@ -66,6 +66,11 @@ def test_a_file_that_does_not_fit_is_ignored_and_says_why(path, spoil, reason):
     assert len(loaded.ignored) == 1 and str(path) in loaded.ignored[0] and reason in loaded.ignored[0]
 
 
+def test_what_was_found_wrong_is_kept(path):
+    files.write(path, [ENTRIES[0] | {"wrong": {"cpu": "relative error"}}])
+    assert files.loaded().table.refused == {("single_query_attention", "cpu")}
+
+
 def test_what_is_ignored_is_said_once(path, monkeypatch, caplog):
     files.write(path, ENTRIES)
     _changed(path, threads=77)

@@ -10,7 +10,7 @@ import torch
 
 import tokenfusion
 from tokenfusion.kernels import choices, dispatch
-from tokenfusion.kernels.choices import Table, Workload
+from tokenfusion.kernels.choices import Workload
 from tokenfusion.kernels.dispatch import OPERATORS, Implementation
 from tokenfusion.tuning import files, search, tune, verify
 
@@ -105,7 +105,7 @@ def test_a_slow_form_is_not_chosen_and_a_fast_one_is(with_implementation, tmp_pa
 def test_what_is_chosen_runs(tmp_path):
     path = tmp_path / "tuning.json"
     (finding,) = tune(workloads=[INFERENCE], path=path).findings
-    table = Table(files.choices_of(files.read(path)))
+    table = files.table_of(files.read(path))
     with choices.using(table), dispatch.observe() as seen:
         tokens = torch.randn(2, 40, 32)
         tokenfusion.kernels.single_query_attention(tokens[:, :3], tokens)

@@ -95,7 +95,7 @@ def _can_be_made(workload) -> bool:
     from tokenfusion.tuning import proof
 
     operator = OPERATORS.get(workload.operator)
-    if operator is None or operator.workloads is None or workload.kind[:1] + workload.kind[1:2] not in _KINDS:
+    if operator is None or operator.workloads is None or workload.kind[:2] not in _KINDS:
         return False
     if len(workload.sizes) != len(operator.workloads.names) or min(workload.sizes) < 1:
         return False

@@ -44,10 +44,13 @@ class Workloads:
 
 
 class Table:
-    """Choices by workload. A choice is the name of an implementation."""
+    """Choices by workload. A choice is the name of an implementation.
 
-    def __init__(self, choices: Mapping[Workload, str]):
-        self.choices = dict(choices)
+    refused are (operator, implementation) that were wrong for some workload, and so are trusted with none.
+    """
+
+    def __init__(self, choices: Mapping[Workload, str], refused: frozenset[tuple[str, str]] = frozenset()):
+        self.choices, self.refused = dict(choices), refused
         self._nearest: dict[Workload, str | None] = {}
 
     def choice(self, workload: Workload) -> str | None:
@@ -114,4 +117,9 @@ def constant_choice(operator: str, kind: tuple[str, ...], sizes: tuple[int, ...]
 
 @torch.compiler.assume_constant_result
 def is_empty() -> bool:
-    return not in_force().choices
+    return not (in_force().choices or in_force().refused)
+
+
+@torch.compiler.assume_constant_result
+def is_refused(operator: str, implementation: str) -> bool:
+    return (operator, implementation) in in_force().refused

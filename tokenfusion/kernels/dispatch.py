@@ -96,7 +96,7 @@ class Operator:
             if implementation.form:
                 continue
             if implementation.backend == choice or (choice == "auto" and implementation.automatic):
-                reason = implementation.can_run(*tensors)
+                reason = implementation.can_run(*tensors) or self._why_refused(choice, implementation)
                 if reason is None:
                     if not torch.compiler.is_compiling():
                         self._tell(implementation, reasons, tensors)
@@ -110,6 +110,13 @@ class Operator:
             reasons.append(f"{choice}: {self.name} has no {choice} implementation")
         raise CannotRun(f"tokenfusion.{self.name}: backend {choice!r} cannot run here: {'; '.join(reasons)}")
 
+    def _why_refused(self, choice: str, implementation: Implementation) -> str | None:
+        """Of one that was not asked for by name; the reference is what others are compared with."""
+        if choice != "auto" or choices.is_empty() or implementation is self.implementations[-1]:
+            return None
+        refused = choices.is_refused(self.name, implementation.name)
+        return "`tokenfusion tune` found it wrong on this machine" if refused else None
+
     def _measured(self, tensors: tuple) -> Implementation | None:
         """What the table of this machine says, if anything, and if that can run."""
         if choices.is_empty():
@@ -122,7 +129,7 @@ class Operator:
         if name is None:
             return None
         for implementation in self.implementations:
-            if implementation.name == name:
+            if implementation.name == name and not choices.is_refused(self.name, name):
                 return implementation if implementation.can_run(*tensors) is None else None
         return None
 

@@ -59,7 +59,7 @@ def loaded() -> Loaded:
         except (OSError, ValueError) as error:
             ignored.append(f"{path}: {error}")
         else:
-            return Loaded(Table(choices_of(entries)), path, digest, tuple(ignored))
+            return Loaded(table_of(entries), path, digest, tuple(ignored))
     return Loaded(Table({}), ignored=tuple(ignored))
 
 
@@ -75,6 +75,12 @@ def read(path: Path) -> list[dict]:
 
 def choices_of(entries: list[dict]) -> dict[Workload, str]:
     return {workload_of(entry): entry["choice"] for entry in entries if entry["choice"] is not None}
+
+
+def table_of(entries: list[dict]) -> Table:
+    """With what was found wrong in any entry."""
+    refused = ((entry["operator"], name) for entry in entries for name in entry.get("wrong", ()))
+    return Table(choices_of(entries), frozenset(refused))
 
 
 def workload_of(entry: dict) -> Workload:
@@ -127,7 +133,7 @@ def _read(path: Path, packaged: bool = False) -> tuple[list[dict], str]:
         if found.get(name) != here:
             raise ValueError(f"{name} {found.get(name)!r}, here {here!r}")
     try:
-        choices_of(entries)
+        table_of(entries)
     except (KeyError, TypeError):
         raise ValueError("an entry lacks its operator, kind, sizes or choice") from None
     return entries, hashlib.sha256(data).hexdigest()[:12]
