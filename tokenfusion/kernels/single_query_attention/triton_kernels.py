@@ -1,7 +1,18 @@
-"""Triton kernels of single_query_attention. The C channels are cut into K chunks of BC, held as tuples of blocks."""
+"""Triton kernels of single_query_attention. The C channels are cut into K chunks of BC, held as tuples of blocks.
+
+Images and blocks of queries lie along the first axis of programs, which alone may be longer than 65535; the blocks of
+an image, which read the same tokens, one after the other.
+"""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def split_program(blocks):
+    # (number of the image, number of this program among its blocks)
+    i = tl.program_id(0).to(tl.int64)
+    return i // blocks, i % blocks
 
 
 @triton.jit
@@ -132,10 +143,11 @@ def forward_kernel(
     STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_b, i_q = split_program(tl.cdiv(Q, BQ))
+    i_s = tl.program_id(1)
     tokens += i_b * stride_tb * STRIDE_UNIT
     extra_token += i_b * C
-    o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
+    o_q = i_q * BQ + tl.arange(0, BQ)
     m_q = o_q < Q
 
     b_q = _load_queries(query + i_b * Q * C, o_q, m_q, C, BC)
@@ -187,7 +199,7 @@ def backward_kernel(
     tokens += i_b * stride_tb * STRIDE_UNIT
     extra_token += i_b * C
     grad_extra_token += i_b * C
-    o_q = first_query + tl.arange(0, BQ)
+    o_q = (first_query + tl.arange(0, BQ)).to(tl.int64)
     m_q = o_q < Q
 
     b_q = _load_queries(query + i_b * Q * C, o_q, m_q, C, BC)
@@ -274,7 +286,8 @@ def combine_kernel(
     partial, partial_log_sum_exp, out, log_sum_exp, S, Q,
     C: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_q, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    i_b, i_q = split_program(Q)
+    i_c = tl.program_id(1)
     o_s = tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
     m_s = o_s < S

@@ -7,7 +7,7 @@ their sum. A row is a token, or an image's extra token, which comes before its o
 import triton
 import triton.language as tl
 
-from tokenfusion.kernels.single_query_attention.triton_kernels import _bag, _row_pointers
+from tokenfusion.kernels.single_query_attention.triton_kernels import _bag, _row_pointers, split_program
 
 
 @triton.jit
@@ -68,13 +68,13 @@ def scores_kernel(
     STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64)
+    i_b, i_q = split_program(tl.cdiv(Q, BQ))
     i_t, i_r, rows, start, end = _share(lengths, offsets, i_b, N, BN, HAS_EXTRA, HAS_LENGTHS, HAS_OFFSETS)
     tokens += i_b * stride_tb * STRIDE_UNIT
     if HAS_OFFSETS:
         tokens += i_t * stride_tn * STRIDE_UNIT
     extra_token += i_b * C
-    o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
+    o_q = i_q * BQ + tl.arange(0, BQ)
     for i_n in range(start, end, BN):
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < rows
@@ -100,9 +100,9 @@ def log_sum_exp_kernel(
     BN: tl.constexpr, BQ: tl.constexpr,
     HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64)
+    i_b, i_q = split_program(tl.cdiv(Q, BQ))
     _, i_r, rows, _, _ = _share(lengths, offsets, i_b, N, BN, HAS_EXTRA, HAS_LENGTHS, HAS_OFFSETS)
-    o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
+    o_q = i_q * BQ + tl.arange(0, BQ)
     m_q = o_q < Q
     b_max = tl.full([BQ], float("-inf"), tl.float32)
     b_sum = tl.zeros([BQ], tl.float32)
@@ -142,14 +142,16 @@ def sum_kernel(
     STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    blocks_c: tl.constexpr = (C + BC - 1) // BC
+    i_b, i_qc = split_program(tl.cdiv(Q, BQ) * blocks_c)
+    i_s = tl.program_id(1)
     i_t, i_r, rows, start, end = _share(lengths, offsets, i_b, N, BN, HAS_EXTRA, HAS_LENGTHS, HAS_OFFSETS)
     tokens += i_b * stride_tb * STRIDE_UNIT
     if HAS_OFFSETS:
         tokens += i_t * stride_tn * STRIDE_UNIT
     extra_token += i_b * C
-    i_c = tl.program_id(2) % tl.cdiv(C, BC) * BC
-    o_q = tl.program_id(2) // tl.cdiv(C, BC) * BQ + tl.arange(0, BQ)
+    i_c = i_qc % blocks_c * BC
+    o_q = i_qc // blocks_c * BQ + tl.arange(0, BQ)
     b_o = tl.zeros([BQ, BC], tl.float32)
     b_excess = tl.zeros([BQ], tl.float32)
     for i_n in range(start, end, BN):
@@ -182,7 +184,7 @@ def token_gradients_kernel(
     STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     NORMALIZE: tl.constexpr, NEED_TOKENS: tl.constexpr, NEED_EXTRA: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64)
+    i_b, i_c = split_program((C + BC - 1) // BC)
     i_t, i_r, rows, start, end = _share(lengths, offsets, i_b, N, BN, HAS_EXTRA, HAS_LENGTHS, HAS_OFFSETS)
     tokens += i_b * stride_tb * STRIDE_UNIT
     if HAS_OFFSETS:
@@ -190,7 +192,7 @@ def token_gradients_kernel(
     grad_tokens += i_t * C
     extra_token += i_b * C
     grad_extra_token += i_b * C
-    i_c = tl.program_id(2) * BC
+    i_c *= BC
     o_c = i_c + tl.arange(0, BC)
     if not NEED_TOKENS:
         end = tl.minimum(end, HAS_EXTRA)
