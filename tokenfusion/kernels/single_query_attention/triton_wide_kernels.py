@@ -200,6 +200,7 @@ def token_gradients_kernel(
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < rows
         b_d = tl.zeros([BN, BC], tl.float32)
+        b_e = tl.zeros([BN, BC], tl.float32)  # two products of one loop into one accumulator are wrong on tcgen05
         b_sum = tl.zeros([BN], tl.float32)
         b_slope = tl.zeros([BN], tl.float32)
         for i_q in range(0, Q, BQ):
@@ -211,12 +212,13 @@ def token_gradients_kernel(
             b_q = _load_queries(query, i_b, o_q, i_c, Q, C, BC)
             # [BN, BQ] @ [BQ, BC] -> [BN, BC]
             b_d = tl.dot(b_p.to(b_g.dtype), b_g, b_d, input_precision="ieee")
-            b_d = tl.dot(b_ds.to(b_q.dtype), b_q, b_d, input_precision="ieee")
+            b_e = tl.dot(b_ds.to(b_q.dtype), b_q, b_e, input_precision="ieee")
             if NORMALIZE:
                 b_g_sum = tl.load(grad_sum + i_b * Q + o_q, mask=o_q < Q, other=0.0)
                 b_q_sum = tl.load(query_sum + i_b * Q + o_q, mask=o_q < Q, other=0.0)
                 b_sum += tl.sum(b_p * b_g_sum[None, :] + b_ds * b_q_sum[None, :], 1)
                 b_slope += tl.sum(b_p * b_dp + b_ds * b_s, 1)
+        b_d += b_e
         if NORMALIZE:
             p_t = _row_pointers(tokens, extra_token, o_n, stride_tn, STRIDE_UNIT, HAS_EXTRA)
             b_mean = tl.load(mean + i_r + o_n, mask=m_n, other=0.0)

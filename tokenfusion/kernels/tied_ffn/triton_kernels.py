@@ -133,6 +133,22 @@ def hidden_backward_kernel(
     tl.store(grad_hidden + o_mf, (b_g * _slope(b_u, ACTIVATION)).to(grad_hidden.dtype.element_ty), mask=m_mf)
 
 
+@triton.jit
+def _add_product(
+    b_w, hidden, rows, first, count, o_f, m_f, o_c, m_c, M,
+    F: tl.constexpr, C: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    # a loop of its own for each use of the weight: two products of one loop into one accumulator are wrong on tcgen05
+    for i_m in range(0, count, BM):
+        o_m = first + i_m + tl.arange(0, BM)
+        m_m = o_m < M
+        b_h = tl.load(hidden + o_f[:, None] + o_m[None, :] * F, mask=m_f[:, None] & m_m[None, :], other=0.0)
+        b_r = tl.load(rows + o_m[:, None] * C + o_c[None, :], mask=m_m[:, None] & m_c[None, :], other=0.0)
+        # [BF, BM] @ [BM, BC] -> [BF, BC]
+        b_w = tl.dot(b_h, b_r, b_w, input_precision="ieee")
+    return b_w
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
 def grad_weight_kernel(
     x, grad_y, activated, grad_hidden, partial, M, rows_per_split,
@@ -144,18 +160,9 @@ def grad_weight_kernel(
     o_f, m_f = _block(i % blocks_f, BF, F)
     o_c, m_c = _block(i // blocks_f % blocks_c, BC, C)
     i_s = (i // blocks_f // blocks_c).to(tl.int64)
+    first = i_s * rows_per_split
     b_w = tl.zeros([BF, BC], tl.float32)
-    for i_m in range(0, rows_per_split, BM):
-        o_m = i_s * rows_per_split + i_m + tl.arange(0, BM)
-        m_m = o_m < M
-        o_fm = o_f[:, None] + o_m[None, :] * F
-        m_fm = m_f[:, None] & m_m[None, :]
-        o_mc = o_m[:, None] * C + o_c[None, :]
-        m_mc = m_m[:, None] & m_c[None, :]
-        # [BF, BM] @ [BM, BC] -> [BF, BC]
-        b_du = tl.load(grad_hidden + o_fm, mask=m_fm, other=0.0)
-        b_w = tl.dot(b_du, tl.load(x + o_mc, mask=m_mc, other=0.0), b_w, input_precision="ieee")
-        b_a = tl.load(activated + o_fm, mask=m_fm, other=0.0)
-        b_w = tl.dot(b_a, tl.load(grad_y + o_mc, mask=m_mc, other=0.0), b_w, input_precision="ieee")
+    b_w = _add_product(b_w, grad_hidden, x, first, rows_per_split, o_f, m_f, o_c, m_c, M, F, C, BM)
+    b_w = _add_product(b_w, activated, grad_y, first, rows_per_split, o_f, m_f, o_c, m_c, M, F, C, BM)
     p_w = partial + i_s * F * C + o_f[:, None] * C + o_c[None, :]
     tl.store(p_w, b_w, mask=m_f[:, None] & m_c[None, :])
