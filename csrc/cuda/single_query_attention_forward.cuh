@@ -98,7 +98,7 @@ TF_DEVICE void combine_forward(const Params& p) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[j] += weight * part[j];
     }
-    store_four(static_cast<T*>(p.context) + block_index() * p.channels + c, sums, 1 / total);
+    store_four(static_cast<T*>(p.context) + int64_t(block_index()) * p.channels + c, sums, 1 / total);
   }
   if (thread_index() == 0) p.log_sum_exp[block_index()] = maximum + logf(total);
 }

@@ -48,6 +48,8 @@ extern "C" void run_single_query_attention(const Params* p, int dtype, int backw
   });
 }
 
+extern "C" int first_tile_single_query_attention(const Params* p, int split) { return first_tile_of(*p, split); }
+
 extern "C" int64_t plan_single_query_attention(const Params* p, int dtype, int backward, int64_t most_bytes) {
   return with_variant(Dtype(dtype), p->queries, [&](auto variant) {
     typedef decltype(variant) V;

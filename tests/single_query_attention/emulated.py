@@ -60,6 +60,12 @@ def planned_bytes(channels: int, queries: int, rows: int, dtype: torch.dtype, ba
     return _library().plan_single_query_attention(*arguments)
 
 
+def first_tiles(rows: int, splits: int) -> list[int]:
+    """The first tile of 16 rows of each of the blocks that share an image, and where the last one ends."""
+    params = _Params(rows=rows, splits=splits)
+    return [_library().first_tile_single_query_attention(ctypes.byref(params), split) for split in range(splits + 1)]
+
+
 @dataclass
 class Emulated:
     """single_query_attention on the emulated GPU, with the way in which a launch is cut up and scheduled.

@@ -10,7 +10,7 @@ from tests.emulation import COMPILER, DTYPES, SCHEDULES
 from tests.gradients import check_frozen, with_gradients
 from tests.parity import assert_parity
 from tests.single_query_attention.cases import check_parity, make_inputs
-from tests.single_query_attention.emulated import Emulated, planned_bytes
+from tests.single_query_attention.emulated import Emulated, first_tiles, planned_bytes
 from tokenfusion.kernels.single_query_attention import reference
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler ({COMPILER})")
@@ -47,6 +47,14 @@ def test_a_block_fits_where_its_smallest_form_does(kilobytes, dtype):
 def test_splits_groups_and_stages(splits, groups, stages, dtype):
     emulated = Emulated(splits=splits, groups=groups, stages=stages)
     check_parity(emulated, make_inputs(2, 5, 90, 96, dtype=dtype, extra=True), normalize=True)
+
+
+@pytest.mark.parametrize("rows", [1, 16 * 264, 20_000_000, 2**30 - 1])
+def test_blocks_share_all_rows(rows):
+    splits = -(-rows // 8192)
+    first = first_tiles(rows, splits)
+    assert first[0] == 0 and first[-1] == -(-rows // 16)
+    assert all(0 <= b - a <= 8192 // 16 for a, b in zip(first, first[1:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
