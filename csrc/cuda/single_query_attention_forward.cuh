@@ -34,6 +34,7 @@ struct Forward : Kernel<T, kQueryTiles, false> {
       const float weight = expf(score - origin);
       const float rounded = this->store_weight(r, q, row, weight);
       const float total = sum_lanes<16>(weight), correction = sum_lanes<16>(rounded * r.rest);
+      warp_barrier();  // all lanes have read what one writes
       if (row == 0) {
         s.maximum[q] = maximum;
         s.total[q] = s.total[q] * keep + total;
