@@ -47,10 +47,10 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", _cases(metafunc.module, metafunc.config.option.profile), ids=str)
+        metafunc.parametrize("case", cases_of(metafunc.module, metafunc.config.option.profile), ids=str)
 
 
-def _cases(module, profile: str) -> list:
+def cases_of(module, profile: str) -> list:
     return module.CASES.get(profile, [] if profile in _CHOSEN else module.CASES["full"])
 
 
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
         if "run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=entries.clock))
     profile = config.option.profile
-    without_cases = [item for item in items if hasattr(item.module, "CASES") and not _cases(item.module, profile)]
+    without_cases = [item for item in items if hasattr(item.module, "CASES") and not cases_of(item.module, profile)]
     items[:] = [item for item in items if item not in without_cases]
     config.hook.pytest_deselected(items=without_cases)
     items.sort(key=lambda item: "models" in item.path.parts)  # whole models last

@@ -1,7 +1,11 @@
 """The GPU check on a machine without a GPU: what fails, hangs or is missing is recorded, and the rest goes on."""
 
+import ast
+import importlib
 import os
+import pkgutil
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import conftest
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import process, program, steps
 from benchmarks.gpu_check.outcome import Check, outcome
@@ -193,20 +198,39 @@ def test_unknown_step_is_named(capsys):
 
 
 def test_the_headline_is_ten_cases_of_every_operator_and_part_of_the_profile():
-    found = {profile: collected(profile) for profile in ("headline", "gpu")}
+    found = {profile: cases_of(profile) for profile in ("headline", "gpu")}
     assert len(found["headline"]) == 10 and found["headline"] <= found["gpu"] and len(found["gpu"]) < 40
-    folders = {name.split("/")[2] for name in found["headline"] if "/ops/" in name}
+    folders = {name.split(".")[2] for name, _ in found["headline"] if ".ops." in name}
     assert folders == {folder for folder, _ in program.gpu_kernels()}
 
 
-def collected(profile: str) -> set[str]:
-    plugins = ["-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider", "--collect-only", "-q"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--profile", profile, *plugins],
-        cwd=ROOT,
-        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return {line for line in done.stdout.splitlines() if "::" in line}
+def cases_of(profile: str) -> set[tuple[str, str]]:
+    """(module, case)"""
+    packages = [importlib.import_module(f"benchmarks.{name}") for name in ("ops", "models", "pooling")]
+    names = [
+        m.name for p in packages for m in pkgutil.walk_packages(p.__path__, f"{p.__name__}.") if ".test_" in m.name
+    ]
+    modules = map(importlib.import_module, names)
+    return {(module.__name__, str(case)) for module in modules for case in conftest.cases_of(module, profile)}
+
+
+OPTIONAL = {"monai", "segmentation_models_pytorch", "dynamic_network_architectures", "vit_pytorch", "x_transformers"}
+OPTIONAL |= {"open_clip", "accelerate", "opacus", "peft", "torchao", "onnx", "onnxruntime", "onnxscript", "hypothesis"}
+OPTIONAL |= {"sklearn", "matplotlib", "transformers"}
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_no_file_of_tests_needs_an_optional_package_to_be_collected(folder):
+    """Where it is missing, what needs it is skipped and the rest of the file runs."""
+    needed = {}
+    for path in (ROOT / folder).rglob("test_*.py"):
+        skipped: set[str] = set()
+        for statement in ast.parse(path.read_text()).body:
+            skipped |= set(re.findall(r"importorskip\(['\"](\w+)", ast.unparse(statement)))
+            names = (
+                [alias.name for alias in getattr(statement, "names", [])] if isinstance(statement, ast.Import) else []
+            )
+            names += [statement.module] if isinstance(statement, ast.ImportFrom) else []
+            missing = {name.partition(".")[0] for name in names} & (OPTIONAL - skipped)
+            needed |= {path.name: missing} if missing else {}
+    assert needed == {}

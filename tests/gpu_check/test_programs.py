@@ -1,9 +1,6 @@
 """The programs that a check starts, where Triton's interpreter stands for the GPU."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +10,6 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu_check import kernels, program, proofs
 from benchmarks.report import journal
-from tests.conftest import ROOT
 from tokenfusion.kernels.choices import Workload
 from tokenfusion.kernels.dispatch import OPERATORS
 from tokenfusion.tuning.files import workload_of
@@ -65,7 +61,8 @@ def test_a_wrong_kernel_is_said(small_workloads, options, tmp_path, monkeypatch)
     assert set(entries(tmp_path / "journal").values()) == {"AssertionError: it is wrong", HELD}
 
 
-def test_a_kernel_that_got_stuck_is_left_out_of_calls_like_it(small_workloads, options, tmp_path, monkeypatch):
+def test_a_kernel_that_got_stuck_is_left_out_of_calls_like_it(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(proofs, "WORKLOADS", SMALL[:2])
     monkeypatch.setattr(proofs.proof, "why_wrong", lambda call, implementation, reference: None)
     monkeypatch.setattr(proofs.search, "_SECONDS", 0.01)
     first, path = proofs.proofs()[0], tmp_path / "journal"
@@ -74,10 +71,10 @@ def test_a_kernel_that_got_stuck_is_left_out_of_calls_like_it(small_workloads, o
     proofs.main(["verify", *options])
     found = entries(path)
     assert "like a call that got stuck" in found[first.name]
-    assert sum(fault is None for fault in found.values()) == 5
+    assert sum(fault is None for fault in found.values()) == 2
     proofs.main(["tune", "--table", str(tmp_path / "t.json"), "--journal", str(path), "--piece", "tune"])
     tuned = json.loads((tmp_path / "t.json").read_text())["entries"]
-    assert {workload_of(entry) for entry in tuned} == set(SMALL) - {first.workload}
+    assert {workload_of(entry) for entry in tuned} == set(SMALL[:2]) - {first.workload}
 
 
 def test_repeats_of_one_kernel(options, tmp_path, monkeypatch, capsys):
@@ -100,33 +97,3 @@ def test_a_check_after_which_cuda_is_unusable_is_the_last_of_its_process(tmp_pat
     assert list(entries(tmp_path / "journal")) == ["a", "b"]
     assert program.run(args, {"a": fails, "b": fails, "c": lambda left: "ran"}) == 0
     assert list(entries(tmp_path / "journal")) == ["a", "b", "c"]
-
-
-OPTIONAL = ("monai", "segmentation_models_pytorch", "dynamic_network_architectures", "vit_pytorch", "x_transformers")
-OPTIONAL += ("open_clip", "accelerate", "opacus", "peft", "torchao", "onnx", "onnxruntime", "onnxscript", "hypothesis")
-OPTIONAL += ("sklearn", "matplotlib", "transformers")
-BLOCKER = f"""
-import importlib.machinery, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        return importlib.machinery.ModuleSpec(name, self) if name in {OPTIONAL} else None
-
-    def create_module(self, spec):
-        raise ModuleNotFoundError(f"No module named {{spec.name!r}}", name=spec.name)
-
-    exec_module = None
-
-sys.meta_path.insert(0, Absent())
-"""
-
-
-def test_no_collection_error_where_packages_are_missing(tmp_path):
-    """A test that needs one of them is skipped, and the rest of its file runs."""
-    (tmp_path / "absent.py").write_text(BLOCKER)
-    options = ["-p", "absent", "-p", "no:cacheprovider", "--collect-only", "-qq"]
-    command = [sys.executable, "-m", "pytest", *options, "tests/surgery", "tests/models", "tests/test_export.py"]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "tests/surgery/test_upconv.py: " in done.stdout and "tests/test_export.py: " in done.stdout
