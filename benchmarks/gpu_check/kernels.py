@@ -42,7 +42,7 @@ def without_small_calls() -> list[str]:
 
 
 def gpu_backends(operator: str) -> list[str]:
-    return [i.backend for i in OPERATORS[operator].implementations if i.backend in GPU_BACKENDS]
+    return list(dict.fromkeys(i.backend for i in OPERATORS[operator].implementations if i.backend in GPU_BACKENDS))
 
 
 def on_device(call: SmallCall) -> tuple[torch.Tensor | None, ...]:

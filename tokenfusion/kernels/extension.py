@@ -55,6 +55,7 @@ def why_not_tensor(tensor: torch.Tensor) -> str | None:
     return _error or _why_not_on("cpu", tensor)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def own_product_dtypes() -> tuple[torch.dtype, ...]:
     """Where the product of csrc/cpu/common/gemm.h is faster than PyTorch's: not without vectors, nor beside AMX."""
@@ -64,7 +65,34 @@ def own_product_dtypes() -> tuple[torch.dtype, ...]:
 
     if _C.capability() == "default":
         return ()
-    return (torch.float32, torch.bfloat16) if _C.takes_bfloat16() else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if _C.bfloat16_pays() else (torch.float32,)
+
+
+@torch.compiler.assume_constant_result
+def threads() -> int:
+    """Of the CPU kernels."""
+    return torch.get_num_threads()
+
+
+@torch.compiler.assume_constant_result
+def amx_allowed() -> bool:
+    """Whether there are tiles for bfloat16 that the kernels may use."""
+    if _error is not None:
+        return False
+    from tokenfusion import _C
+
+    return _C.amx_allowed()
+
+
+@torch.compiler.assume_constant_result
+def why_not_own_product(dtype: torch.dtype) -> str | None:
+    """None when the product of csrc/cpu/common/gemm.h takes a dtype, however fast it is."""
+    if _error is not None:
+        return _error
+    from tokenfusion import _C
+
+    takes = dtype == torch.float32 or (dtype == torch.bfloat16 and _C.takes_bfloat16())
+    return None if takes else f"this processor does not multiply pairs of {dtype}"
 
 
 def why_not_cuda() -> str | None:

@@ -1,6 +1,7 @@
 """tied_ffn: argument checks, registration, autograd and the public function."""
 
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -59,15 +60,15 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_KERNELS = define_differentiable("tied_ffn", ("cpu", "triton"), _FORWARD, _BACKWARD)
+_KERNELS = define_differentiable("tied_ffn", ("cpu", "triton"), _FORWARD, _BACKWARD, with_forms=("cpu",))
 
 
-def _run_on(backend: str, *, holds: bool = False):
+def _run_on(backend: str, *form: str, holds: bool = False):
     def run(x, weight, bias_in, bias_out, activation, recompute):
         tensors = (x, weight, bias_in, bias_out)
         wanted = holds if recompute == "auto" else not recompute
         hold = wanted and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return _KERNELS[backend](*tensors, activation, hold)[0]
+        return _KERNELS[backend](*tensors, activation, hold, *form)[0]
 
     return run
 
@@ -88,6 +89,11 @@ def _triton_can_run(x, weight, bias_in, bias_out) -> str | None:
     return triton_support.why_not_tensor(x) or _why_not_dtype(x, _TRITON_DTYPES)
 
 
+def _blas_can_run(x, weight, bias_in, bias_out) -> str | None:
+    reason = _cpu_can_run(x, weight, bias_in, bias_out)
+    return reason or (None if x.dtype == torch.float32 else "it differs in float32 alone")
+
+
 def _holding(can_run):
     def holding_can_run(*tensors) -> str | None:
         trains = any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -96,12 +102,24 @@ def _holding(can_run):
     return holding_can_run
 
 
+def _forms_on_cpu() -> Iterator[Implementation]:
+    """Of the products, see Form in csrc/cpu/tied_ffn.cpp, each with the pre-activation computed again or held."""
+    for form, can_run in {
+        "": _cpu_can_run,
+        "long": _cpu_can_run,
+        "blas": _blas_can_run,
+        "blas,long": _blas_can_run,
+    }.items():
+        yield Implementation("cpu", _run_on("cpu", form), can_run, form=form)
+        held = f"{form},hold".removeprefix(",")
+        yield Implementation("cpu", _run_on("cpu", form, holds=True), _holding(can_run), form=held)
+
+
 OPERATOR = register(
     "tied_ffn",
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
     Implementation("triton", _run_on("triton", holds=True), _holding(_triton_can_run), automatic=False, form="hold"),
-    Implementation("cpu", _run_on("cpu"), _cpu_can_run),
-    Implementation("cpu", _run_on("cpu", holds=True), _holding(_cpu_can_run), form="hold"),
+    *_forms_on_cpu(),
     Implementation("reference", _run_reference, lambda x, weight, bias_in, bias_out: None),
     workloads=WORKLOADS,
 )
