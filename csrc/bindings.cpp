@@ -25,9 +25,6 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "takes_bfloat16", [] { return TOKENFUSION_KERNELS(gemm).takes_bfloat16(); },
       "Whether the CPU kernels' own matrix product takes bfloat16 here.");
-  module.def(
-      "bfloat16_pays", [] { return TOKENFUSION_KERNELS(gemm).bfloat16_pays(); },
-      "Whether it does, and PyTorch's has no tiles (AMX) for it.");
   module.def("amx_allowed", &tokenfusion::amx_allowed,
              "Whether this processor has AMX, the system permits it, and nobody has switched it off.");
   module.def("allow_amx", &tokenfusion::allow_amx,

@@ -22,7 +22,6 @@ namespace tokenfusion {
 namespace {
 
 constexpr int64_t kBlock = 256;            // tokens of one matrix product
-constexpr int64_t kLongBlock = 2048;       // in the form of long blocks
 constexpr int64_t kMinBlock = 32;          // with fewer tokens a thread, the products are shared among the threads
 constexpr int64_t kChunkBytes = 16 << 20;  // of the hidden layer and its gradient, for one product of dW
 constexpr int64_t kMaxChunk = 2048;        // tokens of that product; a longer sum would lose precision
@@ -49,28 +48,19 @@ void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor&
 
 Tensor flat(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
 
-// How the products are made, by the names of a form, with commas between: "blas", see linear.h; "long", of more tokens
-// at a time: what a library does once for a product takes less of it, and the hidden layer of a block leaves the cache.
-struct Form {
-  Library library = Library::kOneDnn;
-  int64_t block = kBlock;
-
-  explicit Form(std::string_view names) {
-    const bool blas = names == "blas" || names == "blas,long", is_long = names == "long" || names == "blas,long";
-    TORCH_CHECK_VALUE(blas || is_long || names.empty(), "form: got '", names,
-                      "', expected '', 'blas', 'long' or 'blas,long'");
-    if (blas) library = Library::kBlas;
-    if (is_long) block = kLongBlock;
-  }
-};
+// Whose products, by the name of a form: see linear.h.
+Library library_of(std::string_view form) {
+  TORCH_CHECK_VALUE(form.empty() || form == "blas", "form: got '", form, "', expected '' or 'blas'");
+  return form.empty() ? Library::kOneDnn : Library::kBlas;
+}
 
 // Tokens of a block, such that all threads get equally many blocks; all tokens where threads have to share the
 // products.
-int64_t block_of(int64_t tokens, int64_t most) {
+int64_t block_of(int64_t tokens) {
   tokens = std::max<int64_t>(tokens, 1);
   const int64_t threads = at::get_num_threads(), per_thread = at::divup(tokens, threads);
   if (threads > 1 && per_thread < kMinBlock) return tokens;
-  return at::divup(per_thread, at::divup(per_thread, most));
+  return at::divup(per_thread, at::divup(per_thread, kBlock));
 }
 
 // f(first block, last + 1) on every thread; a single block runs outside of them, so that its products can use them.
@@ -88,8 +78,8 @@ void put(const Tensor& target, const Tensor& result) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_in,
                                    const OptionalTensor& bias_out, std::string_view activation, bool hold,
-                                   std::string_view names) {
-  const Form form(names);
+                                   std::string_view form) {
+  const Library library = library_of(form);
   check_operands(x_, weight, bias_in, bias_out);
   const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).forward[index_of(activation)];
   const int64_t features = weight.size(0);
@@ -99,18 +89,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const
   Tensor hidden = hold ? at::empty(hidden_sizes, x_.options()) : at::empty({0}, x_.options());
   if (y.numel() == 0) return {y, hidden};
   const Tensor x = flat(x_), flat_y = flat(y), flat_hidden = hold ? flat(hidden) : hidden;
-  const int64_t tokens = x.size(0), block = block_of(tokens, form.block);
+  const int64_t tokens = x.size(0), block = block_of(tokens);
   const Tensor transposed = weight.t();
   each_share(at::divup(tokens, block), [&](int64_t begin, int64_t end) {
     const Tensor scratch = at::empty({std::min(block, tokens), features}, x.options());
     for (int64_t first = begin * block; first < std::min(end * block, tokens); first += block) {
       const int64_t rows = std::min(block, tokens - first);
       const Tensor activated = scratch.narrow(0, 0, rows), held = hold ? flat_hidden.narrow(0, first, rows) : activated;
-      const Tensor u = linear(form.library, held, x.narrow(0, first, rows), weight, bias_in);
+      const Tensor u = linear(library, held, x.narrow(0, first, rows), weight, bias_in);
       if (hold) put(held, u);
       kernel({u.const_data_ptr(), activated.data_ptr(), rows, features});
       const Tensor out = flat_y.narrow(0, first, rows);
-      put(out, linear(form.library, out, activated, transposed, bias_out));
+      put(out, linear(library, out, activated, transposed, bias_out));
     }
   });
   return {y, hidden};
@@ -119,8 +109,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight,
                                                     const OptionalTensor& bias_in, const Tensor& hidden,
                                                     std::string_view activation, std::array<bool, 4> needed,
-                                                    std::string_view names) {
-  const Form form(names);
+                                                    std::string_view form) {
+  const Library library = library_of(form);
   check_operands(x_, weight, bias_in, std::nullopt);
   check("grad_y", grad_y_, x_.sizes(), x_.options());
   const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).backward[index_of(activation)];
@@ -133,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   const Tensor x = flat(x_), grad_y = flat(grad_y_), flat_grad_x = needed[0] ? flat(grad_x) : grad_x;
   const Tensor flat_hidden = held ? flat(hidden).contiguous() : hidden;
   if (held) check("hidden", flat_hidden, {x.size(0), features}, x.options());
-  const int64_t tokens = x.size(0), block = block_of(tokens, form.block);
+  const int64_t tokens = x.size(0), block = block_of(tokens);
   const Tensor transposed = weight.t();
   const int64_t fitting = kChunkBytes / (2 * features * x_.element_size());
   const int64_t blocks_a_chunk = std::min(fitting, kMaxChunk) / block;
@@ -154,8 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
         const Tensor x_block = x.narrow(0, token, rows), grad_block = grad_y.narrow(0, token, rows);
         const Tensor grad_hidden = inner.narrow(0, first, rows), activated = inner.narrow(0, count + first, rows);
         const Tensor u =
-            held ? flat_hidden.narrow(0, token, rows) : linear(form.library, activated, x_block, weight, bias_in);
-        const Tensor grad_activated = linear(form.library, grad_hidden, grad_block, weight);
+            held ? flat_hidden.narrow(0, token, rows) : linear(library, activated, x_block, weight, bias_in);
+        const Tensor grad_activated = linear(library, grad_hidden, grad_block, weight);
         TiedFfnRows r{u.const_data_ptr(), activated.data_ptr(), rows, features};
         r.grad_activated = grad_activated.const_data_ptr();
         r.grad_hidden = grad_hidden.data_ptr();
@@ -163,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
         kernel(r);
         if (needed[0]) {
           const Tensor out = flat_grad_x.narrow(0, token, rows);
-          put(out, linear(form.library, out, grad_hidden, transposed));
+          put(out, linear(library, out, grad_hidden, transposed));
         }
         if (needed[1]) {
           outer.narrow(0, first, rows).copy_(x_block);
@@ -172,8 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
       }
     });
     if (needed[1])
-      grad_weight.add_(
-          linear(form.library, product, outer.narrow(0, 0, 2 * count).t(), inner.narrow(0, 0, 2 * count).t()));
+      grad_weight.add_(linear(library, product, outer.narrow(0, 0, 2 * count).t(), inner.narrow(0, 0, 2 * count).t()));
   }
   const auto finished = [&](const Tensor& sum) { return sum.to(x.scalar_type()); };
   return {grad_x, needed[1] ? finished(grad_weight).t().contiguous() : at::empty({0}, x.options()),

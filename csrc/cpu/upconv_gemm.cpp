@@ -56,10 +56,10 @@ int64_t run_of(const Tensor& out, int64_t scale) {
   return out.stride(1) != 1 || out.stride(3) == out.size(1) ? scale * out.size(1) : out.size(1);
 }
 
-// Whether that product is the fastest for the dtype, and the channels that lie together fill its panels.
+// Whether the product takes the dtype on this processor, and the channels that lie together fill its panels.
 bool gemm_pays(const Tensor& out, int64_t scale) {
   const at::ScalarType dtype = out.scalar_type();
-  if (dtype != at::kFloat && !(dtype == at::kBFloat16 && TOKENFUSION_KERNELS(gemm).bfloat16_pays())) return false;
+  if (!gemm_takes(dtype)) return false;
   const int64_t run = run_of(out, scale), panel = gemm_kernels(dtype).panel;
   return at::divup(run, panel) * panel <= run + run / 8;
 }
@@ -67,12 +67,9 @@ bool gemm_pays(const Tensor& out, int64_t scale) {
 }  // namespace
 
 UpconvForm upconv_form(std::string_view name, const Tensor& out, int64_t scale) {
-  const at::ScalarType dtype = out.scalar_type();
-  if (name == "tiles") return {false, Product::kOwn};
   if (name == "library") return {false, Product::kLibrary};
-  TORCH_CHECK_VALUE(name.empty() || (name == "own" && gemm_takes(dtype)), "form: got '", name, "' for ", dtype,
-                    ", expected '', 'own' where the processor multiplies it, 'tiles' or 'library'");
-  return {!name.empty() || gemm_pays(out, scale), Product::kOwn};
+  TORCH_CHECK_VALUE(name.empty() || name == "tiles", "form: got '", name, "', expected '', 'tiles' or 'library'");
+  return {name.empty() && gemm_pays(out, scale), Product::kOwn};
 }
 
 void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_,

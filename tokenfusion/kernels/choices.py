@@ -34,11 +34,11 @@ class Workloads:
 
     of takes what its implementations' can_run takes, and gives kind and sizes, the dtype and the direction being added
     to the kind; example makes, of words, sizes and a maker of tensors, a call of the kind as `Implementation.run` takes
-    it, of which can_run takes the first `selecting`.
+    it, of which can_run takes the first `selecting`, or all.
     """
 
     names: tuple[str, ...]
-    selecting: int
+    selecting: int | None
     of: Callable[..., tuple[tuple[str, ...], tuple[int, ...]]]
     example: Callable[..., tuple[Any, ...]]
 

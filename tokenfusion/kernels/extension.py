@@ -65,7 +65,7 @@ def own_product_dtypes() -> tuple[torch.dtype, ...]:
 
     if _C.capability() == "default":
         return ()
-    return (torch.float32, torch.bfloat16) if _C.bfloat16_pays() else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if _C.takes_bfloat16() else (torch.float32,)
 
 
 @torch.compiler.assume_constant_result
@@ -82,17 +82,6 @@ def amx_allowed() -> bool:
     from tokenfusion import _C
 
     return _C.amx_allowed()
-
-
-@torch.compiler.assume_constant_result
-def why_not_own_product(dtype: torch.dtype) -> str | None:
-    """None when the product of csrc/cpu/common/gemm.h takes a dtype, however fast it is."""
-    if _error is not None:
-        return _error
-    from tokenfusion import _C
-
-    takes = dtype == torch.float32 or (dtype == torch.bfloat16 and _C.takes_bfloat16())
-    return None if takes else f"this processor does not multiply pairs of {dtype}"
 
 
 def why_not_cuda() -> str | None:

@@ -126,9 +126,10 @@ class _Node(torch.autograd.Function):
 
 
 def _backward(grad, x, weight, needed):
-    backend = OPERATOR.select(x, weight).backend
-    if backend != "reference":
-        return getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{backend}").default(grad, x, weight, needed)
+    chosen = OPERATOR.select(x, weight)
+    if chosen.backend != "reference":
+        backward = getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{chosen.backend}").default
+        return backward(grad, x, weight, needed, chosen.form)
     sizes, step = [weight.shape[1]], weight.shape[2:]
     return torch.ops.aten.convolution_backward(grad, x, weight, sizes, step, [0, 0], [1, 1], True, [0, 0], 1, needed)
 

@@ -49,7 +49,9 @@ class Call:
     def run(self, implementation: Implementation) -> tuple[torch.Tensor, ...]:
         """The result, and in training the gradients."""
         results = self._forward(implementation)
-        return self._backward(results, self._gradients(results)) if self.maker.trains else results
+        if self.maker.trains:
+            return self._backward(results, self._gradients(results))
+        return tuple(result.clone() for result in results)  # an operand may be where it is written to
 
     def timed(self, implementation: Implementation) -> Callable[[], object]:
         """`run` as often as wanted, with gradients that are there beforehand."""

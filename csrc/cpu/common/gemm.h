@@ -54,8 +54,7 @@ struct GemmKernels {
     void (*run)(const GemmCall&);
   };
   ForDtype float32, bfloat16;
-  bool (*takes_bfloat16)();  // whether there are instructions for pairs
-  bool (*bfloat16_pays)();   // and no tiles (AMX), which PyTorch uses
+  bool (*takes_bfloat16)();  // whether there are instructions for pairs, and no tiles (AMX), which PyTorch uses
 };
 
 TOKENFUSION_DECLARE_KERNELS(GemmKernels, gemm)

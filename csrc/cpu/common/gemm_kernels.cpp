@@ -227,18 +227,10 @@ constexpr GemmKernels::ForDtype for_dtype() {
 
 bool takes_bfloat16() {
 #if TF_VECTOR_BYTES == 64
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
-bool bfloat16_pays() {
-#if TF_VECTOR_BYTES == 64
   constexpr unsigned kTiles = 1 << 24;
   unsigned a, b, c, features = 0;
   __get_cpuid_count(7, 0, &a, &b, &c, &features);
-  return takes_bfloat16() && !(features & kTiles);
+  return __builtin_cpu_supports("avx512bf16") && !(features & kTiles);
 #else
   return false;
 #endif
@@ -246,7 +238,7 @@ bool bfloat16_pays() {
 
 }  // namespace
 
-const GemmKernels gemm = {for_dtype<float>(), for_dtype<bf16>(), takes_bfloat16, bfloat16_pays};
+const GemmKernels gemm = {for_dtype<float>(), for_dtype<bf16>(), takes_bfloat16};
 
 }  // namespace TOKENFUSION_ISA_NAMESPACE
 }  // namespace tokenfusion

@@ -72,7 +72,7 @@ def _second_gradients(ctx, *grad_grads):
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
 _BACKENDS = "cpu", "triton", "cuda"
-_KERNELS = define_differentiable("single_query_attention", _BACKENDS, _FORWARD, _BACKWARD, with_forms=("cpu",))
+_KERNELS = define_differentiable("single_query_attention", _BACKENDS, _FORWARD, _BACKWARD, with_forms=("cpu", "triton"))
 
 
 def _run_on(backend: str, *form: str):
@@ -114,6 +114,10 @@ def _few_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str 
     reason = _cpu_can_run(query, tokens, extra_token, lengths, offsets)
     cuts = query.shape[0] < _ITEMS_PER_THREAD * extension.threads()
     return reason or (None if cuts else "no image is cut into parts")
+
+
+def _few_vectors_can_run(*tensors) -> str | None:
+    return _vectors_can_run(*tensors) or _few_can_run(*tensors)
 
 
 def _triton_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
@@ -175,9 +179,11 @@ OPERATOR = register(
     "single_query_attention",
     Implementation("cuda", _run_on("cuda"), _cuda_can_run, automatic=False),
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
+    Implementation("triton", _run_on("triton", "split"), _triton_can_run, automatic=False, form="split"),
     Implementation("cpu", _run_on("cpu"), _cpu_can_run),
     Implementation("cpu", _run_on("cpu", "vectors"), _vectors_can_run, form="vectors"),
     Implementation("cpu", _run_on("cpu", "few"), _few_can_run, form="few"),
+    Implementation("cpu", _run_on("cpu", "vectors,few"), _few_vectors_can_run, form="vectors,few"),
     Implementation("reference", _run_reference, lambda query, tokens, extra_token, lengths=None, offsets=None: None),
     workloads=WORKLOADS,
 )

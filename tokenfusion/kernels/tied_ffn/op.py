@@ -1,7 +1,6 @@
 """tied_ffn: argument checks, registration, autograd and the public function."""
 
 import functools
-from collections.abc import Iterator
 
 import torch
 
@@ -14,6 +13,7 @@ from tokenfusion.kernels.tied_ffn.shapes import empty_gradients, empty_outputs
 from tokenfusion.kernels.tied_ffn.workloads import WORKLOADS
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_TRITON_TILES = "small", "large"  # see _options in triton_host.py
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # hidden is the pre-activation x W^T + bias_in; of size 0 where it is not held and has to be computed again
@@ -60,7 +60,8 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_KERNELS = define_differentiable("tied_ffn", ("cpu", "triton"), _FORWARD, _BACKWARD, with_forms=("cpu",))
+_BACKENDS = "cpu", "triton"
+_KERNELS = define_differentiable("tied_ffn", _BACKENDS, _FORWARD, _BACKWARD, with_forms=_BACKENDS)
 
 
 def _run_on(backend: str, *form: str, holds: bool = False):
@@ -94,6 +95,11 @@ def _blas_can_run(x, weight, bias_in, bias_out) -> str | None:
     return reason or (None if x.dtype == torch.float32 else "it differs in float32 alone")
 
 
+def _tiles_can_run(x, weight, bias_in, bias_out) -> str | None:
+    reason = _triton_can_run(x, weight, bias_in, bias_out)
+    return reason or ("there is one size of tiles in float32" if x.dtype == torch.float32 else None)
+
+
 def _holding(can_run):
     def holding_can_run(*tensors) -> str | None:
         trains = any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -102,24 +108,15 @@ def _holding(can_run):
     return holding_can_run
 
 
-def _forms_on_cpu() -> Iterator[Implementation]:
-    """Of the products, see Form in csrc/cpu/tied_ffn.cpp, each with the pre-activation computed again or held."""
-    for form, can_run in {
-        "": _cpu_can_run,
-        "long": _cpu_can_run,
-        "blas": _blas_can_run,
-        "blas,long": _blas_can_run,
-    }.items():
-        yield Implementation("cpu", _run_on("cpu", form), can_run, form=form)
-        held = f"{form},hold".removeprefix(",")
-        yield Implementation("cpu", _run_on("cpu", form, holds=True), _holding(can_run), form=held)
-
-
 OPERATOR = register(
     "tied_ffn",
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
     Implementation("triton", _run_on("triton", holds=True), _holding(_triton_can_run), automatic=False, form="hold"),
-    *_forms_on_cpu(),
+    *(Implementation("triton", _run_on("triton", t), _tiles_can_run, automatic=False, form=t) for t in _TRITON_TILES),
+    Implementation("cpu", _run_on("cpu"), _cpu_can_run),
+    Implementation("cpu", _run_on("cpu", holds=True), _holding(_cpu_can_run), form="hold"),
+    Implementation("cpu", _run_on("cpu", "blas"), _blas_can_run, form="blas"),
+    Implementation("cpu", _run_on("cpu", "blas", holds=True), _holding(_blas_can_run), form="blas,hold"),
     Implementation("reference", _run_reference, lambda x, weight, bias_in, bias_out: None),
     workloads=WORKLOADS,
 )

@@ -68,15 +68,16 @@ def _tiles_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None
     return reason or (None if x.dtype == torch.float32 else "it differs in float32 alone")
 
 
-def _own_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
-    reason = cpu_can_run(x, weight)
-    if reason is None and x.dtype in extension.own_product_dtypes():
-        return "it is the built-in one"
-    return reason or extension.why_not_own_product(x.dtype)
-
-
-CPU_FORMS = {"library": _library_can_run, "tiles": _tiles_can_run, "own": _own_can_run}  # see csrc/cpu/upconv_gemm.h
+CPU_FORMS = {"library": _library_can_run, "tiles": _tiles_can_run}  # see csrc/cpu/upconv_gemm.h
 
 
 def triton_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
     return triton_support.why_not_tensor(x) or _why_not_kernel(x, weight, _TRITON_DTYPES)
+
+
+def _large_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
+    reason = triton_can_run(x, weight)
+    return reason or ("there is one size of tiles in float32" if x.dtype == torch.float32 else None)
+
+
+TRITON_FORMS = {"large": _large_can_run}  # see concat/triton_host.py

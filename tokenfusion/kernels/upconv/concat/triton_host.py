@@ -11,10 +11,15 @@ _PROGRAMS = 264  # two for each multiprocessor of an H100
 _MAX_SPLITS = 32
 
 
-def tile(itemsize: int) -> dict[str, int]:
-    """Rows, columns and depth of a product's tile, for which ptxas needs no spill on sm_80 and sm_90."""
+def tile(itemsize: int, form: str) -> dict[str, int]:
+    """Rows, columns and depth of a product's tile, for which ptxas needs no spill on sm_80 and sm_90.
+
+    Form: "large" tiles, of which each number that is read serves more.
+    """
     if itemsize == 4:
         return {"BP": 64, "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 2}
+    if form == "large":
+        return {"BP": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 2}
     return {"BP": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
 
 
@@ -36,13 +41,13 @@ def channels_fastest(map_: torch.Tensor) -> bool:
     return map_.stride(1) == 1 and map_.shape[1] > 1
 
 
-def run_forward(x, weight, bias, skip, skip_first, channels_last):
+def run_forward(x, weight, bias, skip, skip_first, channels_last, form=""):
     out = empty_map(x, weight, weight.shape[1] + (0 if skip is None else skip.shape[1]), channels_last)
-    run_out(x, weight, bias, skip, skip_first, out)
+    run_out(x, weight, bias, skip, skip_first, out, form)
     return out
 
 
-def run_out(x, weight, bias, skip, skip_first, out):
+def run_out(x, weight, bias, skip, skip_first, out, form=""):
     if x.numel() == 0:
         return
     (inputs, channels, scale), skipped = weight.shape[:3], 0 if skip is None else skip.shape[1]
@@ -54,7 +59,7 @@ def run_out(x, weight, bias, skip, skip_first, out):
             to_copy = 0
     else:
         skip = joined = up
-    plan, sizes = tile(x.element_size()), pixel_counts(x)
+    plan, sizes = tile(x.element_size(), form), pixel_counts(x)
     blocks_n = triton.cdiv(channels * scale * scale, plan["BN"])
     products = triton.cdiv(sizes["P"], plan["BP"]) * blocks_n
     copied = to_copy * scale * scale * sizes["P"]
@@ -82,13 +87,13 @@ def run_out(x, weight, bias, skip, skip_first, out):
         )
 
 
-def run_backward(grad_up, x, weight, needed):
+def run_backward(grad_up, x, weight, needed, form=""):
     inputs, channels, scale = weight.shape[:3]
     grad_x = empty_gradient(x, needed[0])
     grad_weight, grad_bias = weight.new_empty(0), x.new_empty(0)
     if x.numel() == 0:
         return grad_x, weight.new_zeros(weight.shape) if needed[1] else grad_weight, x.new_zeros(channels)
-    plan, sizes = tile(x.element_size()), pixel_counts(x)
+    plan, sizes = tile(x.element_size(), form), pixel_counts(x)
     shared = {"K": inputs, "C": channels, "S": scale, "CHANNELS_LAST": channels_fastest(grad_up)} | sizes | plan
     with torch.cuda.device_of(x):
         if needed[0]:

@@ -6,11 +6,10 @@ import torch
 
 from tokenfusion.kernels import triton_support
 from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
-from tokenfusion.kernels.choices import Workloads
 from tokenfusion.kernels.dispatch import Implementation, register, transform
 from tokenfusion.kernels.library import Form, define_differentiable, second_order
 from tokenfusion.kernels.upconv import reference
-from tokenfusion.kernels.upconv.arguments import CPU_FORMS, check_upconv, cpu_can_run, triton_can_run
+from tokenfusion.kernels.upconv.arguments import CPU_FORMS, TRITON_FORMS, check_upconv, cpu_can_run, triton_can_run
 from tokenfusion.kernels.upconv.project import flops
 from tokenfusion.kernels.upconv.project.workloads import WORKLOADS, WORKLOADS_OF_ADD
 from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
@@ -70,8 +69,8 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_KERNELS = define_differentiable("upconv_concat_project", ("cpu", "triton"), _FORWARD, _BACKWARD, with_forms=("cpu",))
-
+_BACKENDS = "cpu", "triton"
+_KERNELS = define_differentiable("upconv_concat_project", _BACKENDS, _FORWARD, _BACKWARD, with_forms=_BACKENDS)
 
 _MULTIPLICATIONS_PER_MOVE = 16  # in the time in which memory takes or gives a number
 
@@ -121,26 +120,20 @@ def _otherwise_composed(composes: bool):
     return can_run
 
 
-def _forms_on_cpu() -> Iterator[Implementation]:
+def _implementations() -> Iterator[Implementation]:
+    yield Implementation("triton", _run_on("triton"), triton_can_run, automatic=False)
+    for form, can_run in TRITON_FORMS.items():
+        yield Implementation("triton", _run_on("triton", form), can_run, automatic=False, form=form)
     yield Implementation("cpu", _run_on("cpu"), cpu_can_run)
     for form, can_run in CPU_FORMS.items():
         yield Implementation("cpu", _run_on("cpu", form), can_run, form=form)
     for form, composes in {"composed": True, "apart": False}.items():
         yield Implementation("cpu", _run_on("cpu", composes=composes), _otherwise_composed(composes), form=form)
+    yield Implementation("reference", _run_reference, lambda *call: None)
 
 
-def _registered(name: str, workloads: Workloads):
-    return register(
-        name,
-        Implementation("triton", _run_on("triton"), triton_can_run, automatic=False),
-        *_forms_on_cpu(),
-        Implementation("reference", _run_reference, lambda *call: None),
-        workloads=workloads,
-    )
-
-
-OPERATOR = _registered("upconv_concat_project", WORKLOADS)
-_ADD = _registered("upconv_add", WORKLOADS_OF_ADD)
+OPERATOR = register("upconv_concat_project", *_implementations(), workloads=WORKLOADS)
+_ADD = register("upconv_add", *_implementations(), workloads=WORKLOADS_OF_ADD)
 triton_support.implement(__package__, "upconv_concat_project")
 
 
