@@ -95,6 +95,8 @@ def in_force() -> Table:
         _in_force = loaded.table
         for reason in loaded.ignored:
             _log.warning("a file of `tokenfusion tune` is ignored: %s", reason)
+        if loaded.remark is not None:
+            _log.warning("%s: %s; `tokenfusion tune` measures again", loaded.path, loaded.remark)
     return _in_force
 
 

@@ -116,15 +116,15 @@ def tune(
     kept = _kept(path)
     files.write(path, list(kept.values()))  # says at once if it cannot
     chosen = sorted(_workloads(model, example_inputs, workloads, train, infer), key=kept.__contains__)
-    findings = []
+    findings, entries = [], {}
     for done, workload in enumerate(chosen, 1):
         try:
             finding = _where_memory_suffices(_measured, workload, limit)
         except _TimeIsUp:
             break
         findings.append(finding)
-        kept[workload] = _entry(finding)
-        files.write(path, list(kept.values()))
+        entries[workload] = _entry(finding)
+        files.write(path, list((_kept(path) | entries).values()))  # with what another process has found meanwhile
         report(finding, done, len(chosen))
     return Tuning(tuple(findings), path)
 
