@@ -13,7 +13,7 @@ def add_parser(subparsers) -> None:
         help="prove and time every kernel on this machine; the fastest that is right is used from then on",
         description="Proves each backend and form of the operators that can run here (results and gradients against "
         "float64, the same bits again, memory left alone), times those that are right, and writes what is fastest to a "
-        "file that every later process follows. What was measured is kept when it is interrupted, and what is left comes "
+        "file that every later process follows. What was measured is kept when it is interrupted; what is left comes "
         "first the next time.",
     )
     workloads.add_arguments(parser)
