@@ -55,7 +55,6 @@ def why_not_tensor(tensor: torch.Tensor) -> str | None:
     return _error or _why_not_on("cpu", tensor)
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def own_product_dtypes() -> tuple[torch.dtype, ...]:
     """Where the product of csrc/cpu/common/gemm.h is faster than PyTorch's: not without vectors, nor beside AMX."""
@@ -66,6 +65,11 @@ def own_product_dtypes() -> tuple[torch.dtype, ...]:
     if _C.capability() == "default":
         return ()
     return (torch.float32, torch.bfloat16) if _C.takes_bfloat16() else (torch.float32,)
+
+
+@torch.compiler.assume_constant_result
+def own_product_takes(dtype: torch.dtype) -> bool:
+    return dtype in own_product_dtypes()
 
 
 @torch.compiler.assume_constant_result

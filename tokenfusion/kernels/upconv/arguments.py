@@ -60,7 +60,7 @@ def cpu_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
 
 def _library_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
     reason = cpu_can_run(x, weight)
-    return reason or (None if x.dtype in extension.own_product_dtypes() else "every product is the library's")
+    return reason or (None if extension.own_product_takes(x.dtype) else "every product is the library's")
 
 
 def _tiles_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:

@@ -120,19 +120,22 @@ def _otherwise_composed(composes: bool):
     return can_run
 
 
-def _implementations() -> Iterator[Implementation]:
+def _implementations(*more: Implementation) -> Iterator[Implementation]:
     yield Implementation("triton", _run_on("triton"), triton_can_run, automatic=False)
     for form, can_run in TRITON_FORMS.items():
         yield Implementation("triton", _run_on("triton", form), can_run, automatic=False, form=form)
     yield Implementation("cpu", _run_on("cpu"), cpu_can_run)
     for form, can_run in CPU_FORMS.items():
         yield Implementation("cpu", _run_on("cpu", form), can_run, form=form)
-    for form, composes in {"composed": True, "apart": False}.items():
-        yield Implementation("cpu", _run_on("cpu", composes=composes), _otherwise_composed(composes), form=form)
+    yield from more
     yield Implementation("reference", _run_reference, lambda *call: None)
 
 
-OPERATOR = register("upconv_concat_project", *_implementations(), workloads=WORKLOADS)
+_COMPOSING = [
+    Implementation("cpu", _run_on("cpu", composes=composes), _otherwise_composed(composes), form=form)
+    for form, composes in {"composed": True, "apart": False}.items()
+]
+OPERATOR = register("upconv_concat_project", *_implementations(*_COMPOSING), workloads=WORKLOADS)
 _ADD = register("upconv_add", *_implementations(), workloads=WORKLOADS_OF_ADD)
 triton_support.implement(__package__, "upconv_concat_project")
 
