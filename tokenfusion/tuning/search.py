@@ -187,7 +187,8 @@ def _kept(path: Path) -> dict[Workload, dict]:
 
 def _entry(finding: Finding) -> dict:
     fields = {"operator": finding.workload.operator, "kind": finding.workload.kind, "sizes": finding.workload.sizes}
-    fields |= {"choice": finding.choice, "seconds": finding.seconds, "wrong": finding.wrong}
+    fields |= {"choice": finding.choice, "built_in": finding.built_in}
+    fields |= {"seconds": finding.seconds, "wrong": finding.wrong}
     return fields if finding.skipped is None else fields | {"skipped": finding.skipped}
 
 
