@@ -17,7 +17,7 @@ SHAPES += [
     (100, "bfloat16", 128),
     (100, "bfloat16", 384),
 ]
-SHAPES += [(capability, "bfloat16", 384, form) for capability in (80, 90, 100) for form in ("small", "large")]
+SHAPES += [(capability, "bfloat16", 384, form) for capability in (80, 90, 100) for form in ("small", "deep")]
 NARROW = ["narrow_forward_kernel"]
 WIDE = ["linear_kernel", "linear_kernel"]
 BACKWARD = ["hidden_backward_kernel", "linear_kernel", "grad_weight_kernel"]

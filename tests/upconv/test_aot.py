@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from tests import aot
 
 CASES = [(90, "bfloat16", ""), (90, "float32", ""), (80, "bfloat16", ""), (100, "bfloat16", "")]
-CASES += [(capability, "bfloat16", "large") for capability in (80, 90, 100)]
+CASES += [(capability, "bfloat16", "deep") for capability in (80, 90, 100)]
 SHAPES = [(2, 768, 768, 768, 14), (16, 1024, 4, 0, 14)]  # k, Cin, Cout, skip, size
 _ON_THE_STACK = {100: 8}  # bytes, in the forward kernel into channels_last
 

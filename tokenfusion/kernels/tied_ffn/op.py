@@ -13,7 +13,7 @@ from tokenfusion.kernels.tied_ffn.shapes import empty_gradients, empty_outputs
 from tokenfusion.kernels.tied_ffn.workloads import WORKLOADS
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_TRITON_TILES = "small", "large"  # see _options in triton_host.py
+_TRITON_TILES = "small", "deep"  # see _options in triton_host.py
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # hidden is the pre-activation x W^T + bias_in; of size 0 where it is not held and has to be computed again

@@ -75,9 +75,9 @@ def triton_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None
     return triton_support.why_not_tensor(x) or _why_not_kernel(x, weight, _TRITON_DTYPES)
 
 
-def _large_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
+def _deep_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
     reason = triton_can_run(x, weight)
     return reason or ("there is one size of tiles in float32" if x.dtype == torch.float32 else None)
 
 
-TRITON_FORMS = {"large": _large_can_run}  # see concat/triton_host.py
+TRITON_FORMS = {"deep": _deep_can_run}  # see concat/triton_host.py
