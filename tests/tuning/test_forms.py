@@ -1,4 +1,4 @@
-"""Every form of the C++ kernels: that it runs where it was chosen, forward and backward, and is right."""
+"""Every form of the kernels: that it runs where it was chosen, forward and backward, and is right."""
 
 import threading
 
@@ -7,7 +7,7 @@ import torch
 
 import tokenfusion
 from tests.forms import forced
-from tokenfusion.kernels import extension
+from tokenfusion.kernels import dispatch, extension
 from tokenfusion.kernels.choices import Workload
 from tokenfusion.kernels.dispatch import OPERATORS, Implementation
 from tokenfusion.measure import peak_extra_bytes, profiler
@@ -27,7 +27,14 @@ CALLS = {
     ],
     "gated_sum": [(("projected",), (2, 80, 36, 16, 3)), ((), (2, 9, 36, 16, 3)), ((), (1, 9, 384, 256, 3))],
 }
-DTYPES = ("float32", "bfloat16")
+ON_TRITON = {
+    "single_query_attention": [((), (1, 70, 32, 3))],
+    "tied_ffn": [((), (20, 160, 48))],
+    "upconv_concat": [(("k 2", "contiguous"), (1, 24, 16, 15))],
+    "upconv_add": [(("k 2", "channels_last"), (1, 24, 16, 15))],
+    "upconv_concat_project": [(("k 2", "contiguous"), (1, 24, 16, 8, 15, 8))],
+}
+DTYPES = {"cpu": ("float32", "bfloat16"), "triton": ("float16",)}
 NEEDS = {"vectors": "AMX", "vectors,few": "AMX"}
 
 
@@ -35,19 +42,20 @@ def call_of(workload: Workload) -> proof.Call:
     return proof.call_of(OPERATORS[workload.operator], workload, "cpu")
 
 
-def workloads(operator: str) -> list[Workload]:
+def workloads(operator: str, backend: str = "cpu") -> list[Workload]:
+    calls = ON_TRITON if backend == "triton" else CALLS
     return [
         Workload(operator, (dtype, direction, *words), sizes)
-        for dtype in DTYPES
+        for dtype in DTYPES[backend]
         for direction in ("inference", "training")
-        for words, sizes in CALLS[operator]
+        for words, sizes in calls[operator]
         if not (direction == "training" and "projected" in words)
     ]
 
 
 def runnable(implementation: Implementation, operator: str) -> list[proof.Call]:
     calls = []
-    for workload in workloads(operator):
+    for workload in workloads(operator, implementation.backend):
         call = call_of(workload)
         with torch.set_grad_enabled(call.maker.trains):
             if implementation.can_run(*call.selecting) is None:
@@ -59,12 +67,14 @@ FORMS = [
     pytest.param(operator.name, implementation, id=f"{operator.name}, {implementation.name}")
     for operator in OPERATORS.values()
     for implementation in operator.implementations
-    if implementation.form and implementation.backend == "cpu"
+    if implementation.form
 ]
 
 
 @pytest.mark.parametrize("operator, implementation", FORMS)
 def test_every_form_runs_where_it_is_chosen_and_is_right(operator, implementation):
+    if dispatch.backends()[implementation.backend] is not None:
+        pytest.skip(f"no {implementation.backend} here")
     calls = runnable(implementation, operator)
     if not calls and NEEDS.get(implementation.form) == "AMX" and not extension.amx_allowed():
         pytest.skip("no AMX here")
@@ -74,7 +84,7 @@ def test_every_form_runs_where_it_is_chosen_and_is_right(operator, implementatio
         assert proof.why_wrong(call, implementation, expected) is None
         with forced(implementation.name) as seen, torch.set_grad_enabled(call.maker.trains):
             call.run(OPERATORS[operator].select(*call.selecting))
-        assert {backend for _, backend in seen.ran} == {"cpu"}
+        assert {backend for _, backend in seen.ran} == {implementation.backend}
         if call.maker.trains and implementation.form != "library backward":
             assert any(name.endswith("_backward") for name, _ in seen.ran)
 

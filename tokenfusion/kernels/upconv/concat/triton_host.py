@@ -91,15 +91,17 @@ def run_backward(grad_up, x, weight, needed, form=""):
     grad_weight, grad_bias = weight.new_empty(0), x.new_empty(0)
     if x.numel() == 0:
         return grad_x, weight.new_zeros(weight.shape) if needed[1] else grad_weight, x.new_zeros(channels)
-    plan, sizes = tile(x.element_size(), form), pixel_counts(x)
-    shared = {"K": inputs, "C": channels, "S": scale, "CHANNELS_LAST": channels_fastest(grad_up)} | sizes | plan
+    sizes = pixel_counts(x)
+    shared = {"K": inputs, "C": channels, "S": scale, "CHANNELS_LAST": channels_fastest(grad_up)} | sizes
     with torch.cuda.device_of(x):
         if needed[0]:
+            plan = tile(x.element_size(), form)
             blocks_k = triton.cdiv(inputs, plan["BN"])
             triton_kernels.grad_x_kernel[(triton.cdiv(sizes["P"], plan["BP"]) * blocks_k,)](
-                grad_up, weight, grad_x, blocks_k=blocks_k, **strides(x=grad_x, w=weight, g=grad_up), **shared
+                grad_up, weight, grad_x, blocks_k=blocks_k, **strides(x=grad_x, w=weight, g=grad_up), **shared, **plan
             )
         if needed[1]:
+            plan = tile(x.element_size(), "")  # deeper tiles would spill
             grad_weight = torch.empty_like(weight)
             blocks_n = triton.cdiv(channels * scale * scale, plan["BN"])
             programs = triton.cdiv(inputs, plan["BP"]) * blocks_n
@@ -118,6 +120,7 @@ def run_backward(grad_up, x, weight, needed, form=""):
                 rows_per_split=rows_per_split,
                 **strides(x=x, w=grad_weight, g=grad_up),
                 **shared,
+                **plan,
             )
             grad_weight.copy_(partial.sum(0))
     if needed[2]:
