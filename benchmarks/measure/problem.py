@@ -177,8 +177,8 @@ def variants(
 
 def backends_for(operator: str, *tensors: torch.Tensor) -> list[str]:
     """The backends that can run an operator on these tensors, fastest first."""
-    implementations = OPERATORS[operator].implementations
-    return list(dict.fromkeys(each.backend for each in implementations if each.can_run(*tensors) is None))
+    built_in = [each for each in OPERATORS[operator].implementations if not each.form]
+    return [each.backend for each in built_in if each.can_run(*tensors) is None]
 
 
 def kernels_for(operator: str, *tensors: torch.Tensor) -> list[str]:
