@@ -44,7 +44,8 @@ def without_small_calls() -> list[str]:
 
 
 def gpu_backends(operator: str) -> list[str]:
-    return [i.backend for i in OPERATORS[operator].implementations if i.backend in GPU_BACKENDS]
+    built_in = [each for each in OPERATORS[operator].implementations if not each.form]
+    return [each.backend for each in built_in if each.backend in GPU_BACKENDS]
 
 
 def on_device(call: SmallCall) -> tuple[torch.Tensor | None, ...]:

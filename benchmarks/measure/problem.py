@@ -185,9 +185,9 @@ def variants(
 
 def backends_for(operator: str, *tensors: torch.Tensor) -> list[str]:
     """The backends that can run an operator on these tensors, fastest first."""
-    implementations = OPERATORS[operator].implementations
-    can_run = (each.backend for each in implementations if each.can_run(*tensors) is None)
-    return [backend for backend in dict.fromkeys(can_run) if not is_left_out(operator, backend)]
+    built_in = (each for each in OPERATORS[operator].implementations if not each.form)
+    can_run = (each.backend for each in built_in if each.can_run(*tensors) is None)
+    return [backend for backend in can_run if not is_left_out(operator, backend)]
 
 
 def is_left_out(operator: str, backend: str) -> bool:

@@ -26,6 +26,13 @@ def _workloads() -> Iterator[Workload]:
             for direction in ("inference", "training"):
                 for sizes in ((8, 768, 768, 49), (4, 256, 128, 4096), (2, 64, 32, 16384)):
                     yield Workload("upconv_concat", (dtype, direction, "k 2", words), sizes)
+                for sizes in ((8, 768, 768, 49), (4, 256, 128, 4096)):
+                    yield Workload("upconv_add", (dtype, direction, "k 2", words), sizes)
+                for sizes in ((8, 768, 768, 768, 49, 768), (4, 256, 128, 64, 4096, 128)):
+                    yield Workload("upconv_concat_project", (dtype, direction, "k 2", words), sizes)
+        for sizes in ((8, 1024, 576, 192, 3), (8, 256, 1152, 384, 3)):
+            yield Workload("gated_sum", (dtype, "inference", "projected"), sizes)
+            yield Workload("gated_sum", (dtype, "training"), sizes)
 
 
 WORKLOADS = tuple(_workloads())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.measure.problem import TRAINING, CaseBase, SmallCall
-from tokenfusion.kernels import upconv_concat, upconv_concat_project
+from tokenfusion.kernels import upconv_add, upconv_concat, upconv_concat_project
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -153,3 +153,5 @@ def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
             yield SmallCall("upconv_concat_project", label, upconv_concat_project, (*tensors, *project))
         else:
             yield SmallCall("upconv_concat", label, upconv_concat, tensors)
+        if has_skip and not projected:
+            yield SmallCall("upconv_add", label, upconv_add, (*tensors[:3], image(2, 12, 5 * k, 3 * k)))
