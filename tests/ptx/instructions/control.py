@@ -90,7 +90,9 @@ def _nothing(found, machine):
 
 for _name, _modifiers in {
     "membar": "cta gl sys",
-    "fence": "sc acq_rel acquire release cta cluster gpu sys mbarrier_init",
+    "fence": "sc acq_rel acquire release cta cluster gpu sys",
+    "fence.proxy.async": "shared::cta global",
+    "fence.mbarrier_init.release.cluster": "",
     "griddepcontrol": "launch_dependents wait",
     "nanosleep": "u32",
     "setmaxnreg.inc": "sync aligned u32",

@@ -8,9 +8,9 @@ import re
 
 import numpy as np
 
+from ..active import WARP
 from ..errors import Fault
 from ..formats import BITS, widen_bf16
-from ..active import WARP
 from ..parse import elements
 from ..registry import instruction
 
