@@ -19,8 +19,8 @@ def possible(dtype: str) -> list[Launch]:
     """What the hosts launch for calls of every kind and size; on a worker."""
     from tests.ptx import hosts
 
-    def tensor(*shape: int, of: torch.dtype = getattr(torch, dtype)) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
+    def tensor(*shape: int, of: str = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, of), device="meta")
 
     with hosts.launches(0, dtype, run=False) as seen:
         for sweep in (_attention, _tied_ffn, _dynamic_mixing, _upconv):
@@ -65,7 +65,7 @@ def _attention(tensor) -> None:
     def call(batch, queries, tokens, channels, extra=True, bags=(False, False), normalize=True, needed=(True,) * 3):
         query, x = tensor(batch, queries, channels), tensor(batch, tokens, channels)
         extra_token = tensor(batch, channels) if extra else tensor(0)
-        given = [tensor(batch + i, of=torch.int64) if there else None for i, there in enumerate(bags)]
+        given = [tensor(batch + i, of="int64") if there else None for i, there in enumerate(bags)]
         operands = query, x, extra_token if extra else None, *given
         context, lse = host.run_forward(*operands, normalize, 1e-6)
         host.run_backward(

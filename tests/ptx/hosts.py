@@ -1,28 +1,17 @@
-"""Runs what Triton hosts launch on CPU tensors: compiled for a GPU that is not here, its PTX executed by the interpreter.
+"""Runs what Triton hosts launch on CPU tensors: compiled for a GPU that is not here, the PTX then interpreted.
 
-For a process of its own (`worker.py`), in which this module is imported before tokenfusion: there the operators' Triton
-kernels are registered for CPU tensors, as they are for Triton's interpreter, and yet Triton compiles.
+For a process of its own, `worker.py`, in which operators have their Triton kernels for CPU tensors, as they do for
+Triton's interpreter, and yet Triton compiles.
 """
 
 import contextlib
 import functools
-import os
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
 
-assert "tokenfusion" not in sys.modules, "its Triton kernels are registered for other tensors already"
-os.environ.pop("TRITON_INTERPRET", None)
-
 import torch
-import triton  # without the variable: its functions are for the compiler
-
-os.environ["TRITON_INTERPRET"] = "1"
-import tokenfusion  # noqa: F401
-
-del os.environ["TRITON_INTERPRET"]
-
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -31,8 +20,9 @@ from tests.ptx.launch import launch
 from tests.ptx.launches import Launch
 from tests.ptx.memory import Memory
 from tests.ptx.parse import Kernel, parse
+from tokenfusion.kernels import triton_support
 
-os.environ["TOKENFUSION_TUNING"] = "0"
+assert triton_support.INTERPRET and not triton.knobs.runtime.interpret, "this is no worker"
 
 
 class _Driver:

@@ -4,13 +4,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.ptx import triton_matrix as matrix
-
-CALLS = [each for dtype in matrix.TARGETS for each in matrix.tiles("dynamic_mixing", dtype)] + matrix.options(
-    "dynamic_mixing"
-)
+from tests.ptx.triton_matrix import everything_of
 
 
-@pytest.mark.parametrize("call, capability", CALLS, ids=str)
+@pytest.mark.parametrize("call, capability", everything_of("dynamic_mixing"), ids=str)
 def test_parity(call, capability, run):
     run("dynamic_mixing", call, capability)

@@ -4,11 +4,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.ptx import triton_matrix as matrix
-
-CALLS = [each for dtype in matrix.TARGETS for each in matrix.tiles("upconv", dtype)] + matrix.options("upconv")
+from tests.ptx.triton_matrix import everything_of
 
 
-@pytest.mark.parametrize("call, capability", CALLS, ids=str)
+@pytest.mark.parametrize("call, capability", everything_of("upconv"), ids=str)
 def test_parity(call, capability, run):
     run("upconv", call, capability)

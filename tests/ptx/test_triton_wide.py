@@ -4,11 +4,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.ptx import triton_matrix as matrix
-
-CALLS = [each for dtype in matrix.TARGETS for each in matrix.tiles("wide", dtype)] + matrix.options("wide")
+from tests.ptx.triton_matrix import everything_of
 
 
-@pytest.mark.parametrize("call, capability", CALLS, ids=str)
+@pytest.mark.parametrize("call, capability", everything_of("wide"), ids=str)
 def test_parity(call, capability, run):
     run("wide", call, capability)

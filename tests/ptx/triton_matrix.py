@@ -1,7 +1,8 @@
 """The calls that have every Triton kernel run in every dtype, direction and shipped tile: few tokens, real channels.
 
-The tiles do not depend on the GPU, and code for matrix units does not depend on which 16 bits a number has. So the tiles
-of 16 bits are gone through in bfloat16 for sm_90 and in float16 for sm_80, and each kernel meets the other pairs once.
+Tiles do not depend on the GPU, and code for matrix units hardly depends on what the 16 bits of a number mean. So the
+tiles of 16 bits are gone through in bfloat16 for sm_90 and in float16 for sm_80. Each kernel meets
+the other pairs once.
 """
 
 from tests.ptx.triton_calls import Call
@@ -21,7 +22,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity")
 def _attention(
     channels: int, queries: int = 6, tokens: int = 70, tile_of: int = 0, operator: str = "single_query_attention"
 ) -> dict:
-    """One program takes three blocks of tokens. tile_of: channels whose tile it takes, to compile fewer chunks of it."""
+    """One program takes three blocks of tokens. tile_of: channels whose tile it takes, so that fewer are compiled."""
     sizes = dict(batch=1, queries=queries, tokens=tokens, channels=channels, extra=True)
     return dict(operator=operator, arguments=sizes, host=dict(MAX_SPLITS=1), tile_of=tile_of)
 
@@ -183,6 +184,9 @@ def options(group: str) -> list[tuple[Call, int]]:
     return [(Call(dtype=dtype, **each), capability) for each, dtype, capability in _OPTIONS[group]]
 
 
+def everything_of(group: str) -> list[tuple[Call, int]]:
+    return [each for dtype in TARGETS for each in tiles(group, dtype)] + options(group)
+
+
 def everything() -> list[tuple[Call, int]]:
-    calls = [each for group in GROUPS for dtype in TARGETS for each in tiles(group, dtype)]
-    return calls + [each for group in GROUPS for each in options(group)]
+    return [each for group in GROUPS for each in everything_of(group)]

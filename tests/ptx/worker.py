@@ -4,6 +4,7 @@ Tests have Triton interpret its kernels, which is decided when it is imported: h
 compiled and parsed from one call to the next.
 """
 
+import importlib
 import os
 import pickle
 import subprocess
@@ -31,7 +32,10 @@ class Worker:
         """What the function returns there; AssertionError with its traceback where it raises."""
         pickle.dump((function.__module__, function.__qualname__, args, kwargs), self._process.stdin)
         self._process.stdin.flush()
-        result, error = pickle.load(self._process.stdout)
+        try:
+            result, error = pickle.load(self._process.stdout)
+        except EOFError:
+            raise AssertionError(f"the worker ended with {self._process.wait()}") from None
         assert error is None, error
         return result
 
@@ -43,15 +47,19 @@ class Worker:
         self._process.wait()
 
 
+def _start() -> None:
+    """Triton is imported as a compiler, and tokenfusion as if Triton interpreted its kernels on CPU tensors."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    importlib.import_module("triton")
+    os.environ |= {"TRITON_INTERPRET": "1", "TOKENFUSION_TUNING": "0"}
+    importlib.import_module("tokenfusion")
+    del os.environ["TRITON_INTERPRET"]
+    importlib.import_module("torch").set_num_threads(1)
+
+
 def _serve() -> None:
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    from tests.ptx import hosts  # noqa: F401
-
-    import importlib
-
-    import torch
-
-    torch.set_num_threads(1)
+    _start()
     while True:
         try:
             module, name, args, kwargs = pickle.load(sys.stdin.buffer)
