@@ -44,7 +44,7 @@ class Machine(Registers):
         self.poison = Poison(self)
         self.carry = np.zeros(self.size, bool)
         size = self._lay_out(shared)
-        self.shared = SharedMemory(blocks, size, self.block_of)
+        self.shared = SharedMemory(self, size)
         self.local = Window("local", self._lay_out_local(), self.threads)
         self.copies, self.products = Copies(self), Products(self)
         self.vain, self.passed = 0, True
@@ -81,12 +81,12 @@ class Machine(Registers):
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
-    def load(self, found: Instruction, space: str, active: Active, addresses: np.ndarray, width: int):
+    def load(self, found: Instruction, space: str, active: Active, addresses, width: int, together: bool = False):
         """Words [threads, n], and which of their bits are poison, or None."""
         self.observe(found, space, active, addresses, width)
         if space == "shared":
             places = self.shared.places(active, addresses, width)
-            return self.shared.load(places, width, active.threads)
+            return self.shared.load(places, width, active.threads, together)
         if space == "global":
             self.memory.check(addresses, width, active.threads)
             return self.memory.load(addresses, width), None
@@ -125,11 +125,13 @@ class Machine(Registers):
 
     # Synchronisation -------------------------------------------------------------------------------------------------
 
-    def synchronised(self, blocks: np.ndarray, arrivals: list[Active]) -> None:
+    def synchronised(self, blocks: np.ndarray, arrivals: list[tuple[Active, bool]]) -> None:
         """A barrier of these blocks is complete."""
+        self.shared.races.barrier(blocks, arrivals)
 
     def warp_synchronised(self, active: Active) -> None:
         """These warps' threads wait for each other."""
+        self.shared.races.warp_barrier(active.warps)
 
     def deliver(self) -> bool:
         """Time passes while all threads wait: something asynchronous happens, if anything is under way."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .active import Active
+from .active import WARP, Active
 from .errors import Fault
 
 WARPGROUP = 128
@@ -48,6 +48,13 @@ class Products:
         for name in registers:
             busy.setdefault(name, np.zeros(self.machine.size, bool))[active.threads] = True
 
+    def _have_read(self, product: Product, done: np.ndarray) -> None:
+        warps = np.arange(0, WARPGROUP, WARP)
+        for places in product.places:
+            for warp in warps:  # all four have, as far as a later writer is concerned
+                threads = np.repeat(product.groups[done] * WARPGROUP + warp, places[0].size)
+                self.machine.shared.races.read_async(places[done].reshape(-1), 16, threads)
+
     def commit(self, active: Active) -> None:
         self.committed[self.groups(active)] += 1
 
@@ -60,6 +67,7 @@ class Products:
             done = (product.committed < limit[product.groups]) & (product.committed >= 0)
             if done.any():
                 product.finish(np.flatnonzero(done))
+                self._have_read(product, done)
                 product.committed[done] = -1
             if (product.committed >= 0).any():
                 left.append(product)

@@ -84,13 +84,19 @@ def _arrive(found, machine):
     return Barrier(found, machine, waits=False, aligned=False)
 
 
+@instruction("fence.proxy.async", "", "shared::cta shared::cluster global")
+def _fence_proxy(found, machine):
+    return machine.shared.fence
+
+
 def _nothing(found, machine):
     return lambda active: None
 
 
 for _name, _modifiers in {
     "membar": "cta gl sys",
-    "fence": "sc acq_rel acquire release cta cluster gpu sys mbarrier_init",
+    "fence": "sc acq_rel acquire release cta cluster gpu sys",
+    "fence.mbarrier_init.release.cluster": "",
     "griddepcontrol": "launch_dependents wait",
     "nanosleep": "u32",
     "setmaxnreg.inc": "sync aligned u32",
