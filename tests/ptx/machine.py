@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .active import Active
+from .bulk import Bulk
 from .copies import Copies
 from .errors import Fault
+from .mbarriers import Mbarriers
 from .memory import Memory, Window
 from .parse import Instruction, Kernel
 from .poison import Poison
@@ -46,7 +48,12 @@ class Machine(Registers):
         size = self._lay_out(shared)
         self.shared = SharedMemory(self, size)
         self.local = Window("local", self._lay_out_local(), self.threads)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is under way."""
         self.copies, self.products = Copies(self), Products(self)
+        self.bulk, self.mbarriers = Bulk(self), Mbarriers(self)
         self.vain, self.passed = 0, True
 
     def _lay_out(self, dynamic: int) -> int:
@@ -76,8 +83,7 @@ class Machine(Registers):
         self.poison.clear()
         self.shared.clear()
         self.local.clear()
-        self.copies, self.products = Copies(self), Products(self)
-        self.vain, self.passed = 0, True
+        self._begin()
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
@@ -135,7 +141,8 @@ class Machine(Registers):
 
     def deliver(self) -> bool:
         """Time passes while all threads wait: something asynchronous happens, if anything is under way."""
-        return False
+        return self.bulk.deliver()
 
     def finish(self) -> None:
         """All threads have ended."""
+        self.bulk.finish()

@@ -3,7 +3,8 @@
 A warp's clock advances with every barrier. Each place in shared memory remembers who wrote it last, and each warp's
 last read of it, with the clock of then. An access that meets one that its warp has not been told of, by a barrier, an
 mbarrier or bar.warp.sync, is a race, in whatever order the warps happen to run. Within a warp, lanes know of each other
-by bar.warp.sync and by barriers alone: other collectives order no memory accesses (PTX ISA, "Memory Consistency Model").
+by bar.warp.sync and by barriers alone: other collectives order no memory accesses (PTX ISA, "Memory
+Consistency Model").
 """
 
 import numpy as np

@@ -87,7 +87,8 @@ class Scheduler:
                 what = self._describe(self.operations[place - 1], active)
                 arrived = waiting.arrived[active.threads[0] // self.machine.threads_a_block]
                 lines.append(f"{what}, barrier {number}, where {arrived} threads arrived")
-        return "; ".join(lines)
+        lines.append(self.machine.mbarriers.describe())
+        return "; ".join(filter(None, lines))
 
     def _describe(self, operation, active) -> str:
         blocks, warps = np.divmod(active.warps, self.machine.warps_a_block)

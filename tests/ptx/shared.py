@@ -31,6 +31,8 @@ class SharedMemory:
         self.data[:] = _POISON
         self.state[:] = UNWRITTEN
         self.races.clear()
+        self._reading: dict[int, list[np.ndarray]] = {}
+        self._reads_begun = 0
 
     def places(self, active, addresses: np.ndarray, width: int) -> np.ndarray:
         """Where checked accesses of active threads lie in `data`."""
@@ -40,6 +42,12 @@ class SharedMemory:
             raise Fault(f"{len(bad)} of {len(addresses)} threads access shared memory beyond its {self.size} bytes: "
                         f"{width} bytes at {int(addresses[bad[0]]):#x}", active.threads[bad[0]])  # fmt: skip
         return addresses + active.of(self.base)
+
+    def range(self, thread: int, address: int, size: int) -> int:
+        """Where the bytes from this address on lie, of the thread's block; all have to."""
+        if address < 0 or address + size > self.size:
+            raise Fault(f"{size} bytes at {address:#x} reach beyond {self.size} bytes of shared memory", thread)
+        return address + int(self.base[thread])
 
     # Threads ---------------------------------------------------------------------------------------------------------
 
@@ -113,16 +121,25 @@ class SharedMemory:
         )
         self.races.reads_async(places, width, threads)
 
-    def read_begins(self, places: list[np.ndarray]) -> None:
-        """Asynchronous operations will read these 16-byte chunks."""
+    def read_begins(self, places: list[np.ndarray]) -> int:
+        """An asynchronous operation will read these 16-byte chunks; returns what its end is told by."""
+        self._reads_begun += 1
+        self._reading[self._reads_begun] = places
+        self._mark_reading(places)
+        return self._reads_begun
+
+    def read_ends(self, begun: list[int]) -> None:
+        for each in begun:
+            del self._reading[each]
+        if begun:
+            self.state &= np.uint8(0xFF ^ READING)
+            for places in self._reading.values():
+                self._mark_reading(places)
+
+    def _mark_reading(self, places: list[np.ndarray]) -> None:
         chunks = self.state.view(np.uint64).reshape(-1, 2)
         for each in places:
             chunks[each.reshape(-1) // _CHUNK] |= _each_byte(READING, np.dtype(np.uint64))
-
-    def reads_are(self, places: list[np.ndarray]) -> None:
-        """What is still being read are these chunks."""
-        self.state &= np.uint8(0xFF ^ READING)
-        self.read_begins(places)
 
     def fence(self, active) -> None:
         """fence.proxy.async: what these threads have written or know of becomes visible to asynchronous operations."""
