@@ -177,6 +177,7 @@ class Races:
         self._refresh()
 
     def _refresh(self) -> None:
+        """What every warp knows of every other is at least this."""
         self.safe = int(self.known[:, :-1].min())
 
     def warp_barrier(self, warps: np.ndarray) -> None:
