@@ -43,16 +43,15 @@ class Case:
     tokens: int
     channels: int
     kilobytes: int = 227
-    batch: int = 1
+    multiprocessors: int = 1
     extra: bool = True
     normalize: bool = True
 
     def gpu(self, **options) -> Gpu:
-        return gpu(shared_bytes=self.kilobytes * 1024, **options)
+        return gpu(shared_bytes=self.kilobytes * 1024, multiprocessors=self.multiprocessors, **options)
 
     def inputs(self, dtype: torch.dtype):
-        sizes = self.batch, self.queries, self.tokens, self.channels
-        return make_inputs(*sizes, dtype=dtype, extra=self.extra)
+        return make_inputs(1, self.queries, self.tokens, self.channels, dtype=dtype, extra=self.extra)
 
 
 HALF = [
@@ -72,6 +71,8 @@ HALF = [
     Case(20, 44, 208, 99, extra=False),
     Case(31, 76, 272, 163),
     Case(18, 124, 144),
+    Case(24, 111, 16, 99),
+    Case(25, 16, 16, 99, extra=False),
 ]
 FLOAT = [
     Case(3, 44, 16, 99),
@@ -92,10 +93,15 @@ FLOAT = [
     Case(17, 76, 16, 163, normalize=False),
     Case(20, 44, 80, 99, extra=False),
     Case(31, 44, 272, 163),
+    Case(14, 16, 16, 99, extra=False),
+    Case(18, 16, 16, 99, extra=False),
+    Case(19, 32, 16, 163, extra=False),
+    Case(21, 16, 208, extra=False),
 ]
 CASES = [
-    *((dtype, case) for i, case in enumerate(HALF) for dtype in (DTYPES[1 + i % 2],)),
+    *((DTYPES[1 + i % 2], case) for i, case in enumerate(HALF)),
     *((torch.float32, case) for case in FLOAT),
+    *((dtype, Case(5, 200, 80, multiprocessors=2)) for dtype in DTYPES),  # three blocks share an image
 ]
 
 
