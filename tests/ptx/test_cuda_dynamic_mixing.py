@@ -1,0 +1,178 @@
+"""The CUDA kernels of dynamic_mixing as nvcc compiles them, launched by their own host, against the reference."""
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.dynamic_mixing.cases import check_parity, make_inputs
+from tests.gradients import check_frozen, with_gradients
+from tests.parity import assert_parity
+from tests.ptx.gpu import Gpu, Launch
+from tests.ptx.schedule import Order
+from tests.ptx.sources import MARKS, check_same_code, program
+from tests.sass import ELEMENTS
+from tokenfusion.kernels.dynamic_mixing import reference
+
+pytestmark = MARKS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHARED_BYTES = (99 * 1024, 163 * 1024, 227 * 1024)  # of a block: compute capability 8.6, 8.0, 9.0
+SCHEDULES = [
+    dict(late=late, order=order) for late in (True, False) for order in (Order.ROUND_ROBIN, Order.REVERSED, 1, 2)
+]
+
+
+def gpu(**device) -> Gpu:
+    return Gpu("dynamic_mixing", **device)
+
+
+def mix_compressed(x, compressed, generate_weight, generate_bias, *, segments, dim, with_mean=False):
+    """mixed, and its mean over H and W."""
+    call = x, compressed, generate_weight, generate_bias, segments, dim, with_mean
+    return torch.ops.tokenfusion.dynamic_mixing_cuda(*call)
+
+
+def mix(x, compress_weight, compress_bias, *generate, **options):
+    return mix_compressed(x, F.linear(x, compress_weight, compress_bias), *generate, **options)[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call and the GPU that it is for, of which the host makes the plan."""
+
+    tokens: int
+    channels: int
+    segments: int
+    reduced: int = 2
+    dim: int = 1
+    lines: int = 2
+    kilobytes: int = 227
+    multiprocessors: int = 1
+
+    def gpu(self, **options) -> Gpu:
+        return gpu(shared_bytes=self.kilobytes * 1024, multiprocessors=self.multiprocessors, **options)
+
+    @property
+    def options(self):
+        return dict(segments=self.segments, dim=self.dim)
+
+    def inputs(self, dtype: torch.dtype):
+        height, width = (self.tokens, self.lines) if self.dim == 1 else (self.lines, self.tokens)
+        return make_inputs(1, height, width, self.channels, reduced=self.reduced, dtype=dtype, **self.options)
+
+
+# Many segments: the error of a gradient of few elements is a matter of chance.
+IN_EVERY_DTYPE = [
+    Case(7, 24, 6, dim=2),
+    Case(17, 80, 2, multiprocessors=64),
+    Case(33, 12, 6, 1, lines=1),
+    Case(64, 36, 2, 2, lines=1, dim=2),
+]
+IN_ONE_DTYPE = [
+    Case(1, 24, 6),
+    Case(2, 24, 6, lines=5),
+    Case(15, 24, 6, dim=2),
+    Case(16, 24, 6, lines=3, multiprocessors=2),  # two blocks share the rows
+    Case(32, 24, 6),
+    Case(5, 1, 1),
+    Case(5, 7, 7, dim=2),
+    Case(5, 7, 1),
+    Case(5, 40, 1),
+    Case(5, 72, 1, dim=2),
+    Case(5, 30, 2),
+    Case(6, 16, 4, 1),
+    Case(6, 16, 4, 3, dim=2),
+    Case(6, 16, 4, 8),
+    Case(6, 16, 4, 16),
+]
+OF_16_BITS = [
+    Case(32, 192, 8),  # the stages of DynaMixer
+    Case(16, 384, 16),
+    Case(32, 256, 8, 8),
+    Case(17, 16, 4, 16, dim=2),  # more inputs than a block takes
+    Case(17, 40, 1, 16),
+    Case(40, 7, 1, 8, lines=1),
+    Case(40, 40, 1, 8, lines=1),
+    Case(17, 180, 2, 1, dim=2, kilobytes=99),  # a segment does not fit into shared memory
+    Case(48, 110, 1, 1, kilobytes=163, lines=1),
+]
+OF_32_BITS = [
+    Case(17, 192, 2, 1, dim=2, kilobytes=99),
+    Case(48, 96, 1, 1, lines=1),
+    Case(20, 16, 4, 14, dim=2),
+    Case(20, 40, 1, 14),
+    Case(40, 7, 1, 7, lines=1),
+    Case(40, 40, 1, 7, lines=1),
+]
+CASES = [
+    *((dtype, case) for dtype in DTYPES for case in IN_EVERY_DTYPE),
+    *((DTYPES[i % 3], case) for i, case in enumerate(IN_ONE_DTYPE)),
+    *((DTYPES[1 + i % 2], case) for i, case in enumerate(OF_16_BITS)),
+    *((torch.float32, case) for case in OF_32_BITS),
+]
+
+
+def kernel_of(mangled: str) -> str:
+    name, element, tiles = re.search(r"\d(forward|grad_[a-z]+)_kernelI(.*?)(?:Li(\d)E)?E", mangled).groups()
+    return f"{name} {ELEMENTS[element]}" + (f" up to {16 * int(tiles)} tokens" if tiles else "")
+
+
+def plans_of(launches: Iterable[Launch]) -> set[str]:
+    """What differs between runs of a kernel: whether blocks share a row tile, and channels come one chunk at a time."""
+    found = set()
+    for each in launches:
+        width, _, _, shares, _, _, chunk = np.frombuffer(each.arguments[1], np.int32, 7)  # of dynamic_mixing::Plan
+        kernel = re.sub("b?float16", "16 bits", kernel_of(each.kernel))  # both have the same plans
+        found.add(kernel + ", shared" * int(shares > 1) + ", in chunks" * int(chunk < width))
+    return found
+
+
+def launch(tokens: int, channels: int, reduced: int, dtype: torch.dtype) -> None:
+    """Forward and backward, of one line and one segment."""
+    x, compressed = (torch.zeros(1, tokens, 1, size, dtype=dtype) for size in (channels, reduced))
+    weight, bias = torch.zeros(tokens**2, tokens * reduced, dtype=dtype), torch.zeros(tokens**2, dtype=dtype)
+    torch.ops.tokenfusion.dynamic_mixing_cuda(x, compressed, weight, bias, 1, 1, False)
+    torch.ops.tokenfusion.dynamic_mixing_backward_cuda(x, None, x, compressed, weight, bias, 1, 1, [True] * 4)
+
+
+def possible_plans() -> set[str]:
+    """On any GPU, of any call."""
+    found = set()
+    for shared_bytes, tokens, dtype in itertools.product(SHARED_BYTES, (1, 16, 32, 33, 48, 64), DTYPES[:2]):
+        with gpu(shared_bytes=shared_bytes, interpret=False) as device:
+            most = device.limit_for(tokens, dtype)
+            for channels, reduced in itertools.product((1, 40, 400), {1, 2, 8, most}):
+                if 0 < reduced <= most:
+                    launch(tokens, channels, reduced, dtype)
+        found |= plans_of(device.launches)
+    return found
+
+
+def launches_of_the_cases() -> list[Launch]:
+    found = []
+    for dtype, case in CASES:
+        with case.gpu(interpret=False) as device:
+            with_gradients(mix, case.inputs(dtype), **case.options)
+        found += device.launches
+    return found
+
+
+def test_the_cases_reach_every_kernel_and_plan():
+    launches = launches_of_the_cases()
+    reached, possible = plans_of(launches), possible_plans()
+    print(*sorted(possible), sep="\n")
+    assert possible <= reached, sorted(possible - reached)
+    assert {each.kernel for each in launches} == set(program("dynamic_mixing").names)
+
+
+@pytest.mark.parametrize("dtype, case", CASES, ids=str)
+def test_every_plan(dtype, case):
+    number = CASES.index((dtype, case))
+    with case.gpu(**SCHEDULES[number % len(SCHEDULES)], approximate=number % 2 == 1):
+        check_parity(mix, case.inputs(dtype), **case.options)
