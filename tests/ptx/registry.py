@@ -7,7 +7,8 @@ from typing import NamedTuple
 from .errors import Fault
 from .formats import TYPES
 from .machine import Machine, Operation
-from .parse import Instruction, Kernel, Register
+from .operands import Register
+from .parse import Instruction, Kernel
 
 
 class _Entry(NamedTuple):

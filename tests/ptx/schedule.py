@@ -5,6 +5,7 @@ import enum
 import numpy as np
 
 from .active import WARP, Active
+from .barriers import Waiting
 from .errors import Fault
 from .machine import Machine, Operation
 
@@ -37,7 +38,7 @@ class Scheduler:
         self.machine, self.operations, self.order = machine, operations, order
         self.random = np.random.default_rng(order) if isinstance(order, int) else None
         self.groups: list[Group] = []
-        self.barriers: dict[int, _Waiting] = {}
+        self.barriers: dict[int, Waiting] = {}
         self.live = np.ones(machine.size, bool)
         self.live_count = np.zeros(machine.blocks, np.int64)
         self.steps = 0
@@ -255,7 +256,7 @@ class Scheduler:
         for number in np.unique(numbers):
             chosen = numbers == number
             part = doing if chosen.all() else doing.only(chosen)
-            waiting = self.barriers.setdefault(int(number), _Waiting(self.machine.blocks))
+            waiting = self.barriers.setdefault(int(number), Waiting(self.machine.blocks))
             waiting.add(self.machine, part, None if counts is None else counts[chosen], barrier.waits)
             if barrier.waits:
                 waiting.members.append((following, part))
@@ -287,30 +288,3 @@ class Scheduler:
         for place, active in released:
             if active.count:
                 self._release(place, active)
-
-
-class _Waiting:
-    """A barrier's threads, in all blocks."""
-
-    def __init__(self, blocks: int):
-        self.arrived, self.wanted = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
-        self.members: list[tuple[int, Active]] = []
-        self.arrivals: list[tuple[Active, bool]] = []
-
-    def add(self, machine: Machine, active: Active, counts: np.ndarray | None, waits: bool) -> None:
-        blocks = machine.block_of[active.threads]
-        self.arrived += np.bincount(blocks, minlength=machine.blocks)
-        self.arrivals.append((active, waits))
-        given = 0 if counts is None else counts
-        before = self.wanted[blocks]
-        if ((before != given) & (before != 0)).any():
-            raise Fault("threads disagree about how many the barrier waits for", active.threads[0])
-        self.wanted[blocks] = given
-        if (self.wanted[blocks] != given).any():
-            raise Fault("threads disagree about how many the barrier waits for", active.threads[0])
-
-    def reset(self, machine: Machine, ready: np.ndarray) -> None:
-        self.arrived[ready] = 0
-        self.wanted[ready] = 0
-        left = [(each, waits, ~ready[machine.block_of[each.threads]]) for each, waits in self.arrivals]
-        self.arrivals = [(each.only(mask), waits) for each, waits, mask in left if mask.any()]

@@ -10,7 +10,7 @@ import numpy as np
 from ..active import WARP, Active
 from ..errors import Fault
 from ..formats import BITS
-from ..parse import Vector, elements
+from ..operands import Vector, elements
 from ..products import WARPGROUP
 from ..registry import instruction
 from .matrices import check_tf32, fragment_a, to_float
