@@ -28,7 +28,9 @@ def _attention(
 
 
 def _tied(channels: int, features: int, tokens: int, **options) -> dict:
-    return dict(operator="tied_ffn", arguments=dict(tokens=tokens, channels=channels, features=features) | options)
+    """The gradient of the weight is summed over no more tokens at a time than there are here."""
+    sizes = dict(tokens=tokens, channels=channels, features=features)
+    return dict(operator="tied_ffn", arguments=sizes | options, host=dict(ROWS_PER_SPLIT=64))
 
 
 def _mixing(length: int, channels: int, segments: int, reduced: int, operator="dynamic_mixing", dim=1, lines=2) -> dict:
@@ -59,12 +61,12 @@ _16_BITS = {
     "tied_ffn": [_tied(c, 100, 70) for c in (16, 32, 64, 96)] + [_tied(384, 256, 150)],
     "dynamic_mixing": [
         _mixing(32, 192, 8, 2),
-        _mixing(16, 384, 16, 2),
+        _mixing(16, 384, 16, 2, "mixing_and_mean"),
         _mixing(32, 96, 8, 2),
         _mixing(14, 48, 4, 2),
         _mixing(7, 24, 4, 1),
         _mixing(7, 72, 3, 2),
-        _mixing(64, 48, 4, 2),
+        _mixing(64, 48, 4, 1),
     ],
     "upconv": [
         _upconv(op, (96, 40, 24), (7, 7), formats=f, batch=2, projected=48)
@@ -80,7 +82,11 @@ _32_BITS = {
     ],
     "wide": [_attention(2048, 16, **_SMALL_BLOCKS)],
     "tied_ffn": [_tied(c, 40, 40) for c in (16, 32, 64, 96)] + [_tied(160, 72, 70)],
-    "dynamic_mixing": [_mixing(32, 96, 4, 2), _mixing(16, 96, 4, 2), _mixing(40, 24, 2, 1)],
+    "dynamic_mixing": [
+        _mixing(32, 96, 4, 2),
+        _mixing(16, 48, 4, 2, "mixing_and_mean", dim=2, lines=3),
+        _mixing(40, 24, 2, 1),
+    ],
     "upconv": [
         _upconv(op, (48, 20, 12), (5, 5), formats=f, projected=24)
         for op in ("concat", "project")
@@ -143,14 +149,10 @@ _OPTIONS = {
         (_tied(136, 72, 70, biases=(False, False)), "float16", 80),
         (_tied(7, 13, 33), "bfloat16", 90),
         (_tied(1, 1, 1), "float32", 90),
-        (_with(_tied(130, 70, 150), dict(ROWS_PER_SPLIT=64)), "float16", 90),
+        (_tied(130, 70, 150), "float16", 90),
     ],
     "dynamic_mixing": [
-        (_mixing(16, 96, 4, 2, "mixing_and_mean"), "bfloat16", 90),
-        (_mixing(32, 48, 4, 2, "mixing_and_mean", dim=2), "float16", 80),
-        (_mixing(16, 48, 4, 2, "mixing_and_mean", dim=2, lines=3), "float32", 90),
         (_mixing(20, 32, 1, 16, dim=2), "bfloat16", 90),
-        (_mixing(16, 72, 1, 2, dim=2), "float16", 80),
         (_mixing(33, 30, 2, 3, dim=2), "bfloat16", 90),
         (_mixing(1, 24, 6, 2), "bfloat16", 90),
     ],
