@@ -176,6 +176,8 @@ def test_poison_is_refused_where_a_value_depends_on_it():
         out,
     )
     fails(f"stores a value that {nothing}", ".local .b8 l[8]; ld.local.u32 %r3, [l+4]; st.global.u32 [%rd0], %r3;", out)
+    moved = "mov.u32 %r4, %ctaid.x; mov.u32 %r5, 7; st.global.u32 [%rd0], %r4;"
+    run(shared + moved, out)
     half = "st.shared.u16 [%r2], 5; ld.shared.u32 %r3, [%r2]; mov.b32 {%h1, %h2}, %r3; st.global.u16 [%rd0], %h"
     run(shared + half + "1;", out)
     fails(f"stores a value that {nothing}", shared + half + "2;", out)
