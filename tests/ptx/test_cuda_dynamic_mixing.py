@@ -1,4 +1,4 @@
-"""The CUDA kernels of dynamic_mixing as nvcc compiles them, launched by their own host, against the reference."""
+"""The CUDA kernels of dynamic_mixing as nvcc compiles them, launched by their own host, against PyTorch."""
 
 import itertools
 import re
@@ -142,10 +142,10 @@ def launch(tokens: int, channels: int, reduced: int, dtype: torch.dtype) -> None
 def possible_plans() -> set[str]:
     """On any GPU, of any call."""
     found = set()
-    for shared_bytes, tokens, dtype in itertools.product(SHARED_BYTES, (1, 16, 32, 33, 48, 64), DTYPES[:2]):
+    for shared_bytes, tokens, dtype in itertools.product(SHARED_BYTES[::2], (16, 32, 33, 48), DTYPES[:2]):
         with gpu(shared_bytes=shared_bytes, interpret=False) as device:
             most = device.limit_for(tokens, dtype)
-            for channels, reduced in itertools.product((1, 40, 400), {1, 2, 8, most}):
+            for channels, reduced in itertools.product((1, 40, 400), {1, 8, most}):
                 if 0 < reduced <= most:
                     launch(tokens, channels, reduced, dtype)
         found |= plans_of(device.launches)
@@ -176,15 +176,15 @@ def test_every_plan(dtype, case):
         check_parity(mix, case.inputs(dtype), **case.options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_a_block_fits_wherever_the_host_says_so(dtype):
-    for shared_bytes, tokens in itertools.product(SHARED_BYTES, (1, 7, 16, 32, 33, 48, 64)):
+    for shared_bytes, tokens in itertools.product(SHARED_BYTES, (1, 16, 32, 48)):
         with gpu(shared_bytes=shared_bytes, interpret=False) as device:
             most = device.limit_for(tokens, dtype)
             if tokens <= 32 and (dtype != torch.float32 or shared_bytes > SHARED_BYTES[0]):
                 assert most >= 8  # those of DynaMixer
-            for channels, reduced in itertools.product((1, 24, 32, 512), {1, most // 2, most} - {0}):
-                if reduced <= most:
+            for channels, reduced in itertools.product((1, 32, 512), {1, most}):
+                if 0 < reduced <= most:
                     launch(tokens, channels, reduced, dtype)
             if most < 16:
                 with pytest.raises(ValueError, match=f"got d = {most + 1}, expected at most {most} for N = {tokens}"):
@@ -222,13 +222,12 @@ def test_mean_and_its_gradients(channels, dtype):
         assert_parity(*tensors, name=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_do_not_depend_on_the_schedule(dtype):
+def test_results_do_not_depend_on_the_schedule():
     case = Case(17, 40, 2, 1, dim=2, lines=9, multiprocessors=18)  # two blocks share the rows
     results = []
     for schedule in [*SCHEDULES, dict(order=Order.REVERSED)]:
         with case.gpu(**schedule):
-            results.append(with_gradients(mix, case.inputs(dtype), **case.options))
+            results.append(with_gradients(mix, case.inputs(torch.bfloat16), **case.options))
     for got in results:
         assert all(torch.equal(a, b) for a, b in zip(got, results[0], strict=True))
 

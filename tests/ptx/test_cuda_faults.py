@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.gradients import with_gradients
+from tests.dynamic_mixing.cases import check_parity as check_mixing
 from tests.ptx import test_cuda_dynamic_mixing as mixing
 from tests.ptx import test_cuda_single_query_attention as attention
 from tests.ptx.errors import PtxError
 from tests.ptx.sources import MARKS
+from tests.single_query_attention.cases import check_parity as check_attention
 
 pytestmark = MARKS
 
-ATTENTION = attention.Case(5, 92, 144)  # two groups of three warps
+ATTENTION = attention.Case(5, 150, 144, multiprocessors=0)  # two groups of three warps, five tiles each
 MIXING = mixing.Case(17, 40, 2, dim=2)  # two tiles of targets
 RACE = "a race: .* with no barrier in between"
 
@@ -53,10 +54,10 @@ def run(kernel: str, edit: Callable[[str], str] | None = None, **options) -> Non
 
     if kernel in ("forward", "backward"):
         with ATTENTION.gpu(edit=edit_one, **options):
-            with_gradients(attention.attend, ATTENTION.inputs(torch.bfloat16), normalize=True)
+            check_attention(attention.attend, ATTENTION.inputs(torch.bfloat16), normalize=True)
     else:
         with MIXING.gpu(edit=edit_one, **options):
-            with_gradients(mixing.mix, MIXING.inputs(torch.bfloat16), **MIXING.options)
+            check_mixing(mixing.mix, MIXING.inputs(torch.bfloat16), **MIXING.options)
 
 
 BLOCK_BARRIER, WARP_BARRIER = r"bar\.sync[^;]*;", r"bar\.warp\.sync[^;]*;"
