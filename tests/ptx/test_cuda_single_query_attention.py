@@ -1,4 +1,4 @@
-"""The CUDA kernels of single_query_attention as nvcc compiles them, launched by their own host, against the reference."""
+"""The CUDA kernels of single_query_attention as nvcc compiles them, launched by their own host, against PyTorch."""
 
 import itertools
 import re
@@ -161,7 +161,7 @@ def test_the_cases_reach_every_kernel_and_plan():
 @pytest.mark.parametrize("dtype, case", CASES, ids=str)
 def test_every_plan(dtype, case):
     number = CASES.index((dtype, case))
-    with case.gpu(**SCHEDULES[number % len(SCHEDULES)], approximate=number % 2 == 1) as device:
+    with case.gpu(**SCHEDULES[number % len(SCHEDULES)], approximate=number % 2 == 1):
         check_parity(attend, case.inputs(dtype), normalize=case.normalize)
 
 
@@ -172,7 +172,7 @@ def test_any_number_of_tokens(tokens, dtype):
         check_parity(attend, make_inputs(2, 3, tokens, 32, dtype=dtype, extra=tokens % 2 == 1), normalize=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_a_block_fits_wherever_the_host_says_so(dtype):
     for shared_bytes, queries in itertools.product(SHARED_BYTES, (8, 16, 32)):
         with gpu(shared_bytes=shared_bytes, interpret=False) as device:
