@@ -1,0 +1,67 @@
+"""python -m benchmarks.gpu_model [KERNEL ...]: how fast the GPU kernels can be, predicted on a CPU.
+
+Each call is made with its real host; its kernels are compiled for sm_80 and sm_90, some of their blocks run in the
+interpreter of PTX, and what they issue and move is set against what an A100, an H100 and an H200 can do. KERNEL is a
+word or several of a call's name, such as tied_ffn or "triton backward". Nobody has held the results against a GPU where
+no record of one stands beside them.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks.gpu_model import facts, show
+from benchmarks.gpu_model.devices import DEVICES
+from benchmarks.gpu_model.facts import Call
+from benchmarks.gpu_model.measured import beside, records
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kernel", nargs="*", metavar="KERNEL", help="calls that have all words of one of these")
+    parser.add_argument("--device", action="append", choices=DEVICES, help="more than once, or all (default)")
+    parser.add_argument("--kept", action="store_true", help=f"predict from {facts.KEPT.name}, and run nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write counts and predictions")
+    parser.add_argument("--list", action="store_true", help="print the names of the calls")
+    parser.add_argument("--update", type=Path, metavar="FILE", help="make the marked tables of this file anew")
+    args = parser.parse_args(arguments)
+    if args.update:
+        args.update.write_text(show.updated(args.update.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    devices = [DEVICES[name] for name in args.device or DEVICES]
+    calls, versions = _kept(args.kernel) if args.kept or args.list else _counted(args.kernel, devices)
+    found = records()
+    for call in calls:
+        print(call if args.list else show.text(call, devices, beside(call, calls, found)), flush=True)
+    if args.json:
+        facts.save(args.json, calls, versions)
+
+
+def _kept(words: list[str]) -> tuple[list[Call], dict[str, str]]:
+    calls, versions = facts.load()
+    return [call for call in calls if _is_meant(str(call), words)], versions
+
+
+def _counted(words: list[str], devices) -> tuple[list[Call], dict[str, str]]:
+    from benchmarks.gpu_model import measure  # before tokenfusion
+    from benchmarks.gpu_model.cases import CASES
+
+    calls = []
+    for case in CASES:
+        if _is_meant(str(case), words):
+            start = time.monotonic()
+            calls.append(measure.call(case, sorted({device.capability for device in devices})))
+            print(f"{case}: {time.monotonic() - start:.0f} s", flush=True)
+    return calls, measure.versions()
+
+
+def _is_meant(name: str, words: list[str]) -> bool:
+    return not words or any(all(word in name for word in each.split()) for each in words)
+
+
+if __name__ == "__main__":
+    main()

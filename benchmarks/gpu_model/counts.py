@@ -1,0 +1,125 @@
+"""What a launch issues and moves, counted while the interpreter of PTX runs some of its blocks."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tests.ptx.observe import Observer
+from tests.ptx.parse import Instruction, Vector
+
+from benchmarks.gpu_model import access
+
+_SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)$")
+_WARPGROUP = 4  # warps that issue a wgmma together
+
+
+@dataclass
+class Traffic:
+    """Of the accesses of warps through one instruction, or through several."""
+
+    accesses: float = 0  # of warps
+    sectors: float = 0  # of 32 bytes; partial ones among them are written in part
+    partial: float = 0
+    lines: float = 0  # of 128 bytes
+    useful: float = 0  # bytes
+    wavefronts: float = 0
+    without_conflicts: float = 0
+
+    def add(self, other: "Traffic", weight: float = 1) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + weight * value)
+
+
+@dataclass
+class Counts:
+    """Sums over the warps of a launch."""
+
+    lines: Counter = field(default_factory=Counter)  # of the PTX: warps that issued it
+    opcodes: dict[int, str] = field(default_factory=dict)  # what stands there, with its state space
+    traffic: dict[tuple[str, str], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
+    storages: Counter = field(default_factory=Counter)  # (storage, "load" or "store"): bytes of the sectors
+    flops: Counter = field(default_factory=Counter)  # of matrix products, by instruction
+
+    def add(self, other: "Counts", weight: float) -> None:
+        self.opcodes |= other.opcodes
+        for name in ("lines", "storages", "flops"):
+            for key, value in getattr(other, name).items():
+                getattr(self, name)[key] += weight * value
+        for key, traffic in other.traffic.items():
+            self.traffic[key].add(traffic, weight)
+
+    def of(self, space: str, way: str | None = None) -> Traffic:
+        total = Traffic()
+        for (other_space, other_way), traffic in self.traffic.items():
+            if space == other_space and way in (None, other_way):
+                total.add(traffic)
+        return total
+
+
+class Counting(Observer):
+    """storages: (first address, bytes) of what a kernel may access, in ascending order."""
+
+    def __init__(self, storages: Sequence[tuple[int, int]]):
+        self.counts = Counts()
+        self._starts = np.array([first for first, _ in storages], np.int64)
+
+    def issued(self, instruction: Instruction, warps: np.ndarray) -> None:
+        counts, line = self.counts, instruction.line
+        if line not in counts.opcodes:
+            counts.opcodes[line] = name_of(instruction)
+        counts.lines[line] += len(warps)
+        if instruction.opcode in ("mma", "wgmma") and counts.opcodes[line] != "wgmma":
+            self._product(instruction, len(warps))
+
+    def _product(self, instruction: Instruction, warps: int) -> None:
+        m, n, k = (
+            int(size) for each in instruction.modifiers if (found := _SHAPE.match(each)) for size in found.groups()
+        )
+        name = self.counts.opcodes[instruction.line]
+        products = warps / (_WARPGROUP if name == "wgmma.mma_async" else 1)
+        self.counts.flops[name] += 2 * m * n * k * products
+        if name == "wgmma.mma_async":  # its operands come from shared memory without conflicts, 128 bytes a clock
+            rows = n if isinstance(instruction.operands[1], Vector) else m + n
+            read = 2 * k * rows * products / access.LINE
+            self.counts.traffic["shared", "product"].add(Traffic(wavefronts=read, without_conflicts=read))
+
+    def accessed(
+        self, instruction: Instruction, space: str, addresses: np.ndarray, width: int, threads: np.ndarray
+    ) -> None:
+        if len(threads) == 0:
+            return
+        opcode = instruction.opcode
+        way = "store" if opcode.startswith("st") or (opcode == "cp" and space == "shared") else "load"
+        found = Traffic(accesses=len(np.unique(access.warps_of(threads))))
+        found.useful = access.useful(addresses, width, threads)
+        if space == "shared":
+            found.wavefronts = access.wavefronts(addresses, width, threads)
+            found.without_conflicts = access.fewest_wavefronts(addresses, width, threads)
+        else:
+            found.sectors = access.sectors(addresses, width, threads)
+            found.lines = access.lines(addresses, width, threads)
+            found.partial = access.partial(addresses, width, threads) if way == "store" else 0
+            self._attribute(way, addresses, width, threads)
+        self.counts.traffic[space, way].add(found)
+
+    def _attribute(self, way: str, addresses: np.ndarray, width: int, threads: np.ndarray) -> None:
+        places = np.searchsorted(self._starts, addresses.astype(np.int64), "right") - 1
+        for place in np.unique(places):
+            here = places == place
+            moved = access.SECTOR * access.sectors(addresses[here], width, threads[here])
+            self.counts.storages[int(place), way] += moved
+
+
+def name_of(instruction: Instruction) -> str:
+    """An opcode with what tells apart what it becomes: "ld.shared", "cp.async", "wgmma.mma_async"."""
+    opcode, modifiers = instruction.opcode, instruction.modifiers
+    if opcode in ("ld", "st", "atom", "red"):
+        space = next((m.split("::")[0] for m in modifiers if m.split("::")[0] in ("shared", "global", "param")), "")
+        return f"{opcode}.{space}" if space else opcode
+    if opcode == "cp" and "async" in modifiers and not {"commit_group", "wait_group", "wait_all"} & {*modifiers}:
+        return "cp.async"
+    if opcode == "wgmma" and "mma_async" in modifiers:
+        return "wgmma.mma_async"
+    return opcode

@@ -1,0 +1,79 @@
+"""Runs the hosts of the operators as they are, and takes down what they launch: in a process that has not imported
+tokenfusion, or tests.ptx.hosts before it.
+"""
+
+import os
+from pathlib import Path
+from unittest import mock
+
+from tests.ptx import hosts  # isort: skip  # before tokenfusion
+from tests.ptx import gpu, sources  # isort: skip
+
+os.environ.pop("TRITON_INTERPRET", None)  # which what tests share sets
+
+import torch
+import triton
+from tests.ptx.parse import Kernel
+
+from benchmarks.gpu_model import machine_code
+from benchmarks.gpu_model.beside import pytorch_operations
+from benchmarks.gpu_model.cases import Case
+from benchmarks.gpu_model.devices import DEVICES
+from benchmarks.gpu_model.facts import Call
+from benchmarks.gpu_model.limits import Launch
+from benchmarks.gpu_model.record import Recorder
+from tests.sass import NVCC
+
+
+def call(case: Case, capabilities: list[int]) -> Call:
+    described = {name: getattr(case, name) for name in Call.__dataclass_fields__ if name != "launches"}
+    return Call(**described, launches={capability: launches(case, capability) for capability in capabilities})
+
+
+def versions() -> dict[str, str]:
+    """Of what makes the code that is counted."""
+    nvcc = {} if NVCC is None else {"nvcc": NVCC.version}
+    return {"torch": torch.__version__, "triton": triton.__version__} | nvcc
+
+
+def launches(case: Case, capability: int) -> list[Launch]:
+    """Of a call, kernels in their order and then what PyTorch does, on GPUs of this compute capability."""
+    with pytorch_operations() as others:
+        kernels = (_triton if case.backend == "triton" else _cuda)(case, capability)
+    return [*kernels, *others]
+
+
+def _triton(case: Case, capability: int) -> list[Launch]:
+    texts: dict[str, str] = {}
+
+    def keep(name: str, text: str) -> str:
+        texts[name] = text
+        return text
+
+    def assemble(kernel: Kernel) -> machine_code.MachineCode:
+        return machine_code.assemble(texts[kernel.name], kernel.name, capability, *_tools())
+
+    recorder = Recorder(assemble)
+    with mock.patch.object(hosts, "launch", recorder), hosts.launches(capability, change=keep):
+        case.call()
+    return recorder.launches
+
+
+def _cuda(case: Case, capability: int) -> list[Launch]:
+    device = next(device for device in DEVICES.values() if device.capability == capability)
+
+    def assemble(kernel: Kernel) -> machine_code.MachineCode:
+        text = sources.program(case.operator).modules[capability][kernel.name]
+        return machine_code.assemble(text, kernel.name, capability, *_tools(Path(NVCC.home) / "bin"))
+
+    recorder = Recorder(assemble)
+    with (
+        mock.patch.object(gpu, "launch", recorder),
+        gpu.Gpu(case.operator, capability, device.multiprocessors, device.shared_of_block),
+    ):
+        case.call()
+    return recorder.launches
+
+
+def _tools(*folders: Path) -> tuple[str, str]:
+    return machine_code.tool("ptxas", *folders), machine_code.tool("nvdisasm", *folders)

@@ -1,0 +1,104 @@
+"""Launches as the model needs them, from what hosts launch: some of the blocks run in the interpreter of PTX."""
+
+from collections.abc import Callable
+
+import numpy as np
+from tests.ptx.launch import launch
+from tests.ptx.memory import Memory
+from tests.ptx.observe import Observer
+from tests.ptx.parse import Instruction, Kernel
+
+from benchmarks.gpu_model import issue, machine_code, sampling
+from benchmarks.gpu_model.counts import Counting, Counts
+from benchmarks.gpu_model.limits import Launch
+
+_WARP = 32
+_THREADS_AT_ONCE = 2048  # of blocks whose costs are told apart; the interpreter takes as many in one batch
+
+
+class Costs(Observer):
+    """Instructions of each block of a batch."""
+
+    def __init__(self, blocks: int, warps: int):
+        self._warps = warps
+        self.of_block = np.zeros(blocks)
+
+    def issued(self, instruction: Instruction, warps: np.ndarray) -> None:
+        self.of_block += np.bincount(warps // self._warps, minlength=len(self.of_block))
+
+
+class Recorder:
+    """Takes the place of tests.ptx.launch.launch. assemble: the machine code of a kernel."""
+
+    def __init__(self, assemble: Callable[[Kernel], machine_code.MachineCode]):
+        self._assemble = assemble
+        self.launches: list[Launch] = []
+
+    def __call__(self, kernel: Kernel, arguments, grid, block, *, memory: Memory, shared: int = 0, **options) -> None:
+        grid = tuple(grid) + (1,) * (3 - len(grid))
+        warps = -(-int(np.prod(block)) // _WARP)
+
+        def run(blocks: list[int], observer: Observer) -> None:
+            launch(
+                kernel,
+                arguments,
+                grid,
+                block,
+                memory=memory,
+                shared=shared,
+                late=False,
+                blocks=[_place(number, grid) for number in blocks],
+                observers=[observer],
+            )
+
+        def costs(blocks: list[int]) -> list[float]:
+            found, at_once = [], max(1, _THREADS_AT_ONCE // (_WARP * warps))
+            for first in range(0, len(blocks), at_once):
+                some = blocks[first : first + at_once]
+                observer = Costs(len(some), warps)
+                run(some, observer)
+                found += observer.of_block.tolist()
+            assert all(found), "they did not run in one batch"
+            return found
+
+        storages = memory.storages
+        counts = Counts()
+        for blocks, stands_for in sampling.strata(grid, costs):
+            observer = Counting(storages)
+            run(blocks, observer)
+            counts.add(observer.counts, stands_for / len(blocks))
+        code = self._assemble(kernel)
+        self.launches.append(_described(kernel, code, counts, int(np.prod(grid)), warps, shared, storages))
+
+
+def _place(number: int, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    rest, x = divmod(number, grid[0])
+    z, y = divmod(rest, grid[1])
+    return x, y, z
+
+
+def _described(kernel, code, counts: Counts, blocks: int, warps: int, shared: int, storages) -> Launch:
+    moved = {"load": 0.0, "store": 0.0}
+    for (place, way), count in counts.storages.items():
+        moved[way] += min(count, storages[place][1])
+    accesses, stores, on_chip = counts.of("global"), counts.of("global", "store"), counts.of("shared")
+    return Launch(
+        kernel=kernel.name,
+        read=moved["load"],
+        written=moved["store"],
+        blocks=blocks,
+        warps=warps,
+        registers=code.registers,
+        spilled=code.spilled,
+        shared=shared + code.shared,
+        instructions=dict(issue.issued(code, counts.lines, counts.opcodes)),
+        ptx=sum(count for line, count in counts.lines.items() if counts.opcodes[line] not in ("mov", "cvta")),
+        accesses=accesses.accesses,
+        sectors=accesses.sectors,
+        partial=stores.partial,
+        useful=accesses.useful,
+        lines=accesses.lines,
+        wavefronts=on_chip.wavefronts,
+        without_conflicts=on_chip.without_conflicts,
+        flops=dict(counts.flops),
+    )

@@ -1,0 +1,126 @@
+"""Predictions for a terminal, and as a table in Markdown."""
+
+import re
+from pathlib import Path
+
+from benchmarks.gpu_model import facts
+from benchmarks.gpu_model.devices import DEVICES, Device
+from benchmarks.gpu_model.facts import Call
+from benchmarks.gpu_model.limits import Launch, Limits, limits
+from benchmarks.gpu_model.machine_code import KINDS
+from benchmarks.gpu_model.measured import Measured, beside, records
+
+_TABLE = re.compile(r"(<!-- prediction (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_COLUMN = 9
+
+
+def text(call: Call, devices: list[Device], measured: list[Measured]) -> str:
+    parts = [str(call), f"  must move {_megabytes(call.must_move)} MB"]
+    for capability in dict.fromkeys(device.capability for device in devices):
+        parts.append(f"  sm_{capability}, {len(call.launches[capability])} launches")
+        for launch in call.launches[capability]:
+            parts += _launch(launch, call)
+            found = [(device, limits(launch, device)) for device in devices if device.capability == capability]
+            parts += _limits(found)
+    for device in devices:
+        prediction = call.on(device)
+        parts.append(
+            f"  {device.name}: predicted {_microseconds(prediction.seconds)} us, {prediction.share:.0%} of copy bandwidth,"
+            f" bound by {prediction.binding}"
+        )
+    parts += [f"  {line}" for line in map(_measured, measured)]
+    return "\n".join(parts)
+
+
+def _launch(launch: Launch, call: Call) -> list[str]:
+    moved = f"{_megabytes(launch.read)} MB read, {_megabytes(launch.written)} MB written"
+    if launch.blocks == 0:
+        return [f"    {launch.kernel}: {moved}"]
+    a_unit = f"a {call.unit}" if not call.unit[0].isdigit() else call.unit
+    kinds = [f"{kind} {launch.instructions[kind] / call.units:.0f}" for kind in KINDS if launch.instructions.get(kind)]
+    return [
+        f"    {launch.kernel}",
+        f"      {launch.blocks} blocks of {launch.warps} warps, {launch.registers} registers,"
+        f" {launch.spilled} bytes spilled, {launch.shared / 1024:.1f} KB shared",
+        f"      memory: {moved}; L2: {_megabytes(32 * launch.sectors)} MB in sectors with"
+        f" {launch.useful / max(launch.sectors, 1):.1f} useful bytes, {launch.partial / 1e6:.2g} M stored in part,"
+        f" {launch.sectors / max(launch.accesses, 1):.1f} an access",
+        f"      {a_unit}: {launch.issued / call.units:.0f} warp instructions ({launch.ptx / call.units:.0f} of PTX):"
+        f" {', '.join(kinds)}",
+        f"      {a_unit}: {launch.wavefronts / call.units:.0f} wavefronts of shared memory,"
+        f" {launch.without_conflicts / call.units:.0f} without bank conflicts;"
+        f" {sum(launch.flops.values()) / 1e9:.3g} GFLOP of matrix products",
+    ]
+
+
+def _limits(found: list[tuple[Device, Limits]]) -> list[str]:
+    names = list(dict.fromkeys(name for _, each in found for name in each.seconds))
+    head = "".join(f"{_SHORT.get(name, name):>{_COLUMN}}" for name in names)
+    lines = [f"      {'us':<6}{head}  blocks/SM, waves, issue share"]
+    for device, each in found:
+        row = "".join(f"{_microseconds(each.seconds[name]):>{_COLUMN}}" for name in names)
+        numbers = f"{each.blocks_per_multiprocessor}, {each.waves:.2f}, {each.issue_share:.0%}"
+        lines.append(f"      {device.name:<6}{row}  {numbers}; {each.binding}")
+    return lines
+
+
+_SHORT = {"shared memory and L1": "shared", "matrix products": "matrix"}
+
+
+def _measured(found: Measured) -> str:
+    return (
+        f"{found.record}, {found.calls}: measured {_microseconds(found.seconds)} us, predicted"
+        f" {_microseconds(found.predicted)} us, {found.error:+.0%}"
+    )
+
+
+def updated(document: str, folder: Path | None = None) -> str:
+    """The text of a document with its marked tables made from the counts that they name."""
+
+    def table_of(block: re.Match) -> str:
+        begin, path, _, end = block.groups()
+        return f"{begin}\n{table(facts.load(Path(path))[0], *([] if folder is None else [folder]))}\n\n{end}"
+
+    return _TABLE.sub(table_of, document)
+
+
+def table(calls: list[Call], *folder: Path) -> str:
+    """A line for each call: what limits it on an H100, and the share of copy bandwidth that is predicted."""
+    found = records(*folder)
+    names = [device.name for device in DEVICES.values()]
+    head = [
+        "call",
+        "warp instructions",
+        "bytes a sector",
+        "bound by",
+        "predicted, H100",
+        *(f"share, {n}" for n in names),
+    ]
+    lines = [f"| {' | '.join([*head, 'measured'])} |", "|:--|--:|--:|:--|" + "--:|" * (len(names) + 2)]
+    for call in calls:
+        launches = call.launches[DEVICES["h100"].capability]
+        sectors, useful = (sum(getattr(each, name) for each in launches) for name in ("sectors", "useful"))
+        on = call.on(DEVICES["h100"])
+        cells = [
+            str(call),
+            f"{sum(each.issued for each in launches) / call.units:.0f} a {call.unit}".replace("a 16", "for 16"),
+            f"{useful / max(sectors, 1):.0f}",
+            on.binding,
+            f"{_microseconds(on.seconds)} us",
+            *(f"{call.on(device).share:.0%}" for device in DEVICES.values()),
+            "; ".join(
+                f"{_microseconds(m.seconds)} us on {m.device.name}, {m.calls}, {m.error:+.0%}"
+                for m in beside(call, calls, found)
+            )
+            or "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f}" if seconds >= 1e-5 else f"{seconds * 1e6:.1f}"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.3g}" if count < 1e9 else f"{count / 1e6:.0f}"
