@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tests.ptx.observe import Observer
-from tests.ptx.parse import Instruction, Vector
 
 from benchmarks.gpu_model import access
+from tests.ptx.observe import Observer
+from tests.ptx.parse import Instruction, Vector
 
 _SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)$")
 _WARPGROUP = 4  # warps that issue a wgmma together

@@ -13,7 +13,6 @@ os.environ.pop("TRITON_INTERPRET", None)  # which what tests share sets
 
 import torch
 import triton
-from tests.ptx.parse import Kernel
 
 from benchmarks.gpu_model import machine_code
 from benchmarks.gpu_model.beside import pytorch_operations
@@ -22,6 +21,7 @@ from benchmarks.gpu_model.devices import DEVICES
 from benchmarks.gpu_model.facts import Call
 from benchmarks.gpu_model.limits import Launch
 from benchmarks.gpu_model.record import Recorder
+from tests.ptx.parse import Kernel
 from tests.sass import NVCC
 
 
@@ -54,7 +54,7 @@ def _triton(case: Case, capability: int) -> list[Launch]:
         return machine_code.assemble(texts[kernel.name], kernel.name, capability, *_tools())
 
     recorder = Recorder(assemble)
-    with mock.patch.object(hosts, "launch", recorder), hosts.launches(capability, change=keep):
+    with mock.patch.object(hosts, "launch", recorder), hosts.launches(capability, case.dtype, change=keep):
         case.call()
     return recorder.launches
 

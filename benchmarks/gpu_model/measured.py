@@ -60,10 +60,6 @@ def beside(call: Call, calls: list[Call], found: list[tuple[str, Device, list[di
     ]
 
 
-def _same_but_direction(one: Call, other: Call) -> bool:
-    return (one.operator, one.backend, one.dtype, one.sizes) == (
-        other.operator,
-        other.backend,
-        other.dtype,
-        other.sizes,
-    )
+def _same_but_direction(*calls: Call) -> bool:
+    one, other = ((call.operator, call.backend, call.dtype, call.sizes) for call in calls)
+    return one == other

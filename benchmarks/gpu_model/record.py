@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 import numpy as np
-from tests.ptx.launch import launch
-from tests.ptx.memory import Memory
-from tests.ptx.observe import Observer
-from tests.ptx.parse import Instruction, Kernel
 
 from benchmarks.gpu_model import issue, machine_code, sampling
 from benchmarks.gpu_model.counts import Counting, Counts
 from benchmarks.gpu_model.limits import Launch
+from tests.ptx.launch import launch
+from tests.ptx.memory import Memory
+from tests.ptx.observe import Observer
+from tests.ptx.parse import Instruction, Kernel
 
 _WARP = 32
 _THREADS_AT_ONCE = 2048  # of blocks whose costs are told apart; the interpreter takes as many in one batch

@@ -23,10 +23,10 @@ def text(call: Call, devices: list[Device], measured: list[Measured]) -> str:
             found = [(device, limits(launch, device)) for device in devices if device.capability == capability]
             parts += _limits(found)
     for device in devices:
-        prediction = call.on(device)
+        found = call.on(device)
         parts.append(
-            f"  {device.name}: predicted {_microseconds(prediction.seconds)} us, {prediction.share:.0%} of copy bandwidth,"
-            f" bound by {prediction.binding}"
+            f"  {device.name}: predicted {_microseconds(found.seconds)} us, {found.share:.0%} of copy bandwidth,"
+            f" bound by {found.binding}"
         )
     parts += [f"  {line}" for line in map(_measured, measured)]
     return "\n".join(parts)
@@ -36,7 +36,7 @@ def _launch(launch: Launch, call: Call) -> list[str]:
     moved = f"{_megabytes(launch.read)} MB read, {_megabytes(launch.written)} MB written"
     if launch.blocks == 0:
         return [f"    {launch.kernel}: {moved}"]
-    a_unit = f"a {call.unit}" if not call.unit[0].isdigit() else call.unit
+    a_unit = _a(call.unit)
     kinds = [f"{kind} {launch.instructions[kind] / call.units:.0f}" for kind in KINDS if launch.instructions.get(kind)]
     return [
         f"    {launch.kernel}",
@@ -74,48 +74,48 @@ def _measured(found: Measured) -> str:
     )
 
 
-def updated(document: str, folder: Path | None = None) -> str:
+def updated(document: str) -> str:
     """The text of a document with its marked tables made from the counts that they name."""
 
     def table_of(block: re.Match) -> str:
         begin, path, _, end = block.groups()
-        return f"{begin}\n{table(facts.load(Path(path))[0], *([] if folder is None else [folder]))}\n\n{end}"
+        return f"{begin}\n{table(facts.load(Path(path))[0], records())}\n\n{end}"
 
     return _TABLE.sub(table_of, document)
 
 
-def table(calls: list[Call], *folder: Path) -> str:
+def table(calls: list[Call], found: list[tuple[str, Device, list[dict]]]) -> str:
     """A line for each call: what limits it on an H100, and the share of copy bandwidth that is predicted."""
-    found = records(*folder)
     names = [device.name for device in DEVICES.values()]
-    head = [
-        "call",
-        "warp instructions",
-        "bytes a sector",
-        "bound by",
-        "predicted, H100",
-        *(f"share, {n}" for n in names),
-    ]
-    lines = [f"| {' | '.join([*head, 'measured'])} |", "|:--|--:|--:|:--|" + "--:|" * (len(names) + 2)]
+    head = ("call", "warp instructions", "bytes a sector", "bound by", "predicted, H100")
+    head += tuple(f"share, {name}" for name in names) + ("measured",)
+    lines = [f"| {' | '.join(head)} |", "|:--|--:|--:|:--|" + "--:|" * (len(names) + 2)]
     for call in calls:
         launches = call.launches[DEVICES["h100"].capability]
-        sectors, useful = (sum(getattr(each, name) for each in launches) for name in ("sectors", "useful"))
+        issued, sectors, useful = (sum(getattr(each, name) for each in launches) for name in _SUMMED)
         on = call.on(DEVICES["h100"])
-        cells = [
+        cells = (
             str(call),
-            f"{sum(each.issued for each in launches) / call.units:.0f} a {call.unit}".replace("a 16", "for 16"),
+            f"{issued / call.units:.0f} {_a(call.unit)}",
             f"{useful / max(sectors, 1):.0f}",
             on.binding,
             f"{_microseconds(on.seconds)} us",
             *(f"{call.on(device).share:.0%}" for device in DEVICES.values()),
-            "; ".join(
-                f"{_microseconds(m.seconds)} us on {m.device.name}, {m.calls}, {m.error:+.0%}"
-                for m in beside(call, calls, found)
-            )
-            or "-",
-        ]
+            "; ".join(map(_measured_cell, beside(call, calls, found))) or "-",
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+_SUMMED = ("issued", "sectors", "useful")
+
+
+def _measured_cell(found: Measured) -> str:
+    return f"{_microseconds(found.seconds)} us on {found.device.name}, {found.calls}: {found.error:+.0%}"
+
+
+def _a(unit: str) -> str:
+    return f"a {unit}" if unit[0].isalpha() else unit
 
 
 def _microseconds(seconds: float) -> str:
