@@ -1,0 +1,99 @@
+"""Control flow and synchronisation: PTX ISA, "Control Flow", "Parallel Synchronization and Communication"."""
+
+import numpy as np
+
+from ..errors import Fault
+from ..parse import Symbol
+from ..registry import instruction
+
+
+@instruction("bra", "", "uni", kind="branch")
+def _bra(found, machine):
+    target = found.operands[0]
+    if not isinstance(target, Symbol) or target.name not in machine.kernel.labels:
+        raise Fault("the branch leads nowhere")
+    return machine.kernel.labels[target.name]
+
+
+@instruction("ret", "", "uni", kind="exit")
+@instruction("exit", kind="exit")
+def _exit(found, machine):
+    return None
+
+
+@instruction("trap")
+def _trap(found, machine):
+    def run(active):
+        raise Fault("trap", active.threads[0])
+
+    return run
+
+
+class Barrier:
+    """bar and barrier: which barrier, how many threads (None: all of the block), and whether these wait."""
+
+    def __init__(self, found, machine, waits: bool, aligned: bool):
+        operands = found.operands
+        self.read_number = machine.source(operands[0], "u32")
+        self.read_count = machine.source(operands[1], "u32") if len(operands) > 1 else None
+        self.waits, self.aligned = waits, aligned
+        if not waits and self.read_count is None:
+            raise Fault("bar.arrive without a number of threads")
+
+    def numbers(self, active):
+        numbers = np.broadcast_to(self.read_number(active), active.count)
+        if (numbers > 15).any():
+            raise Fault("there are 16 barriers", active.threads[0])
+        return numbers
+
+    def counts(self, active):
+        """Threads that the barrier waits for, or None."""
+        if self.read_count is None:
+            return None
+        counts = np.broadcast_to(self.read_count(active), active.count).astype(np.int64)
+        if (counts % 32).any() or (counts == 0).any():
+            raise Fault("a barrier's number of threads is no multiple of a warp", active.threads[0])
+        return counts
+
+
+@instruction("bar.sync", kind="barrier")
+@instruction("bar.cta.sync", kind="barrier")
+@instruction("barrier.sync.aligned", kind="barrier")
+@instruction("barrier.cta.sync.aligned", kind="barrier")
+def _sync_aligned(found, machine):
+    return Barrier(found, machine, waits=True, aligned=True)
+
+
+@instruction("barrier.sync", kind="barrier")
+@instruction("barrier.cta.sync", kind="barrier")
+def _sync(found, machine):
+    return Barrier(found, machine, waits=True, aligned=False)
+
+
+@instruction("bar.arrive", kind="barrier")
+@instruction("bar.cta.arrive", kind="barrier")
+@instruction("barrier.arrive.aligned", kind="barrier")
+@instruction("barrier.cta.arrive.aligned", kind="barrier")
+def _arrive_aligned(found, machine):
+    return Barrier(found, machine, waits=False, aligned=True)
+
+
+@instruction("barrier.arrive", kind="barrier")
+@instruction("barrier.cta.arrive", kind="barrier")
+def _arrive(found, machine):
+    return Barrier(found, machine, waits=False, aligned=False)
+
+
+def _nothing(found, machine):
+    return lambda active: None
+
+
+for _name, _modifiers in {
+    "membar": "cta gl sys",
+    "fence": "sc acq_rel acquire release cta cluster gpu sys mbarrier_init",
+    "griddepcontrol": "launch_dependents wait",
+    "nanosleep": "u32",
+    "setmaxnreg.inc": "sync aligned u32",
+    "setmaxnreg.dec": "sync aligned u32",
+}.items():
+    instruction(_name, "u32", _modifiers)(_nothing)

@@ -1,0 +1,139 @@
+"""A batch of blocks that run together: registers, memories, and what is under way between them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .active import Active
+from .copies import Copies
+from .errors import Fault
+from .memory import Memory, Window
+from .parse import Instruction, Kernel
+from .poison import Poison
+from .products import Products
+from .registers import Registers
+from .shared import SharedMemory
+
+# Where the windows of other state spaces begin in generic addresses; no pointer of a process is as large.
+SHARED_WINDOW, LOCAL_WINDOW, PARAMETER_WINDOW = 1 << 56, 1 << 57, 1 << 58
+
+
+@dataclass(eq=False)
+class Operation:
+    """An instruction bound to a machine."""
+
+    instruction: Instruction
+    run: Callable[[Active], object]
+    guard: Callable[[Active], np.ndarray] | None = None
+    kind: str = ""  # what the scheduler has to do: "branch", "exit", "barrier", "wait" or nothing
+    collective: bool = False  # all threads of a warp execute it together
+    members: Callable[[Active], np.ndarray] | None = None  # the lanes that a membermask names, a warp
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    taint: object = None
+
+
+class Machine(Registers):
+    """Runs blocks of one kernel; `place` says which."""
+
+    def __init__(self, kernel: Kernel, blocks: int, threads, grid, memory: Memory, shared: int, parameters: np.ndarray):
+        super().__init__(kernel, blocks, threads, grid)
+        self.memory, self.parameters, self.dynamic_shared = memory, parameters, shared
+        self.late, self.approximate, self.observers = True, False, ()
+        self.poison = Poison(self)
+        self.carry = np.zeros(self.size, bool)
+        size = self._lay_out(shared)
+        self.shared = SharedMemory(blocks, size, self.block_of)
+        self.local = Window("local", self._lay_out_local(), self.threads)
+        self.copies, self.products = Copies(self), Products(self)
+        self.vain, self.passed = 0, True
+
+    def _lay_out(self, dynamic: int) -> int:
+        """Variables in shared memory get addresses, those of a size given by the launch the one behind all others."""
+        end = 0
+        for name, size, alignment in sorted(self.kernel.shared, key=lambda each: each.bytes is None):
+            start = -(-end // alignment) * alignment
+            self.symbols[name] = start
+            end = start + size if size is not None else end
+        if any(each.bytes is None for each in self.kernel.shared):
+            end = max(self.symbols[each.name] for each in self.kernel.shared if each.bytes is None) + dynamic
+        for parameter in self.kernel.parameters:
+            self.symbols[parameter.name] = PARAMETER_WINDOW + parameter.offset
+        return end
+
+    def _lay_out_local(self) -> int:
+        end = 0
+        for name, size, alignment in self.kernel.local:
+            start = -(-end // alignment) * alignment
+            self.symbols[name] = start
+            end = start + size
+        return end
+
+    def place(self, blocks: np.ndarray) -> None:
+        """The batch's blocks are these: [blocks, 3] indices in the grid. All state begins anew."""
+        super().place(blocks)
+        self.poison.clear()
+        self.shared.clear()
+        self.local.clear()
+        self.copies, self.products = Copies(self), Products(self)
+        self.vain, self.passed = 0, True
+
+    # Memory ----------------------------------------------------------------------------------------------------------
+
+    def load(self, found: Instruction, space: str, active: Active, addresses: np.ndarray, width: int):
+        """Words [threads, n], and which of their bits are poison, or None."""
+        self.observe(found, space, active, addresses, width)
+        if space == "shared":
+            places = self.shared.places(active, addresses, width)
+            return self.shared.load(places, width, active.threads)
+        if space == "global":
+            self.memory.check(addresses, width, active.threads)
+            return self.memory.load(addresses, width), None
+        if space == "local":
+            return self.local.load(active, addresses, width)
+        return self._load_parameters(active, addresses, width), None
+
+    def store(self, found: Instruction, space: str, active: Active, addresses, words, poison) -> None:
+        width = words.shape[1] * words.dtype.itemsize
+        self.observe(found, space, active, addresses, width)
+        if space == "shared":
+            places = self.shared.places(active, addresses, width)
+            self.shared.store(places, words, active.threads, poison)
+        elif space == "global":
+            if poison is not None and poison.any():
+                first = np.flatnonzero(poison.any(axis=1))[0]
+                raise Fault("stores a value that depends on memory that nothing has written", active.threads[first])
+            self.memory.check(addresses, width, active.threads, writes=True)
+            self.memory.store(addresses, words)
+        elif space == "local":
+            self.local.store(active, addresses, words, poison)
+        else:
+            raise Fault("a store to parameters", active.threads[0])
+
+    def observe(self, found: Instruction, space: str, active: Active, addresses: np.ndarray, width: int) -> None:
+        """Tells observers of an access."""
+        if space in ("global", "shared"):
+            for observer in self.observers:
+                observer.accessed(found, space, addresses, width, active.threads)
+
+    def _load_parameters(self, active, addresses, width):
+        if (addresses < 0).any() or (addresses + width > len(self.parameters)).any() or (addresses % width).any():
+            raise Fault("a load outside of the parameters", active.threads[0])
+        words = self.parameters[addresses[:, None] + np.arange(width)]
+        return words if width == 1 else words.view(f"u{min(width, 8)}")
+
+    # Synchronisation -------------------------------------------------------------------------------------------------
+
+    def synchronised(self, blocks: np.ndarray, arrivals: list[Active]) -> None:
+        """A barrier of these blocks is complete."""
+
+    def warp_synchronised(self, active: Active) -> None:
+        """These warps' threads wait for each other."""
+
+    def deliver(self) -> bool:
+        """Time passes while all threads wait: something asynchronous happens, if anything is under way."""
+        return False
+
+    def finish(self) -> None:
+        """All threads have ended."""

@@ -1,0 +1,198 @@
+"""The registers of a batch of blocks, and how operands are bound to them before anything runs."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .active import WARP, Active
+from .errors import Fault
+from .formats import BITS, UNSIGNED, VALUES, storage
+from .parse import Address, Immediate, Kernel, Register, Special, Symbol, elements
+
+
+class Registers:
+    """A batch of `blocks` blocks of the same kernel; block b's thread t is number b * threads_a_block + t."""
+
+    def __init__(self, kernel: Kernel, blocks: int, threads: tuple[int, int, int], grid: tuple[int, int, int]):
+        self.kernel, self.blocks, self.grid, self.shape = kernel, blocks, grid, threads
+        self.launched = threads[0] * threads[1] * threads[2]
+        self.warps_a_block = -(-self.launched // WARP)
+        self.threads_a_block = self.warps_a_block * WARP
+        self.size = blocks * self.threads_a_block
+        self.threads = np.arange(self.size)
+        self.block_of = self.threads // self.threads_a_block
+        self.everyone = Active(self, None)
+        self.block_index = np.zeros((blocks, 3), np.uint32)
+        self._registers: dict[str, np.ndarray] = {}
+        self._special: dict[str, np.ndarray] = {}
+        self._reads: list[str] = []
+        self._writes: list[str] = []
+        self.symbols: dict[str, int] = {}
+        self.dynamic_shared = 0
+
+    def register(self, name: str) -> np.ndarray:
+        """The values of a register in all threads, as bits."""
+        values = self._registers.get(name)
+        if values is None:
+            kind = self.kernel.register_type(name)
+            if kind is None:
+                raise Fault(f"{name} is declared nowhere")
+            values = self._registers[name] = np.zeros(self.size, storage(kind))
+        return values
+
+    def source(self, operand, kind: str) -> Callable[[Active], np.ndarray]:
+        """A function that gives the operand's values in active threads, as numpy's type for `kind`."""
+        if isinstance(operand, Register):
+            return self._register_source(operand, kind)
+        if isinstance(operand, Special):
+            values, bits, dtype = self.special(operand.name), UNSIGNED[BITS[kind]], VALUES[kind]
+            if values.ndim == 0:
+                scalar = values.astype(bits).view(dtype)[()]
+                return lambda active: scalar
+            return lambda active: active.of(values).astype(bits).view(dtype)
+        value = self.constant(operand, kind)
+        return lambda active: value
+
+    def _register_source(self, operand: Register, kind: str):
+        values = self.register(operand.name)
+        self._reads.append(operand.name)
+        if kind == "pred":
+            if operand.negated:
+                return lambda active: ~active.of(values)
+        elif values.dtype.itemsize * 8 == BITS[kind]:
+            values = values.view(VALUES[kind])
+        elif values.dtype.itemsize * 8 > BITS[kind]:
+            values = values.view(UNSIGNED[BITS[kind]])[:: values.dtype.itemsize * 8 // BITS[kind]].view(VALUES[kind])
+        else:
+            raise Fault(f"{operand.name} is narrower than {kind}")
+
+        def read(active):
+            index = active.index
+            return values if index is None else values[index]
+
+        return read
+
+    def constant(self, operand, kind: str):
+        """An immediate or the address of a symbol as a scalar."""
+        if isinstance(operand, Symbol):
+            if operand.name not in self.symbols:
+                raise Fault(f"{operand.name} is not known")
+            value, bits = self.symbols[operand.name], 0
+        elif isinstance(operand, Immediate):
+            value, bits = operand
+        else:
+            raise Fault(f"{operand} cannot be read as {kind}")
+        if kind == "pred":
+            return np.bool_(value)
+        width = BITS[kind]
+        if bits:
+            number = np.array(value, UNSIGNED[bits]).view(VALUES[f"f{bits}"])
+            if kind.startswith("f"):
+                return number.astype(VALUES[kind])[()]
+            if bits != width:
+                raise Fault(f"a floating-point constant of {bits} bits as {kind}")
+        return np.array(value & ((1 << width) - 1), UNSIGNED[width]).view(VALUES[kind])[()]
+
+    def destination(self, operand, kind: str) -> Callable[[Active, np.ndarray], None]:
+        """A function that writes values of the type to active threads; a wider register is extended as the type says."""
+        if not isinstance(operand, Register):
+            raise Fault(f"{operand} cannot be written")
+        if operand.name == "_":
+            return lambda active, values: None
+        register = self.register(operand.name)
+        self._writes.append(operand.name)
+        if kind != "pred":
+            width = register.dtype.itemsize * 8
+            if width == BITS[kind]:
+                register = register.view(VALUES[kind])
+            elif width < BITS[kind]:
+                raise Fault(f"{operand.name} is narrower than {kind}")
+            elif kind[0] == "s":
+                register = register.view(VALUES[f"s{width}"])
+            elif kind[0] == "f":
+                raise Fault(f"{operand.name} is wider than {kind}")
+
+        def write(active, values):
+            index = active.index
+            if index is None:
+                register[:] = values
+            else:
+                register[index] = values
+
+        return write
+
+    def sources(self, operand, kind: str) -> list:
+        return [self.source(each, kind) for each in elements(operand)]
+
+    def destinations(self, operand, kind: str) -> list:
+        return [self.destination(each, kind) for each in elements(operand)]
+
+    def address(self, operand: Address) -> Callable[[Active], np.ndarray]:
+        """A function that gives addresses as int64, in all active threads."""
+        if not isinstance(operand, Address):
+            raise Fault(f"{operand} is no address")
+        base, offset = operand.base, operand.offset
+        if not isinstance(base, Register):
+            value = int(self.constant(base, "b64")) + offset
+            return lambda active: np.full(active.count, value, np.int64)
+        width = self.register(base.name).dtype.itemsize * 8
+        read = self.source(base, f"b{width}")
+        if width == 64:
+            return lambda active: read(active).view(np.int64) + offset
+        return lambda active: read(active).astype(np.int64) + offset
+
+    def special(self, name: str) -> np.ndarray:
+        """A special register as int64, in all threads, or a scalar where all have the same."""
+        found = self._special.get(name)
+        if found is None:
+            found = self._special[name] = self._make_special(name)
+        return found
+
+    def _make_special(self, name: str) -> np.ndarray:
+        base, _, axis = name.partition(".")
+        within = self.threads % self.threads_a_block
+        if axis in ("x", "y", "z"):
+            number = "xyz".index(axis)
+            if base == "%tid":
+                x, y, _ = self.shape
+                return (within % x, within // x % y, within // (x * y))[number]
+            if base in ("%ctaid", "%clusterid"):
+                return np.repeat(self.block_index[:, number], self.threads_a_block).astype(np.int64)
+            if base in ("%ntid", "%nctaid", "%nclusterid", "%cluster_nctaid", "%cluster_ctaid"):
+                sizes = {"%ntid": self.shape, "%cluster_nctaid": (1, 1, 1), "%cluster_ctaid": (0, 0, 0)}
+                return np.array(sizes.get(base, self.grid)[number])
+        lane = within % WARP
+        masks = {"eq": 1 << lane, "lt": (1 << lane) - 1, "le": (2 << lane) - 1}
+        values = {
+            "%laneid": lane,
+            "%warpid": within // WARP,
+            "%nwarpid": np.array(self.warps_a_block),
+            "%cluster_ctarank": np.array(0),
+            "%cluster_nctarank": np.array(1),
+            "%dynamic_smem_size": np.array(self.dynamic_shared),
+            "%lanemask_eq": masks["eq"],
+            "%lanemask_lt": masks["lt"],
+            "%lanemask_le": masks["le"],
+            "%lanemask_gt": 0xFFFFFFFF - masks["le"],
+            "%lanemask_ge": 0xFFFFFFFF - masks["lt"],
+        }
+        if name not in values:
+            raise Fault(f"{name} is not known")
+        return values[name]
+
+    def taken(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The registers that were asked for since the last call: read, written."""
+        found = tuple(dict.fromkeys(self._reads)), tuple(dict.fromkeys(self._writes))
+        self._reads.clear()
+        self._writes.clear()
+        return found
+
+    def place(self, blocks: np.ndarray) -> None:
+        """The batch's blocks are these: [blocks, 3] indices in the grid. Registers begin as zeros."""
+        self.block_index[:] = blocks
+        for name, values in self._special.items():
+            base, _, axis = name.partition(".")
+            if base in ("%ctaid", "%clusterid"):
+                values[:] = np.repeat(blocks[:, "xyz".index(axis)], self.threads_a_block)
+        for values in self._registers.values():
+            values[...] = 0
