@@ -7,13 +7,17 @@ no record of one stands beside them.
 """
 
 import argparse
+import sys
+import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu_model import facts, show
-from benchmarks.gpu_model.devices import DEVICES
+from benchmarks.gpu_model import counting, facts, show
+from benchmarks.gpu_model.cases import CASES
+from benchmarks.gpu_model.devices import DEVICES, Device
 from benchmarks.gpu_model.facts import Call
 from benchmarks.gpu_model.measured import beside, records
+from tests.ptx.worker import Worker
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,17 +50,14 @@ def _kept(words: list[str]) -> tuple[list[Call], dict[str, str]]:
     return [call for call in calls if _is_meant(str(call), words)], versions
 
 
-def _counted(words: list[str], devices) -> tuple[list[Call], dict[str, str]]:
-    from benchmarks.gpu_model import measure  # before tokenfusion
-    from benchmarks.gpu_model.cases import CASES
-
-    calls = []
-    for case in CASES:
-        if _is_meant(str(case), words):
+def _counted(words: list[str], devices: list[Device]) -> tuple[list[Call], dict[str, str]]:
+    calls, capabilities = [], sorted({device.capability for device in devices})
+    with tempfile.TemporaryDirectory() as cache, Worker(Path(cache)) as worker:
+        for name in (name for name in map(str, CASES) if _is_meant(name, words)):
             start = time.monotonic()
-            calls.append(measure.call(case, sorted({device.capability for device in devices})))
-            print(f"{case}: {time.monotonic() - start:.0f} s", flush=True)
-    return calls, measure.versions()
+            calls.append(counting.count(worker, name, capabilities))
+            print(f"{name}: counted in {time.monotonic() - start:.0f} s", file=sys.stderr)
+        return calls, counting.versions(worker)
 
 
 def _is_meant(name: str, words: list[str]) -> bool:

@@ -35,9 +35,10 @@ class Case:
     def __str__(self) -> str:
         return facts.name(self)
 
-    def call(self) -> None:
+    @property
+    def function(self) -> Callable:
         part = "_backward" if self.direction == BACKWARD else ""
-        getattr(torch.ops.tokenfusion, f"{self.operator}{part}_{self.backend}")(*self.arguments())
+        return getattr(torch.ops.tokenfusion, f"{self.operator}{part}_{self.backend}")
 
 
 def _numbers(*shape: int, dtype: str, scale: float = 1.0, channels_last: bool = False) -> torch.Tensor:

@@ -102,7 +102,7 @@ def _blocks(text: str) -> tuple[Block, ...]:
     """Without those that are entered only where the lanes of a warp diverge, or by a call.
 
     The former are other forms of collectives, the latter the slow ways of divisions and roots: of denormal numbers and
-    of integers of more than 32 bits.
+    of integers of more than 32 bits. (A call of a label within the kernel is a branch.)
     """
     blocks, targets, labels, line = [[]], {}, {}, 0
     for row in text.splitlines():
@@ -120,7 +120,7 @@ def _blocks(text: str) -> tuple[Block, ...]:
     met, ahead = set(), [0]
     while ahead:
         number = ahead.pop()
-        if number in met or number >= len(blocks) or any(each.opcode.startswith("CALL") for each in blocks[number]):
+        if number in met or number >= len(blocks) or any(target.startswith("$") for target in targets.get(number, ())):
             continue
         met.add(number)
         last = blocks[number][-1] if blocks[number] else None
