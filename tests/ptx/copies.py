@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from .shared import WRITING
-
 
 class _Copy:
     __slots__ = ("threads", "group", "places", "addresses", "width", "size")
@@ -26,7 +24,7 @@ class Copies:
     def issue(self, active, places, addresses, width, size) -> None:
         """`size` bytes of `width` come from global memory, the rest are zeros. Bounds were checked."""
         copy = _Copy(active.threads, active.of(self.committed).copy(), places, addresses, width, size)
-        self.machine.shared.begin(places, width, active.threads, WRITING)
+        self.machine.shared.copy_begins(places, width, active.threads)
         if self.machine.late:
             self.flying.append(copy)
         else:
@@ -69,4 +67,4 @@ class Copies:
                 some = copy.size == size
                 rows = np.flatnonzero(some)[:, None]
                 words[rows, np.arange(size)] = machine.memory.load_bytes(copy.addresses[some], int(size))
-        machine.shared.end(copy.places, words)
+        machine.shared.copy_ends(copy.places, words, copy.threads)

@@ -41,7 +41,7 @@ def narrow_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def to_odd_float32(values: np.ndarray) -> np.ndarray:
-    """float64 to float32, inexact values to the neighbour with an odd last bit: rounding that again is rounding once."""
+    """float64 to float32, inexact values to the odd one of their neighbours: rounding that again is rounding once."""
     near = values.astype(np.float32)
     back = near.astype(np.float64)
     even = (near.view(np.uint32) & np.uint32(1)) == 0
@@ -99,7 +99,7 @@ def _step_back(values, near, mode):
 
 
 def _directed(values, odd, mode):
-    """float32 whose upper half is the bfloat16 asked for: rounding is cutting, after a step away from zero if needed."""
+    """float32 whose upper half is the bfloat16 asked for: cut off, after a step away from zero if needed."""
     bits = np.ascontiguousarray(odd).view(np.uint32)
     inexact = (bits & np.uint32(0xFFFF)) != 0
     away = inexact & (((mode == "rp") & (values > 0)) | ((mode == "rm") & (values < 0)))

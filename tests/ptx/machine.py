@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .active import Active
+from .bulk import Bulk
 from .copies import Copies
 from .errors import Fault
+from .mbarriers import Mbarriers
 from .memory import Memory, Window
 from .parse import Instruction, Kernel
 from .poison import Poison
@@ -44,9 +46,14 @@ class Machine(Registers):
         self.poison = Poison(self)
         self.carry = np.zeros(self.size, bool)
         size = self._lay_out(shared)
-        self.shared = SharedMemory(blocks, size, self.block_of)
+        self.shared = SharedMemory(self, size)
         self.local = Window("local", self._lay_out_local(), self.threads)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is under way."""
         self.copies, self.products = Copies(self), Products(self)
+        self.bulk, self.mbarriers = Bulk(self), Mbarriers(self)
         self.vain, self.passed = 0, True
 
     def _lay_out(self, dynamic: int) -> int:
@@ -76,17 +83,16 @@ class Machine(Registers):
         self.poison.clear()
         self.shared.clear()
         self.local.clear()
-        self.copies, self.products = Copies(self), Products(self)
-        self.vain, self.passed = 0, True
+        self._begin()
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
-    def load(self, found: Instruction, space: str, active: Active, addresses: np.ndarray, width: int):
+    def load(self, found: Instruction, space: str, active: Active, addresses, width: int, together: bool = False):
         """Words [threads, n], and which of their bits are poison, or None."""
         self.observe(found, space, active, addresses, width)
         if space == "shared":
             places = self.shared.places(active, addresses, width)
-            return self.shared.load(places, width, active.threads)
+            return self.shared.load(places, width, active.threads, together)
         if space == "global":
             self.memory.check(addresses, width, active.threads)
             return self.memory.load(addresses, width), None
@@ -125,15 +131,18 @@ class Machine(Registers):
 
     # Synchronisation -------------------------------------------------------------------------------------------------
 
-    def synchronised(self, blocks: np.ndarray, arrivals: list[Active]) -> None:
+    def synchronised(self, blocks: np.ndarray, arrivals: list[tuple[Active, bool]]) -> None:
         """A barrier of these blocks is complete."""
+        self.shared.races.barrier(blocks, arrivals)
 
     def warp_synchronised(self, active: Active) -> None:
         """These warps' threads wait for each other."""
+        self.shared.races.warp_barrier(active.warps)
 
     def deliver(self) -> bool:
         """Time passes while all threads wait: something asynchronous happens, if anything is under way."""
-        return False
+        return self.bulk.deliver()
 
     def finish(self) -> None:
         """All threads have ended."""
+        self.bulk.finish()

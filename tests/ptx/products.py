@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .active import Active
+from .active import WARP, Active
 from .errors import Fault
 
 WARPGROUP = 128
@@ -12,13 +12,8 @@ class Product:
     """One wgmma.mma_async in some warpgroups: `finish` works it out."""
 
     def __init__(self, groups: np.ndarray, committed: np.ndarray, finish, registers, places):
-        self.groups, self.committed, self.finish, self.registers, self.places = (
-            groups,
-            committed,
-            finish,
-            registers,
-            places,
-        )
+        self.groups, self.committed, self.finish = groups, committed, finish
+        self.registers, self.places, self.token = registers, places, 0
 
 
 class Products:
@@ -42,11 +37,18 @@ class Products:
         if not self.machine.late:
             finish(np.arange(len(groups)))
             return
-        self.machine.shared.read_begins(places)
+        product.token = self.machine.shared.read_begins(places)
         self.flying.append(product)
         busy = self.machine.poison.busy
         for name in registers:
             busy.setdefault(name, np.zeros(self.machine.size, bool))[active.threads] = True
+
+    def _have_read(self, product: Product, done: np.ndarray) -> None:
+        warps = np.arange(0, WARPGROUP, WARP)
+        for places in product.places:
+            for warp in warps:  # all four have, as far as a later writer is concerned
+                threads = np.repeat(product.groups[done] * WARPGROUP + warp, places[0].size)
+                self.machine.shared.races.read_async(places[done].reshape(-1), 16, threads)
 
     def commit(self, active: Active) -> None:
         self.committed[self.groups(active)] += 1
@@ -55,19 +57,23 @@ class Products:
         limit = np.full(len(self.committed), -1)
         groups = self.groups(active)
         limit[groups] = self.committed[groups] - pending
-        left = []
+        shared, busy = self.machine.shared, self.machine.poison.busy
+        left, ended = [], []
         for product in self.flying:
             done = (product.committed < limit[product.groups]) & (product.committed >= 0)
             if done.any():
                 product.finish(np.flatnonzero(done))
+                self._have_read(product, done)
                 product.committed[done] = -1
-            if (product.committed >= 0).any():
+                ended.append(product.token)
+                flying = product.committed >= 0
+                product.token = shared.read_begins([each[flying] for each in product.places]) if flying.any() else 0
+            if product.token:
                 left.append(product)
-        if len(left) == len(self.flying) and not any((each.committed < 0).any() for each in left):
+        if not ended:
             return
+        shared.read_ends(ended)
         self.flying = left
-        shared, busy = self.machine.shared, self.machine.poison.busy
-        shared.reads_are([places[each.committed >= 0] for each in left for places in each.places])
         busy.clear()
         for each in left:
             threads = (each.groups[each.committed >= 0][:, None] * WARPGROUP + np.arange(WARPGROUP)).reshape(-1)

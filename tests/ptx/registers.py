@@ -94,7 +94,7 @@ class Registers:
         return np.array(value & ((1 << width) - 1), UNSIGNED[width]).view(VALUES[kind])[()]
 
     def destination(self, operand, kind: str) -> Callable[[Active, np.ndarray], None]:
-        """A function that writes values of the type to active threads; a wider register is extended as the type says."""
+        """A function that writes values of the type to active threads; the type says how a wider register is filled."""
         if not isinstance(operand, Register):
             raise Fault(f"{operand} cannot be written")
         if operand.name == "_":

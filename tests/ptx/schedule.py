@@ -87,7 +87,8 @@ class Scheduler:
                 what = self._describe(self.operations[place - 1], active)
                 arrived = waiting.arrived[active.threads[0] // self.machine.threads_a_block]
                 lines.append(f"{what}, barrier {number}, where {arrived} threads arrived")
-        return "; ".join(lines)
+        lines.append(self.machine.mbarriers.describe())
+        return "; ".join(filter(None, lines))
 
     def _describe(self, operation, active) -> str:
         blocks, warps = np.divmod(active.warps, self.machine.warps_a_block)
@@ -257,7 +258,7 @@ class Scheduler:
             chosen = numbers == number
             part = doing if chosen.all() else doing.only(chosen)
             waiting = self.barriers.setdefault(int(number), _Waiting(self.machine.blocks))
-            waiting.add(self.machine, part, None if counts is None else counts[chosen])
+            waiting.add(self.machine, part, None if counts is None else counts[chosen], barrier.waits)
             if barrier.waits:
                 waiting.members.append((following, part))
             else:
@@ -296,12 +297,12 @@ class _Waiting:
     def __init__(self, blocks: int):
         self.arrived, self.wanted = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
         self.members: list[tuple[int, Active]] = []
-        self.arrivals: list[Active] = []
+        self.arrivals: list[tuple[Active, bool]] = []
 
-    def add(self, machine: Machine, active: Active, counts: np.ndarray | None) -> None:
+    def add(self, machine: Machine, active: Active, counts: np.ndarray | None, waits: bool) -> None:
         blocks = machine.block_of[active.threads]
         self.arrived += np.bincount(blocks, minlength=machine.blocks)
-        self.arrivals.append(active)
+        self.arrivals.append((active, waits))
         given = 0 if counts is None else counts
         before = self.wanted[blocks]
         if ((before != given) & (before != 0)).any():
@@ -311,5 +312,5 @@ class _Waiting:
     def reset(self, machine: Machine, ready: np.ndarray) -> None:
         self.arrived[ready] = 0
         self.wanted[ready] = 0
-        left = [(each, ~ready[machine.block_of[each.threads]]) for each in self.arrivals]
-        self.arrivals = [each if mask.all() else each.only(mask) for each, mask in left if mask.any()]
+        left = [(each, waits, ~ready[machine.block_of[each.threads]]) for each, waits in self.arrivals]
+        self.arrivals = [(each.only(mask), waits) for each, waits, mask in left if mask.any()]

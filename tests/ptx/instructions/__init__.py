@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401
     approximate,
+    bulk,
     control,
     conversions,
     copies,
@@ -10,6 +11,7 @@ from . import (  # noqa: F401
     loads,
     logic,
     matrices,
+    mbarriers,
     moves,
     warps,
     wgmma,

@@ -1,9 +1,11 @@
 """Control flow and synchronisation: PTX ISA, "Control Flow", "Parallel Synchronization and Communication"."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from ..errors import Fault
-from ..parse import Symbol
+from ..parse import Immediate, Symbol
 from ..registry import instruction
 
 
@@ -42,7 +44,7 @@ class Barrier:
 
     def numbers(self, active):
         numbers = np.broadcast_to(self.read_number(active), active.count)
-        if (numbers > 15).any():
+        if (numbers > 16).any():
             raise Fault("there are 16 barriers", active.threads[0])
         return numbers
 
@@ -84,13 +86,41 @@ def _arrive(found, machine):
     return Barrier(found, machine, waits=False, aligned=False)
 
 
+@instruction("fence.proxy.async", "", "shared::cta shared::cluster global")
+def _fence_proxy(found, machine):
+    return machine.shared.fence
+
+
+@instruction("barrier.cluster.wait", "", "acquire aligned", kind="barrier")
+def _cluster_wait(found, machine):
+    """Of the block's threads, a cluster being one block; barrier.cluster.arrive does nothing."""
+    return Barrier(replace(found, operands=(Immediate(16),)), machine, waits=True, aligned=False)
+
+
+@instruction("mapa", "u32 u64", "shared::cluster")
+def _mapa(found, machine):
+    """The same address, as block 0 is the only one of the cluster."""
+    kind = found.types[0]
+    read, write = machine.source(found.operands[1], kind), machine.destination(found.operands[0], kind)
+    rank = machine.source(found.operands[2], "u32")
+
+    def run(active):
+        if np.any(rank(active) != 0):
+            raise Fault("a cluster is one block here", active.threads[0])
+        write(active, read(active))
+
+    return run
+
+
 def _nothing(found, machine):
     return lambda active: None
 
 
 for _name, _modifiers in {
     "membar": "cta gl sys",
-    "fence": "sc acq_rel acquire release cta cluster gpu sys mbarrier_init",
+    "fence": "sc acq_rel acquire release cta cluster gpu sys",
+    "fence.mbarrier_init.release.cluster": "",
+    "barrier.cluster.arrive": "release relaxed aligned",
     "griddepcontrol": "launch_dependents wait",
     "nanosleep": "u32",
     "setmaxnreg.inc": "sync aligned u32",

@@ -63,7 +63,7 @@ def _widened(machine, operand, kind):
 
 
 def _to_integer(found, machine, target, source):
-    """Out of range gives the nearest integer of the range; NaN gives 0, or 2^63 (all ones but .u64's highest) in 64 bits."""
+    """Out of range gives the nearest integer of the range; NaN gives 0, which PTX promises for 32 bits and fewer."""
     read, write = _widened(machine, found.operands[1], source), machine.destination(found.operands[0], target)
     whole = next(function for name, function in _TO_INTEGER.items() if found.has(name))
     information, zeros = np.iinfo(VALUES[target]), found.has("ftz")

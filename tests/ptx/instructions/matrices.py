@@ -8,9 +8,9 @@ import re
 
 import numpy as np
 
+from ..active import WARP
 from ..errors import Fault
 from ..formats import BITS, widen_bf16
-from ..active import WARP
 from ..parse import elements
 from ..registry import instruction
 
@@ -127,7 +127,7 @@ def _ldmatrix(found, machine):
         using = active.threads.reshape(-1, WARP)[:, : 8 * count].reshape(-1)
         addresses = read(active).reshape(-1, WARP)[:, : 8 * count].reshape(-1)
         chosen = type(active)(machine, using)
-        words, poison = machine.load(found, "shared", chosen, addresses, 16)
+        words, poison = machine.load(found, "shared", chosen, addresses, 16, together=True)
         for number, each in enumerate(write):
             each(active, arrange(words)[:, number].reshape(-1))
         if poison is not None:

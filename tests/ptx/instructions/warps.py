@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ..errors import Fault
 from ..active import WARP
+from ..errors import Fault
 from ..parse import Pair
 from ..registry import instruction
 

@@ -70,7 +70,10 @@ class _SharedOperand:
         shared = self.machine.shared
         if int(chunks.max()) + _CHUNK > shared.size:
             raise Fault(f"wgmma reads at {int(chunks.max()):#x}, beyond {shared.size} bytes", active.threads[0])
-        return chunks + shared.base[active.threads[::WARPGROUP]][:, None, None]
+        leaders = active.threads[::WARPGROUP]
+        places = chunks + shared.base[leaders][:, None, None]
+        shared.check_async(places.reshape(-1), _CHUNK, np.repeat(leaders, places[0].size))
+        return places
 
     def values(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """[warpgroups, count, k] floats, and [warpgroups, count] of those that are poison."""
