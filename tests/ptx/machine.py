@@ -29,7 +29,7 @@ class Operation:
     run: Callable[[Active], object]
     guard: Callable[[Active], np.ndarray] | None = None
     kind: str = ""  # what the scheduler has to do: "branch", "exit", "barrier", "wait" or nothing
-    collective: bool = False  # all threads of a warp execute it together
+    collective: int = 0  # all threads of so many warps execute it together
     members: Callable[[Active], np.ndarray] | None = None  # the lanes that a membermask names, a warp
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()

@@ -143,6 +143,8 @@ class Scheduler:
                 doing = self._guarded(operation, active)
             if operation.collective and doing is not None and not self._complete(operation, doing, active):
                 group.place, group.parked = place, True
+                if operation.collective > 1:
+                    self._gather(group)
                 return
             for observer in observers:
                 observer.issued(operation.instruction, active.warps)
@@ -197,10 +199,10 @@ class Scheduler:
     def _complete(self, operation, doing: Active, active: Active) -> bool:
         """Whether all threads that the instruction wants of each warp are here; where some never can be, a fault."""
         if operation.members is None:
-            complete = doing.full
+            complete = doing.full and _whole(doing.warps, operation.collective)
         else:
             complete = self._members_here(operation, doing)
-        if not complete and doing is not active and active.full:
+        if not doing.full and doing is not active and active.full:
             raise Fault("divergent: only some threads of a warp execute this instruction", doing.threads[0])
         return complete
 
@@ -218,6 +220,15 @@ class Scheduler:
         lanes = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
         alive = (self.live.reshape(-1, WARP)[doing.warps] * lanes).sum(axis=1, dtype=np.uint32)
         return bool(((named & alive) == here).all())
+
+    def _gather(self, group: Group) -> None:
+        """Warps of other sets that wait at the same instruction of several warps go on with these."""
+        others = [each for each in self.groups if each.parked and each.place == group.place and each is not group]
+        for other in others:
+            self.groups.remove(other)
+            threads = np.sort(np.concatenate((other.active.threads, group.active.threads)))
+            group.active = Active(self.machine, threads)
+        group.parked = not others
 
     def _split(self, group: Group, place: int, taken: Active, target: int) -> None:
         self.groups.remove(group)
@@ -289,6 +300,11 @@ class Scheduler:
         for place, active in released:
             if active.count:
                 self._release(place, active)
+
+
+def _whole(warps: np.ndarray, together: int) -> bool:
+    """Whether of each `together` warps, which begin at a multiple of that, all are here or none."""
+    return together <= 1 or len(np.unique(warps // together)) * together == len(warps)
 
 
 class _Waiting:

@@ -94,7 +94,7 @@ _KINDS = {"f16": 16, "bf16": 16, "tf32": 8}
 _SIZES = " ".join(f"m64n{n}k{k}" for n in range(8, 257, 8) for k in (8, 16))
 
 
-@instruction("wgmma.mma_async.sync.aligned", "f16 bf16 tf32 f32", _SIZES, collective=True)
+@instruction("wgmma.mma_async.sync.aligned", "f16 bf16 tf32 f32", _SIZES, collective=WARPGROUP // WARP)
 def _mma_async(found, machine):
     result, kind, other = found.types
     columns, depth = (int(each) for each in re.fullmatch(r"m64n(\d+)k(\d+)", found.modifiers[3]).groups())
