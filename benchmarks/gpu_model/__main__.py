@@ -10,10 +10,11 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.gpu_model import counting, facts, show
-from benchmarks.gpu_model.cases import CASES
+from benchmarks.gpu_model import budgets, counting, facts, show
+from benchmarks.gpu_model.cases import CASES, SMALL_CASES
 from benchmarks.gpu_model.devices import DEVICES, Device
 from benchmarks.gpu_model.facts import Call
 from benchmarks.gpu_model.measured import beside, records
@@ -31,37 +32,49 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kept", action="store_true", help=f"predict from {facts.KEPT.name}, and run nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write counts and predictions")
     parser.add_argument("--list", action="store_true", help="print the names of the calls")
+    parser.add_argument("--budgets", type=Path, metavar="FILE", help="write what tests hold the kernels to")
     parser.add_argument("--update", type=Path, metavar="FILE", help="make the marked tables of this file anew")
     args = parser.parse_args(arguments)
     if args.update:
         args.update.write_text(show.updated(args.update.read_text(encoding="utf-8")), encoding="utf-8")
         return
     devices = [DEVICES[name] for name in args.device or DEVICES]
-    calls, versions = _kept(args.kernel) if args.kept or args.list else _counted(args.kernel, devices)
+    if args.list:
+        print("\n".join(_meant(CASES, args.kernel)))
+    elif args.budgets:
+        budgets.save(args.budgets, *_all_counted(_meant(SMALL_CASES, args.kernel), [budgets.CAPABILITY]))
+    else:
+        _predict(args, devices)
+
+
+def _predict(args: argparse.Namespace, devices: list[Device]) -> None:
+    if args.kept:
+        kept, versions = facts.load()
+        calls = [call for call in kept if str(call) in _meant(kept, args.kernel)]
+    else:
+        capabilities = sorted({device.capability for device in devices})
+        calls, versions = _all_counted(_meant(CASES, args.kernel), capabilities)
     found = records()
     for call in calls:
-        print(call if args.list else show.text(call, devices, beside(call, calls, found)), flush=True)
+        print(show.text(call, devices, beside(call, calls, found)), flush=True)
     if args.json:
         facts.save(args.json, calls, versions)
 
 
-def _kept(words: list[str]) -> tuple[list[Call], dict[str, str]]:
-    calls, versions = facts.load()
-    return [call for call in calls if _is_meant(str(call), words)], versions
-
-
-def _counted(words: list[str], devices: list[Device]) -> tuple[list[Call], dict[str, str]]:
-    calls, capabilities = [], sorted({device.capability for device in devices})
+def _all_counted(names: list[str], capabilities: list[int]) -> tuple[list[Call], dict[str, str]]:
+    calls = []
     with tempfile.TemporaryDirectory() as cache, Worker(Path(cache)) as worker:
-        for name in (name for name in map(str, CASES) if _is_meant(name, words)):
+        for name in names:
             start = time.monotonic()
             calls.append(counting.count(worker, name, capabilities))
             print(f"{name}: counted in {time.monotonic() - start:.0f} s", file=sys.stderr)
         return calls, counting.versions(worker)
 
 
-def _is_meant(name: str, words: list[str]) -> bool:
-    return not words or any(all(word in name for word in each.split()) for each in words)
+def _meant(calls: Iterable, words: list[str]) -> list[str]:
+    """The names that have all words of one of these; all where none is given."""
+    names = map(str, calls)
+    return [name for name in names if not words or any(all(w in name for w in each.split()) for each in words)]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ _ITEMSIZE = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8}
 def pytorch_operations() -> Iterator[list[Launch]]:
     """Those of the with-block, as launches that have bytes and, products, operations; the list is filled at its end."""
     found: list[Launch] = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profile:
         yield found
     end = 0
     for event in profile.profiler.kineto_results.events():

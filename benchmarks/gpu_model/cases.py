@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -184,35 +185,49 @@ def _upconv(direction: str, format: str, sizes: dict[str, int], dtype: str = "bf
 
 
 _PASSES = (FORWARD, BACKWARD)
+_BACKENDS = ("triton", "cuda")
+_DTYPES = ("bfloat16", "float32")
+_FORMATS = ("nhwc", "nchw")
 _WIDTHS = ((192, 6), (384, 6), (768, 12))
 _STAGES = ({"N": 32, "D": 192, "S": 8}, {"N": 16, "D": 384, "S": 16})  # 1 and 3 of DynaMixer-S
 _MAPS = (
     {"B": 64, "Cin": 768, "Cout": 768, "Cs": 768, "size": 7, "k": 2},
     {"B": 16, "Cin": 256, "Cout": 128, "Cs": 128, "size": 64, "k": 2},
 )
-_PROJECTED = ({"Cp": 768}, {"Cp": 64})
-_DTYPES = ("bfloat16", "float32")
+_UPCONVS = (*(sizes | {"Cp": 0} for sizes in _MAPS), _MAPS[0] | {"Cp": 768}, _MAPS[1] | {"Cp": 64})
+_SMALL_MAP = {"B": 1, "Cin": 128, "Cout": 64, "Cs": 64, "size": 16, "k": 2}
 
 CASES = (
     *(
         _single_query_attention(backend, direction, dtype, *width)
-        for dtype in _DTYPES
-        for direction in _PASSES
-        for width in _WIDTHS
-        for backend in ("triton", "cuda")
+        for dtype, direction, width, backend in product(_DTYPES, _PASSES, _WIDTHS, _BACKENDS)
     ),
     *(
         _dynamic_mixing(backend, direction, "bfloat16", **stage)
-        for direction in _PASSES
-        for stage in _STAGES
-        for backend in ("triton", "cuda")
+        for direction, stage, backend in product(_PASSES, _STAGES, _BACKENDS)
     ),
-    *(_tied_ffn(direction, dtype) for dtype in _DTYPES for direction in _PASSES),
+    *(_tied_ffn(direction, dtype) for dtype, direction in product(_DTYPES, _PASSES)),
+    *(_upconv(direction, format, sizes) for sizes, direction, format in product(_UPCONVS, _PASSES, _FORMATS)),
+)
+
+# What tests hold to its budget: the same kernels and tiles, on less.
+SMALL_CASES = (
     *(
-        _upconv(direction, format, sizes | projected)
-        for projection in ({}, None)
-        for direction in _PASSES
-        for format in ("nhwc", "nchw")
-        for sizes, projected in zip(_MAPS, _PROJECTED if projection is None else ({"Cp": 0},) * 2, strict=True)
+        _single_query_attention(backend, direction, dtype, 192, 6, N=97)
+        for dtype, direction, backend in product(_DTYPES, _PASSES, _BACKENDS)
+    ),
+    *(
+        _dynamic_mixing(backend, direction, "bfloat16", **_STAGES[1], B=4)
+        for direction, backend in product(_PASSES, _BACKENDS)
+    ),
+    *(_tied_ffn(direction, dtype, N=512, C=192, F=384) for dtype, direction in product(_DTYPES, _PASSES)),
+    *(
+        _upconv(direction, format, _SMALL_MAP | {"Cp": Cp})
+        for Cp, direction, format in product((0, 64), _PASSES, _FORMATS)
+        if not (Cp and direction == BACKWARD)  # the same kernels as without
     ),
 )
+
+
+def named(name: str) -> Case:
+    return next(case for case in (*CASES, *SMALL_CASES) if str(case) == name)

@@ -22,9 +22,9 @@ from benchmarks.gpu_model.access import SECTOR
 from benchmarks.gpu_model.devices import SCHEDULERS, Device
 from benchmarks.gpu_model.occupancy import blocks_per_multiprocessor
 
-LATENCY = 5  # clocks
+LATENCY = 4.5  # clocks
 ISSUED = 0.65
-OVERLAP = 3
+OVERLAP = 4
 LAUNCH = 1e-6  # s
 _WARP = 32
 

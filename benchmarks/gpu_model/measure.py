@@ -9,7 +9,7 @@ import triton
 
 from benchmarks.gpu_model import machine_code
 from benchmarks.gpu_model.beside import pytorch_operations
-from benchmarks.gpu_model.cases import CASES, Case
+from benchmarks.gpu_model.cases import Case, named
 from benchmarks.gpu_model.devices import DEVICES
 from benchmarks.gpu_model.facts import Call
 from benchmarks.gpu_model.limits import Launch
@@ -21,7 +21,7 @@ from tests.test_install import plan
 
 def call(name: str, capabilities: list[int]) -> Call:
     """Of the case of this name."""
-    case = next(case for case in CASES if str(case) == name)
+    case = named(name)
     described = {name: getattr(case, name) for name in Call.__dataclass_fields__ if name != "launches"}
     return Call(**described, launches={capability: launches(case, capability) for capability in capabilities})
 

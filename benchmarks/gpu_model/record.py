@@ -1,19 +1,35 @@
 """Launches as the model needs them, from what hosts launch: some of the blocks run in the interpreter of PTX."""
 
+import re
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 
 from benchmarks.gpu_model import issue, machine_code, sampling
 from benchmarks.gpu_model.counts import Counting, Counts
 from benchmarks.gpu_model.limits import Launch
+from tests.ptx import shared as shared_memory
 from tests.ptx.launch import launch
 from tests.ptx.memory import Memory
 from tests.ptx.observe import Observer
 from tests.ptx.parse import Instruction, Kernel
+from tests.ptx.races import Races
 
 _WARP = 32
 _THREADS_AT_ONCE = 2048  # of blocks whose costs are told apart; the interpreter takes as many in one batch
+
+
+class _Unchecked(Races):
+    """Whether accesses race is for tests, which take their time over it."""
+
+    def _nothing(self, *_, **__) -> None:
+        pass
+
+    reads = reads_async = read_async = writes = writes_async = check_writes = barrier = warp_barrier = _nothing
+
+    def written_before(self, block: int, places: np.ndarray, warps: np.ndarray) -> np.ndarray:
+        return np.ones(len(places), bool)
 
 
 class Costs(Observer):
@@ -39,17 +55,10 @@ class Recorder:
         warps = -(-int(np.prod(block)) // _WARP)
 
         def run(blocks: list[int], observer: Observer) -> None:
-            launch(
-                kernel,
-                arguments,
-                grid,
-                block,
-                memory=memory,
-                shared=shared,
-                late=False,
-                blocks=[_place(number, grid) for number in blocks],
-                observers=[observer],
-            )
+            places = [_place(number, grid) for number in blocks]
+            how = dict(memory=memory, shared=shared, late=False, blocks=places, observers=[observer])
+            with mock.patch.object(shared_memory, "Races", _Unchecked):
+                launch(kernel, arguments, grid, block, **how)
 
         def costs(blocks: list[int]) -> list[float]:
             found, at_once = [], max(1, _THREADS_AT_ONCE // (_WARP * warps))
@@ -77,13 +86,19 @@ def _place(number: int, grid: tuple[int, int, int]) -> tuple[int, int, int]:
     return x, y, z
 
 
+def _short(name: str) -> str:
+    """Of a mangled name what the source has."""
+    mangled = re.search(r"\d+([a-z]\w*?_kernel)I", name)
+    return mangled[1] if mangled else name
+
+
 def _described(kernel, code, counts: Counts, blocks: int, warps: int, shared: int, storages) -> Launch:
     moved = {"load": 0.0, "store": 0.0}
     for (place, way), count in counts.storages.items():
         moved[way] += min(count, storages[place][1])
     accesses, stores, on_chip = counts.of("global"), counts.of("global", "store"), counts.of("shared")
     return Launch(
-        kernel=kernel.name,
+        kernel=_short(kernel.name),
         read=moved["load"],
         written=moved["store"],
         blocks=blocks,

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 _SMALL_AXIS = 8  # along which every index is run
-_SAMPLES = 6
+_SAMPLES = 4
 _PROBES = 32
 _SAME = 0.02
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -46,8 +46,7 @@ def _number(grid: Grid, fixed: dict[int, int], many: list[int], index: int) -> i
 
 
 def _two_parts(count: int, costs: Callable[[list[int]], list[float]]) -> list[tuple[list[int], int]]:
-    probes = sorted({0, *spread(count, _SAMPLES), count - 1})
-    found = costs(probes)
+    found = costs(sorted({0, *spread(count, 3), count - 1}))
     first, last = found[0], found[-1]
     if max(found) - min(found) <= _SAME * max(found):
         return [(spread(count, _SAMPLES), count)]
