@@ -10,7 +10,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.gpu_model import budgets, counting, facts, show
@@ -42,33 +42,34 @@ def main(arguments: list[str] | None = None) -> None:
     if args.list:
         print("\n".join(_meant(CASES, args.kernel)))
     elif args.budgets:
-        budgets.save(args.budgets, *_all_counted(_meant(SMALL_CASES, args.kernel), [budgets.CAPABILITY]))
+        budgets.save(args.budgets, _counted(_meant(SMALL_CASES, args.kernel), [budgets.CAPABILITY]))
     else:
         _predict(args, devices)
 
 
 def _predict(args: argparse.Namespace, devices: list[Device]) -> None:
-    if args.kept:
-        kept, versions = facts.load()
-        calls = [call for call in kept if str(call) in _meant(kept, args.kernel)]
-    else:
-        capabilities = sorted({device.capability for device in devices})
-        calls, versions = _all_counted(_meant(CASES, args.kernel), capabilities)
-    found = records()
-    for call in calls:
+    capabilities = sorted({device.capability for device in devices})
+    counted = _kept(args.kernel) if args.kept else _counted(_meant(CASES, args.kernel), capabilities)
+    found, calls = records(), []
+    for call, versions in counted:
+        calls.append(call)
         print(show.text(call, devices, beside(call, calls, found)), flush=True)
-    if args.json:
-        facts.save(args.json, calls, versions)
+        if args.json:
+            facts.save(args.json, calls, versions)
 
 
-def _all_counted(names: list[str], capabilities: list[int]) -> tuple[list[Call], dict[str, str]]:
-    calls = []
+def _kept(words: list[str]) -> Iterator[tuple[Call, dict[str, str]]]:
+    calls, versions = facts.load()
+    return ((call, versions) for call in calls if _meant([call], words))
+
+
+def _counted(names: list[str], capabilities: list[int]) -> Iterator[tuple[Call, dict[str, str]]]:
     with tempfile.TemporaryDirectory() as cache, Worker(Path(cache)) as worker:
+        versions = counting.versions(worker)
         for name in names:
             start = time.monotonic()
-            calls.append(counting.count(worker, name, capabilities))
+            yield counting.count(worker, name, capabilities), versions
             print(f"{name}: counted in {time.monotonic() - start:.0f} s", file=sys.stderr)
-        return calls, counting.versions(worker)
 
 
 def _meant(calls: Iterable, words: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a kernel may cost: what it cost when the budgets were written, and HEADROOM."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.gpu_model.facts import Call
@@ -26,9 +27,11 @@ def costs(call: Call) -> dict[str, dict[str, float]]:
     }
 
 
-def save(path: Path, calls: list[Call], versions: dict[str, str]) -> None:
+def save(path: Path, counted: Iterable[tuple[Call, dict[str, str]]]) -> None:
+    """counted: calls, each with the versions of the compilers."""
+    calls, versions = zip(*counted, strict=True)
     budgets = {str(call): {kernel: _rounded(of) for kernel, of in costs(call).items()} for call in calls}
-    path.write_text(json.dumps({"versions": versions, "budgets": budgets}, indent=1) + "\n")
+    path.write_text(json.dumps({"versions": versions[0], "budgets": budgets}, indent=1) + "\n")
 
 
 def _rounded(costs: dict[str, float]) -> dict[str, float]:

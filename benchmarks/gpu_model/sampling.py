@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 _SMALL_AXIS = 8  # along which every index is run
-_SAMPLES = 4
+_SAMPLES = 2
 _PROBES = 32
 _SAME = 0.02
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -32,7 +32,7 @@ def strata(grid: Grid, costs: Callable[[list[int]], list[float]]) -> list[tuple[
     rest = math.prod(grid[axis] for axis in many)
     chosen = []
     for fixed in itertools.product(*(range(grid[axis]) for axis in few)):
-        samples = spread(rest, _SAMPLES if math.prod(grid[axis] for axis in few) == 1 else 2)
+        samples = spread(rest, _SAMPLES if math.prod(grid[axis] for axis in few) == 1 else 1)
         blocks = [_number(grid, dict(zip(few, fixed, strict=True)), many, index) for index in samples]
         chosen.append((blocks, rest))
     return chosen
@@ -46,7 +46,7 @@ def _number(grid: Grid, fixed: dict[int, int], many: list[int], index: int) -> i
 
 
 def _two_parts(count: int, costs: Callable[[list[int]], list[float]]) -> list[tuple[list[int], int]]:
-    found = costs(sorted({0, *spread(count, 3), count - 1}))
+    found = costs(sorted({0, count - 1}))
     first, last = found[0], found[-1]
     if max(found) - min(found) <= _SAME * max(found):
         return [(spread(count, _SAMPLES), count)]

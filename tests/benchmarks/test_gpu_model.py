@@ -167,7 +167,7 @@ def test_words_choose_calls(words, meant):
 
 def test_a_fatter_kernel_exceeds_its_budget(tmp_path):
     path, call = tmp_path / "budgets.json", make_call()
-    budgets.save(path, [call], {})
+    budgets.save(path, [(call, {})])
     assert budgets.exceeded(call, path) == []
     fatter = replace(PRODUCT, instructions=PRODUCT.instructions | {"fp32": 1.5e6}, registers=67, spilled=8)
     assert budgets.exceeded(make_call(product=fatter), path) == [
