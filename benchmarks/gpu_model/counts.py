@@ -13,6 +13,7 @@ from tests.ptx.parse import Instruction, Vector
 
 _SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)$")
 _WARPGROUP = 4  # warps that issue a wgmma together
+_APART = 1 << 38  # tensors begin at a line here, as on a GPU, whose allocator aligns to 512 bytes
 
 
 @dataclass
@@ -93,23 +94,21 @@ class Counting(Observer):
         opcode = instruction.opcode
         way = "store" if opcode.startswith("st") or (opcode == "cp" and space == "shared") else "load"
         found = Traffic(accesses=len(np.unique(access.warps_of(threads))))
-        found.useful = access.useful(addresses, width, threads)
         if space == "shared":
             found.wavefronts = access.wavefronts(addresses, width, threads)
             found.without_conflicts = access.fewest_wavefronts(addresses, width, threads)
         else:
+            places = np.searchsorted(self._starts, addresses.astype(np.int64), "right") - 1
+            addresses = addresses.astype(np.int64) - self._starts[places] + places * _APART
             found.sectors = access.sectors(addresses, width, threads)
             found.lines = access.lines(addresses, width, threads)
             found.partial = access.partial(addresses, width, threads) if way == "store" else 0
-            self._attribute(way, addresses, width, threads)
+            found.useful = access.useful(addresses, width, threads)
+            for place in np.unique(places):
+                here = places == place
+                sectors = access.sectors(addresses[here], width, threads[here])
+                self.counts.storages[int(place), way] += access.SECTOR * sectors
         self.counts.traffic[space, way].add(found)
-
-    def _attribute(self, way: str, addresses: np.ndarray, width: int, threads: np.ndarray) -> None:
-        places = np.searchsorted(self._starts, addresses.astype(np.int64), "right") - 1
-        for place in np.unique(places):
-            here = places == place
-            moved = access.SECTOR * access.sectors(addresses[here], width, threads[here])
-            self.counts.storages[int(place), way] += moved
 
 
 def name_of(instruction: Instruction) -> str:

@@ -88,7 +88,7 @@ def _place(number: int, grid: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def _short(name: str) -> str:
     """Of a mangled name what the source has."""
-    mangled = re.search(r"\d+([a-z]\w*?_kernel)I", name)
+    mangled = re.search(r"\d([a-z][a-z_]*_kernel)I", name)
     return mangled[1] if mangled else name
 
 

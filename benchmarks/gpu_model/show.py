@@ -12,6 +12,7 @@ from benchmarks.gpu_model.measured import Measured, beside, records
 
 _TABLE = re.compile(r"(<!-- prediction (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _COLUMN = 9
+H100 = DEVICES["h100"]
 
 
 def text(call: Call, devices: list[Device], measured: list[Measured]) -> str:
@@ -87,20 +88,20 @@ def updated(document: str) -> str:
 def table(calls: list[Call], found: list[tuple[str, Device, list[dict]]]) -> str:
     """A line for each call: what limits it on an H100, and the share of copy bandwidth that is predicted."""
     names = [device.name for device in DEVICES.values()]
-    head = ("call", "warp instructions", "bytes a sector", "bound by", "predicted, H100")
-    head += tuple(f"share, {name}" for name in names) + ("measured",)
+    head = ("call", "warp instructions", "useful bytes a sector", "bound by, H100", "predicted us, H100")
+    head += tuple(f"share, {name}" for name in names) + ("measured us",)
     lines = [f"| {' | '.join(head)} |", "|:--|--:|--:|:--|" + "--:|" * (len(names) + 2)]
     for call in calls:
-        launches = call.launches[DEVICES["h100"].capability]
+        launches = call.launches[H100.capability]
         issued, sectors, useful = (sum(getattr(each, name) for each in launches) for name in _SUMMED)
-        on = call.on(DEVICES["h100"])
+        on = call.on(H100)
         cells = (
             str(call),
             f"{issued / call.units:.0f} {_a(call.unit)}",
             f"{useful / max(sectors, 1):.0f}",
             on.binding,
-            f"{_microseconds(on.seconds)} us",
-            *(f"{call.on(device).share:.0%}" for device in DEVICES.values()),
+            _microseconds(on.seconds),
+            *(_share(call, device) for device in DEVICES.values()),
             "; ".join(map(_measured_cell, beside(call, calls, found))) or "-",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -110,8 +111,12 @@ def table(calls: list[Call], found: list[tuple[str, Device, list[dict]]]) -> str
 _SUMMED = ("issued", "sectors", "useful")
 
 
+def _share(call: Call, device: Device) -> str:
+    return f"{call.on(device).share:.0%}" if device.capability in call.launches else "-"
+
+
 def _measured_cell(found: Measured) -> str:
-    return f"{_microseconds(found.seconds)} us on {found.device.name}, {found.calls}: {found.error:+.0%}"
+    return f"{_microseconds(found.seconds)} ({found.device.name}, {found.calls}: {found.error:+.0%})"
 
 
 def _a(unit: str) -> str:

@@ -133,7 +133,7 @@ def test_a_record_of_a_gpu_stands_beside_the_prediction(tmp_path):
     printed = show.text(calls[0], [H100], measured.beside(calls[0], calls, found))
     assert "gpu.json, forward: measured" in printed and printed.endswith("+50%")
     table = show.table(calls, found).splitlines()
-    assert table[2].endswith(" us on H100, forward: +50% |") and table[3].endswith("forward + backward: -20% |")
+    assert table[2].endswith(" (H100, forward: +50%) |") and table[3].endswith("(H100, forward + backward: -20%) |")
 
 
 @pytest.mark.parametrize("name", ["NVIDIA L4", "NVIDIA GH100-alike"])
