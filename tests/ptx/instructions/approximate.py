@@ -22,6 +22,16 @@ def _relative(bound):
     return lambda values, operand: values * (1 + bound * share(operand))
 
 
+def _units(bound):
+    """In units of the result's last place, to which rounding adds half of one."""
+    return lambda values, operand: values + (bound - 0.5) * _unit(values) * share(operand)
+
+
+def _unit(values):
+    single = np.abs(values).astype(np.float32)
+    return np.where(np.isfinite(single), np.spacing(single), 0).astype(np.float64)
+
+
 def _absolute(bound):
     return lambda values, operand: values + bound * share(operand)
 
@@ -45,8 +55,9 @@ def _unary(found, machine, function, error):
 
 @instruction("ex2.approx", "f32", "ftz")
 def _ex2(found, machine):
-    """Relative error 2^-22.5 (2 ulp) over the full range."""
-    return _unary(found, machine, np.exp2, _relative(2.0**-22.5))
+    """Relative error 2^-22.5 over the full range; 1 for zeros."""
+    error = _relative(2.0**-22.5)
+    return _unary(found, machine, np.exp2, lambda values, operand: np.where(operand == 0, values, error(values, operand)))
 
 
 @instruction("lg2.approx", "f32", "ftz")
@@ -63,7 +74,7 @@ def _lg2(found, machine):
 @instruction("rcp.approx", "f32", "ftz")
 def _rcp(found, machine):
     """Error 1 ulp."""
-    return _unary(found, machine, np.reciprocal, _relative(2.0**-24))
+    return _unary(found, machine, np.reciprocal, _units(1))
 
 
 @instruction("rsqrt.approx", "f32", "ftz")
@@ -110,7 +121,7 @@ def _div(found, machine):
             a, b = flush(a), flush(b)
         exact = a.astype(np.float64) / b
         if approximate:
-            exact = exact * (1 + 2.0**-23 * share(np.asarray(exact, np.float32)))
+            exact = _units(2)(exact, np.asarray(exact, np.float32))
         result = np.asarray(exact).astype(np.float32)
         write(active, flush(result) if zeros else result)
 

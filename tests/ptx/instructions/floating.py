@@ -73,12 +73,24 @@ def operation(found, machine, exact, nearest=None, operands=None):
         elif kind == "f64":
             result = exact(*values)
         else:
-            result = round_float(np.asarray(exact(*(each.astype(np.float64) for each in values))), kind, mode)
+            wide = [each.astype(np.float64) for each in values]
+            result = round_float(np.asarray(_down(exact, wide) if mode == "rm" else exact(*wide)), kind, mode)
         if zeros:
             result = flush(result)
         write(active, saturate(result) if limited else result)
 
     return run
+
+
+def _down(exact, values):
+    """A sum that is exactly 0 is -0 when rounded down: it is minus the sum of the opposites."""
+    if exact is fused_multiply_add:
+        return -exact(-values[0], values[1], -values[2])
+    return -exact(*(-each for each in values)) if exact in (sum_to_odd, _difference) else exact(*values)
+
+
+def _difference(a, b):
+    return sum_to_odd(a, -b)
 
 
 @instruction("add", f"f32 f64 {_HALVES}", f"{_ROUNDINGS} ftz sat")
@@ -88,7 +100,7 @@ def _add(found, machine):
 
 @instruction("sub", f"f32 f64 {_HALVES}", f"{_ROUNDINGS} ftz sat")
 def _sub(found, machine):
-    return operation(found, machine, lambda a, b: sum_to_odd(a, -b), np.subtract)
+    return operation(found, machine, _difference, np.subtract)
 
 
 @instruction("mul", f"f32 f64 {_HALVES}", f"{_ROUNDINGS} ftz sat")

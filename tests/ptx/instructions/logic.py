@@ -4,7 +4,7 @@ import operator
 
 import numpy as np
 
-from ..formats import BITS, widen_bf16
+from ..formats import BITS, flush, widen_bf16
 from ..parse import Pair
 from ..registry import instruction
 from .integers import elementwise
@@ -157,6 +157,9 @@ def _setp(found, machine):
             lambda active: widen_bf16(narrow_first(active)),
             lambda active: widen_bf16(narrow_second(active)),
         )
+    if found.has("ftz"):
+        whole_first, whole_second = first, second
+        first, second = lambda active: flush(whole_first(active)), lambda active: flush(whole_second(active))
     combine = next((function for word, function in _COMBINE.items() if found.has(word)), None)
     third = machine.source(found.operands[3], "pred") if combine else None
     target = found.operands[0]
