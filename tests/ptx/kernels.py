@@ -81,7 +81,9 @@ def _move(what: str, name: str, dtype: np.dtype, tensor: int) -> str:
     place += f"mul.wide.u32 %rd60, %r1, {size}; add.u64 %rd60, %rd60, %rd{tensor};\n"
     if dtype != bool:
         kind = f"b{size * 8}"
-        return place + (f"ld.global.{kind} %{name}, [%rd60];\n" if what == "ld" else f"st.global.{kind} [%rd60], %{name};\n")
+        return place + (
+            f"ld.global.{kind} %{name}, [%rd60];\n" if what == "ld" else f"st.global.{kind} [%rd60], %{name};\n"
+        )
     if what == "ld":
         return place + f"ld.global.u8 %h31, [%rd60]; setp.ne.b16 %{name}, %h31, 0;\n"
     return place + f"selp.b16 %h31, 1, 0, %{name}; st.global.u8 [%rd60], %h31;\n"

@@ -2,6 +2,7 @@
 
 import re
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -106,23 +107,44 @@ _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\((.*?)\))?([^{]*)\{", re.DOTALL)
 _VARIABLE = re.compile(r"(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(\[\s*\d*\s*\])?")
 _LABEL = re.compile(r"([$\w]+)\s*:(?!:)\s*")
 _INTEGER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]+|\d+)U?$")
-_TO_THE_END_OF_THE_LINE = (".loc", ".file")
+_TO_THE_END_OF_THE_LINE = re.compile(r"\.(?:loc|file)\s")
 
 
-def parse(text: str) -> dict[str, Kernel]:
-    """The kernels of a module by name."""
-    text = re.sub(r"/\*.*?\*/|//[^\n]*", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL)
-    lines = [match.start() for match in re.finditer(r"^", text, re.MULTILINE)]
-    outside = [_variable(match[1]) for match in re.finditer(r"\.shared\s+([^;]*);", _outside(text))]
-    kernels = {}
-    for match in _ENTRY.finditer(text):
-        kernel = Kernel(match[1], _parameters(match[2] or ""), shared=list(outside))
+class Module(Mapping):
+    """The kernels of a text by name; each is taken apart when it is asked for."""
+
+    def __init__(self, text: str):
+        self._text = text
+        self._lines = [match.start() for match in re.finditer(r"^", text, re.MULTILINE)]
+        declarations = re.finditer(r"\.shared\s+([^;]*);", _outside(text))
+        self._shared = [_variable(match[1]) for match in declarations]
+        self._entries = {match[1]: match for match in _ENTRY.finditer(text)}
+        self._kernels: dict[str, Kernel] = {}
+
+    def __getitem__(self, name: str) -> Kernel:
+        if name not in self._kernels:
+            self._kernels[name] = self._read(self._entries[name])
+        return self._kernels[name]
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _read(self, match: re.Match) -> Kernel:
+        kernel = Kernel(match[1], _parameters(match[2] or ""), shared=list(self._shared))
         size = re.search(r"\.reqntid\s+([\d,\s]+)", match[3])
         if size:
             kernel.reqntid = tuple(int(each) for each in size[1].split(","))
-        _Body(kernel, text, match.end(), lines).read()
-        kernels[kernel.name] = kernel
-    return kernels
+        _Body(kernel, self._text, match.end(), self._lines).read()
+        return kernel
+
+
+def parse(text: str) -> Mapping[str, Kernel]:
+    """The kernels of a module by name."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL)
+    return Module(text)
 
 
 def _outside(text: str) -> str:
@@ -163,8 +185,8 @@ class _Body:
     def __init__(self, kernel: Kernel, text: str, start: int, lines: list[int]):
         self.kernel, self.text, self.position, self.lines = kernel, text, start, lines
         self.scopes: list[dict[str, str]] = [{}]
-        self.count = 0
-        self.pending: list[tuple[dict, dict]] = []
+        self.count = self.begun = 0  # inner braces, instructions
+        self.known: dict[str, object] = {}  # operands outside of inner braces
 
     def read(self) -> None:
         statements = []
@@ -188,9 +210,9 @@ class _Body:
         label = _LABEL.match(self.text, self.position)
         if label:
             self.position = label.end()
-            self.kernel.labels[self._declare(label[1])] = len(self.kernel.instructions) + self._read
+            self.kernel.labels[self._declare(label[1])] = self.begun
             return []
-        stop = "\n" if self.text.startswith(_TO_THE_END_OF_THE_LINE, self.position) else ";"
+        stop = "\n" if _TO_THE_END_OF_THE_LINE.match(self.text, self.position) else ";"
         end = self.text.index(stop, self.position)
         line = bisect_right(self.lines, self.position)
         statement = " ".join(self.text[self.position : end].split())
@@ -198,10 +220,10 @@ class _Body:
         if statement.startswith("."):
             self._directive(statement, line)
             return []
-        self._read += 1
-        return [self._parts(statement, line)] if statement else []
-
-    _read = 0
+        if not statement:
+            return []
+        self.begun += 1
+        return [self._parts(statement, line)]
 
     def _parts(self, statement: str, line: int):
         """Names are looked up where the statement stands; labels may follow, so these keep their name."""
@@ -247,6 +269,14 @@ class _Body:
         return Instruction(name, tuple(modifiers), parsed, guard, text, line)
 
     def _operand(self, text: str, scopes):
+        if len(scopes) > 1:
+            return self._new_operand(text, scopes)
+        found = self.known.get(text)
+        if found is None:
+            found = self.known[text] = self._new_operand(text, scopes)
+        return found
+
+    def _new_operand(self, text: str, scopes):
         text = text.strip()
         if text.startswith("{"):
             return Vector(tuple(self._operand(each, scopes) for each in _split(text[1:-1])))

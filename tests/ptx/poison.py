@@ -86,6 +86,8 @@ class Poison:
             return operation.taint(self, active)
         if operation.taint == "store":
             return []
+        if operation.instruction.types[-1:] in (("f16x2",), ("bf16x2",)):
+            return self._by_halves(operation, active)
         spoiled = np.zeros(active.count, bool)
         for name in operation.reads:
             if name in self.shadows:
@@ -93,6 +95,14 @@ class Poison:
         if operation.collective and spoiled.any():
             spoiled = np.repeat(spoiled.reshape(-1, 32).any(axis=1), 32) if active.full else spoiled | spoiled.any()
         return [(name, np.where(spoiled, ~np.uint64(0), np.uint64(0))) for name in operation.writes]
+
+    def _by_halves(self, operation, active):
+        """Packed arithmetic: a half of the result depends on that half of the operands."""
+        halves = np.zeros((active.count, 2), bool)
+        for name in operation.reads:
+            halves |= self.bits(name, active).astype(np.uint32)[:, None].view(np.uint16) != 0
+        bits = np.where(halves, np.uint16(0xFFFF), np.uint16(0)).view(np.uint32)[:, 0]
+        return [(name, bits) for name in operation.writes]
 
     def _check_busy(self, operation, active) -> None:
         if not self.busy or operation.taint == "wgmma":

@@ -1,5 +1,6 @@
 """Which instructions are known, in which types and with which modifiers."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,10 +40,10 @@ def instruction(name: str, types: str = "", modifiers: str = "", kind: str = "",
     return declare
 
 
-def _find(found: Instruction) -> _Entry:
-    words = (found.opcode, *found.modifiers)
-    reason = f"the instruction {found.opcode} is not known"
-    for entry in _ENTRIES.get(found.opcode, ()):
+@functools.cache
+def _find(words: tuple[str, ...]) -> _Entry:
+    reason = f"the instruction {words[0]} is not known"
+    for entry in _ENTRIES.get(words[0], ()):
         if not _starts(words, entry.name):
             continue
         rest = [word for word in words[1:] if word not in entry.name]
@@ -63,7 +64,7 @@ def check(kernel: Kernel) -> list[tuple[Instruction, str]]:
     unknown = []
     for each in kernel.instructions:
         try:
-            _find(each)
+            _find((each.opcode, *each.modifiers))
         except Fault as fault:
             unknown.append((each, fault.message))
     return unknown
@@ -71,7 +72,7 @@ def check(kernel: Kernel) -> list[tuple[Instruction, str]]:
 
 def bind(found: Instruction, machine: Machine) -> Operation:
     """The instruction ready to run in the machine's registers."""
-    entry = _find(found)
+    entry = _find((found.opcode, *found.modifiers))
     machine.taken()
     bound = entry.bind(found, machine)
     extras = {}

@@ -8,7 +8,11 @@ import pytest
 from .exact import bf16_bits, bf16_values, round_fraction
 from .kernels import evaluate, random_bits, random_floats
 
-INTEGERS = {f"{letter}{bits}": np.dtype(f"{'i' if letter == 's' else 'u'}{bits // 8}").type for letter in "us" for bits in (8, 16, 32, 64)}
+INTEGERS = {
+    f"{letter}{bits}": np.dtype(f"{'i' if letter == 's' else 'u'}{bits // 8}").type
+    for letter in "us"
+    for bits in (8, 16, 32, 64)
+}
 
 
 def dtype_of(name):
@@ -48,10 +52,17 @@ def test_long_integers_to_float32_are_rounded_once(source):
     a = random_bits(1, INTEGERS[source])
     a[0] = (1 << 54) + (1 << 30) + 1  # in float64 the middle between two float32
     expected = [round_fraction(Fraction(int(each)), "f32") for each in a]
-    np.testing.assert_array_equal(evaluate(f"cvt.rn.f32.{source} %d, %a;", np.float32, a), np.array(expected, np.float32))
+    np.testing.assert_array_equal(
+        evaluate(f"cvt.rn.f32.{source} %d, %a;", np.float32, a), np.array(expected, np.float32)
+    )
 
 
-ROUND = {"rni": lambda a: round(a), "rzi": lambda a: int(a), "rmi": lambda a: a.__floor__(), "rpi": lambda a: a.__ceil__()}
+ROUND = {
+    "rni": lambda a: round(a),
+    "rzi": lambda a: int(a),
+    "rmi": lambda a: a.__floor__(),
+    "rpi": lambda a: a.__ceil__(),
+}
 
 
 @pytest.mark.parametrize("mode", ROUND)
@@ -74,7 +85,9 @@ def test_floats_to_integers_stay_in_range(source, target, mode):
 
 
 def rounded(values, target, mode):
-    keep = lambda each: float(each) if not np.isfinite(each) or each == 0 else round_fraction(Fraction(float(each)), target, mode)  # noqa: E731
+    keep = lambda each: (
+        float(each) if not np.isfinite(each) or each == 0 else round_fraction(Fraction(float(each)), target, mode)
+    )  # noqa: E731
     return np.array([keep(each) for each in values])
 
 

@@ -80,7 +80,9 @@ def test_fma_rounds_sums_once_that_lie_near_a_tie():
     a = np.array([one, one, -one], np.float32)
     c = np.array([2.0**40 + 2.0**17, 2.0**-60, -(2.0**-60)], np.float32)
     got = evaluate("fma.rn.f32 %d, %a, %b, %c;", np.float32, a, np.full(3, one), c)
-    expected = [round_fraction(Fraction(float(x)) * Fraction(float(one)) + Fraction(float(z)), "f32") for x, z in zip(a, c)]
+    expected = [
+        round_fraction(Fraction(float(x)) * Fraction(float(one)) + Fraction(float(z)), "f32") for x, z in zip(a, c)
+    ]
     same(got, np.array(expected, np.float32))
     tie = Fraction(float(one)) ** 2
     assert np.float32(round_fraction(tie, "f32")) != got[1], "the case does not tell rounding once from rounding twice"
@@ -103,7 +105,10 @@ def test_halves_are_rounded_once(operation):
     expected = expected_values("f16", operation, wide, "rn", NEAREST[operation]).astype(np.float16)
     same(evaluate(f"{operation}.rn.f16 %d, {names};", np.float16, *operands), expected)
 
-    operands = [np.where(np.arange(600) % 2, random_bits(seed, np.uint16, 600), bf16_bits(each)) for seed, each in enumerate(operands)]
+    operands = [
+        np.where(np.arange(600) % 2, random_bits(seed, np.uint16, 600), bf16_bits(each))
+        for seed, each in enumerate(operands)
+    ]
     wide = [bf16_values(each).astype(np.float64) for each in operands]
     expected = expected_values("bf16", operation, wide, "rn", NEAREST[operation])
     same(bf16_values(evaluate(f"{operation}.rn.bf16 %d, {names};", np.uint16, *operands)), expected.astype(np.float32))
@@ -117,7 +122,9 @@ def test_packed_halves_are_two_halves(kind, operation):
     rounding = "" if operation in ("min", "max") else ".rn"
     halves = [random_bits(seed, np.uint16, 256) for seed in range(count)]
     single = evaluate(f"{operation}{rounding}.{kind[:-2]} %d, {names};", np.uint16, *halves)
-    packed = evaluate(f"{operation}{rounding}.{kind} %d, {names};", np.uint32, *(each.view(np.uint32) for each in halves))
+    packed = evaluate(
+        f"{operation}{rounding}.{kind} %d, {names};", np.uint32, *(each.view(np.uint32) for each in halves)
+    )
     np.testing.assert_array_equal(packed.view(np.uint16), single)
 
 
@@ -130,7 +137,10 @@ def test_saturation_takes_nan_to_zero():
 def test_ftz_flushes_operands_and_results():
     tiny = np.float32(2.0**-126)
     a = np.array([tiny / 2, -tiny / 2, tiny * 1.5, 2 * tiny], np.float32)
-    same(evaluate("add.ftz.f32 %d, %a, 0f80000000;", np.float32, a), np.array([0, -0.0, tiny * 1.5, 2 * tiny], np.float32))
+    same(
+        evaluate("add.ftz.f32 %d, %a, 0f80000000;", np.float32, a),
+        np.array([0, -0.0, tiny * 1.5, 2 * tiny], np.float32),
+    )
     same(evaluate("mul.ftz.f32 %d, %a, 0f3F000000;", np.float32, a), np.array([0, -0.0, 0, tiny], np.float32))
     same(evaluate("mul.f32 %d, %a, 0f3F000000;", np.float32, a), a / 2)
     expected = np.array([0, -0.0, tiny * 1.5, 2 * tiny], np.float32)

@@ -5,7 +5,11 @@ import pytest
 
 from .kernels import evaluate, random_bits
 
-TYPES = {f"{letter}{bits}": np.dtype(f"{'int' if letter == 's' else 'uint'}{bits}") for letter in "us" for bits in (16, 32, 64)}
+TYPES = {
+    f"{letter}{bits}": np.dtype(f"{'int' if letter == 's' else 'uint'}{bits}")
+    for letter in "us"
+    for bits in (16, 32, 64)
+}
 SMALL = {name: dtype for name, dtype in TYPES.items() if dtype.itemsize < 8}
 
 
@@ -126,7 +130,8 @@ def test_bfe_takes_a_field_and_extends_its_sign(name):
         at = lambda place: a >> place & 1  # noqa: E731
         sign = 0 if name[0] == "u" or length == 0 else at(min(position + length - 1, bits - 1))
         return sum(
-            (at(place + position) if place < length and place + position < bits else sign) << place for place in range(bits)
+            (at(place + position) if place < length and place + position < bits else sign) << place
+            for place in range(bits)
         )
 
     check(f"bfe.{name} %d, %a, %b, %c;", dtype, field, a, position, length)

@@ -96,7 +96,14 @@ def test_selp():
     np.testing.assert_array_equal(evaluate("selp.b64 %d, %a, %b, %c;", np.uint64, a, b, p), np.where(p, a, b))
 
 
-ORDERS = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
+ORDERS = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
 
 
 @pytest.mark.parametrize("name", ["u16", "s16", "u32", "s32", "u64", "s64"])

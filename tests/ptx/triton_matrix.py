@@ -122,7 +122,7 @@ _OPTIONS = {
         *((each, "bfloat16", 90) for each in _BAGS_OF_ALL_KINDS + _FEW_NEEDED),
         (_with(_attention(24, 3), extra=False, normalize=False), "bfloat16", 90),
         (_with(_attention(24, 3), first=4), "bfloat16", 90),
-        (_with(_attention(200, 12), first=1), "float16", 80),
+        (_with(_attention(96, 12), first=1), "float16", 80),
         (_attention(40, 40), "bfloat16", 90),
         (_attention(264, 40, 40), "float32", 90),
         *((_attention(c, 12), "bfloat16", 90) for c in (192, 384, 768, 1024)),

@@ -57,7 +57,9 @@ def _unary(found, machine, function, error):
 def _ex2(found, machine):
     """Relative error 2^-22.5 over the full range; 1 for zeros."""
     error = _relative(2.0**-22.5)
-    return _unary(found, machine, np.exp2, lambda values, operand: np.where(operand == 0, values, error(values, operand)))
+    return _unary(
+        found, machine, np.exp2, lambda values, operand: np.where(operand == 0, values, error(values, operand))
+    )
 
 
 @instruction("lg2.approx", "f32", "ftz")

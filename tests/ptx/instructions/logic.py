@@ -4,7 +4,7 @@ import operator
 
 import numpy as np
 
-from ..formats import BITS, flush, widen_bf16
+from ..formats import BITS, VALUES, flush, widen_bf16
 from ..parse import Pair
 from ..registry import instruction
 from .integers import elementwise
@@ -120,7 +120,14 @@ def _prmt(found, machine):
 def _selp(found, machine):
     kind = "b" + found.types[0][1:]
     read = [machine.source(found.operands[3], "pred")] + [machine.source(each, kind) for each in found.operands[1:3]]
-    return elementwise(found, machine, kind, np.where, read)
+    chosen = [getattr(each, "name", None) for each in found.operands[1:3]]
+    condition = found.operands[3].name
+
+    def taint(poison, active):
+        either = np.where(read[0](active), *(poison.bits(name, active).astype(VALUES[kind]) for name in chosen))
+        return [(found.operands[0].name, np.where(poison.bits(condition, active), ~VALUES[kind](0), either))]
+
+    return elementwise(found, machine, kind, np.where, read), dict(taint=taint)
 
 
 _COMPARE = dict(eq=np.equal, ne=np.not_equal, lt=np.less, le=np.less_equal, gt=np.greater, ge=np.greater_equal)

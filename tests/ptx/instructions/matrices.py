@@ -97,7 +97,27 @@ def _mma(found, machine):
         for value, write in zip(values, write_d):
             write(active, value)
 
-    return run, dict(taint=("mma", found.operands, at_a, at_b, at_d))
+    def spoiled(poison, active, operand):
+        """[warps, registers, 32]"""
+        names = [getattr(each, "name", None) for each in elements(operand)]
+        return np.stack([(poison.bits(name, active) != 0).reshape(-1, WARP) for name in names], axis=1)
+
+    def taint(poison, active):
+        """Of the results, those in the rows of A and columns of B in which something is poison."""
+        a, b, c = (spoiled(poison, active, each) for each in found.operands[1:4])
+        rows, columns = np.zeros((len(a), 16), bool), np.zeros((len(a), 8), bool)
+        for half in range(halves):
+            for matrix_, part, at in ((rows, a, at_a[0][:, half]), (columns, b, at_b[1][:, half])):
+                warp, register, lane = np.nonzero(part)
+                matrix_[warp, at[register, lane]] = True
+        results = rows[:, at_d[0]] | columns[:, at_d[1]]
+        if half_result:
+            results = results.reshape(-1, 2, 2, WARP).any(axis=2)
+        results |= c
+        ones = np.where(results, ~np.uint32(0), np.uint32(0))
+        return [(each.name, ones[:, number].reshape(-1)) for number, each in enumerate(elements(found.operands[0]))]
+
+    return run, dict(taint=taint)
 
 
 def _count(found):

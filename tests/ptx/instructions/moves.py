@@ -17,7 +17,9 @@ def _mov(found, machine):
     if isinstance(source, Vector):
         return _pack(machine, target, source, kind)
     read, write = machine.source(source, kind), machine.destination(target, kind)
-    return lambda active: write(active, read(active))
+    moved = getattr(source, "name", None)
+    taint = lambda poison, active: [(target.name, poison.bits(moved, active))]  # noqa: E731
+    return (lambda active: write(active, read(active))), dict(taint=taint)
 
 
 def _pack(machine, target, source, kind):
@@ -32,7 +34,12 @@ def _pack(machine, target, source, kind):
             parts[:, number] = each(active)
         write(active, parts.view(dtype)[:, 0])
 
-    return run
+    def taint(poison, active):
+        names = [getattr(each, "name", None) for each in source.elements]
+        spoiled = np.stack([poison.bits(name, active).astype(VALUES[part]) for name in names], axis=1)
+        return [(target.name, spoiled.view(dtype)[:, 0])]
+
+    return run, dict(taint=taint)
 
 
 def _unpack(machine, target, source, kind):
@@ -45,7 +52,11 @@ def _unpack(machine, target, source, kind):
         for number, each in enumerate(write):
             each(active, parts[:, number])
 
-    return run
+    def taint(poison, active):
+        spoiled = poison.bits(getattr(source, "name", None), active).astype(VALUES[kind])[:, None].view(dtype)
+        return [(each.name, spoiled[:, number]) for number, each in enumerate(target.elements)]
+
+    return run, dict(taint=taint)
 
 
 _WINDOWS = {"shared": SHARED_WINDOW, "shared::cta": SHARED_WINDOW, "local": LOCAL_WINDOW, "global": 0, "param": 0}

@@ -49,8 +49,7 @@ def _shfl(found, machine):
         inside = lanes >= last if mode == "up" else lanes <= last
         return np.where(inside, lanes, lane), inside
 
-    def run(active):
-        values = np.broadcast_to(read(active), active.count)
+    def places_of(active):
         lanes, inside = source_lanes(active)
         warps = active.threads // WARP
         if active.full:
@@ -61,11 +60,20 @@ def _shfl(found, machine):
             missing = active.threads[places] != wanted
             if missing.any():
                 raise Fault("shfl reads a lane that does not take part", active.threads[np.flatnonzero(missing)[0]])
-        write(active, values[places])
+        return places, inside
+
+    def run(active):
+        places, inside = places_of(active)
+        write(active, np.broadcast_to(read(active), active.count)[places])
         if valid:
             valid(active, inside)
 
-    return run, dict(members=members)
+    def taint(poison, active):
+        places, _ = places_of(active)
+        name = getattr(found.operands[1], "name", None)
+        return [((pair.first if pair else target).name, poison.bits(name, active)[places])]
+
+    return run, dict(members=members, taint=taint)
 
 
 def _grid(active, values, empty):
