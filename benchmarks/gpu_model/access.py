@@ -23,6 +23,11 @@ def sectors(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
     return _pieces(addresses, width, threads, SECTOR)
 
 
+def sectors_of_blocks(addresses: np.ndarray, threads: np.ndarray, threads_a_block: int) -> np.ndarray:
+    """Keys of the different sectors in each block, to be put together with those of other accesses."""
+    return np.unique((threads // threads_a_block).astype(np.int64) * _KEY + addresses.astype(np.int64) // SECTOR)
+
+
 def lines(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
     return _pieces(addresses, width, threads, LINE)
 

@@ -42,6 +42,8 @@ class Counts:
     traffic: dict[tuple[str, str], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     storages: Counter = field(default_factory=Counter)  # (storage, "load" or "store"): bytes of the sectors
     flops: Counter = field(default_factory=Counter)  # of matrix products, by instruction
+    through_l1: float = 0  # sectors that blocks load by way of L1, each once a block
+    past_l1: float = 0  # those that L1 has no part in, each time
 
     def add(self, other: "Counts", weight: float) -> None:
         self.opcodes |= other.opcodes
@@ -50,6 +52,8 @@ class Counts:
                 getattr(self, name)[key] += weight * value
         for key, traffic in other.traffic.items():
             self.traffic[key].add(traffic, weight)
+        self.through_l1 += weight * other.through_l1
+        self.past_l1 += weight * other.past_l1
 
     def of(self, space: str, way: str | None = None) -> Traffic:
         total = Traffic()
@@ -60,10 +64,12 @@ class Counts:
 
 
 class Counting(Observer):
-    """storages: (first address, bytes) of what a kernel may access, in ascending order."""
+    """Of one batch of blocks. storages: (first address, bytes) of what a kernel may access, in ascending order."""
 
-    def __init__(self, storages: Sequence[tuple[int, int]]):
+    def __init__(self, storages: Sequence[tuple[int, int]], warps_a_block: int):
         self.counts = Counts()
+        self._threads_a_block = 32 * warps_a_block
+        self._loaded: list[np.ndarray] = []
         self._starts = np.array([first for first, _ in storages], np.int64)
 
     def issued(self, instruction: Instruction, warps: np.ndarray) -> None:
@@ -104,11 +110,20 @@ class Counting(Observer):
             found.lines = access.lines(addresses, width, threads)
             found.partial = access.partial(addresses, width, threads) if way == "store" else 0
             found.useful = access.useful(addresses, width, threads)
+            if way == "load" and (opcode == "ld" or "ca" in instruction.modifiers):
+                self._loaded.append(access.sectors_of_blocks(addresses, threads, self._threads_a_block))
+            else:
+                self.counts.past_l1 += found.sectors
             for place in np.unique(places):
                 here = places == place
                 sectors = access.sectors(addresses[here], width, threads[here])
                 self.counts.storages[int(place), way] += access.SECTOR * sectors
         self.counts.traffic[space, way].add(found)
+
+    def finished(self) -> Counts:
+        if self._loaded:
+            self.counts.through_l1 = len(np.unique(np.concatenate(self._loaded)))
+        return self.counts
 
 
 def name_of(instruction: Instruction) -> str:

@@ -37,6 +37,11 @@ class Device:
     blocks: int = 32
 
     @property
+    def fp32(self) -> float:
+        """FLOP/s."""
+        return 2 * self.lanes["fp32"] * self.multiprocessors * self.clock
+
+    @property
     def copy(self) -> float:
         """Bytes/s, read and written together."""
         return COPY_SHARE * self.memory

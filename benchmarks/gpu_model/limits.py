@@ -8,8 +8,9 @@ What is assumed, and not known before a GPU has run this:
 - Resources work at the same time, but the nearer two limits are to each other, the less of it: the time of a launch is
   the limits' norm of degree OVERLAP.
 - Blocks are equal, and the multiprocessor that gets one block more than the others decides ("uneven").
-- L2 keeps what several blocks read, so that memory delivers each byte of a tensor once a launch, at the rate of a copy;
-  a sector that a store covers in part costs L2 twice.
+- L1 keeps what a block loads, but for copies past it, so that L2 delivers each sector to a block once; L2 keeps what
+  several blocks load, so that memory delivers each byte of a tensor once a launch, at the rate of a copy. A sector that
+  a store covers in part costs L2 twice.
 - A launch begins LAUNCH after the one before it has ended, as in a replayed CUDA graph.
 
 They are good for +-30 %, until a record says more.
@@ -33,9 +34,10 @@ _WARP = 32
 class Launch:
     """A launch in numbers; those of a whole grid, but for what is a block's or a thread's.
 
-    instructions: warp instructions of the machine code by kind. sectors: of 32 bytes, between multiprocessors and L2;
-    partial: stored in part; useful: bytes of them; lines: of 128 bytes that L1 looks up; wavefronts: clocks of shared
-    memory; read, written: bytes of global memory. An operation of PyTorch's has bytes alone.
+    instructions: warp instructions of the machine code by kind. sectors: of 32 bytes, of each access of a warp;
+    through_l2: those that L1 does not have already; partial: stored in part; useful: bytes of them; lines: of 128 bytes
+    that L1 looks up; wavefronts: clocks of shared memory; read, written: bytes of global memory. An operation of
+    PyTorch's has bytes alone, a product its operations, too.
     """
 
     kernel: str
@@ -50,6 +52,7 @@ class Launch:
     ptx: float = 0  # without moves
     accesses: float = 0
     sectors: float = 0
+    through_l2: float = 0
     partial: float = 0
     useful: float = 0
     lines: float = 0
@@ -82,8 +85,10 @@ class Limits:
 
 def limits(launch: Launch, device: Device) -> Limits:
     memory = {"memory": (launch.read + launch.written) / device.copy}
+    matrix = launch.flops.get("wgmma.mma_async", 0) / device.matrix + launch.flops.get("mma", 0) / device.matrix_sync
+    matrix += launch.flops.get("fp32", 0) / device.fp32
     if launch.blocks == 0:
-        return Limits(memory)
+        return Limits(memory | ({"matrix products": matrix} if matrix else {}))
     resident = blocks_per_multiprocessor(device, launch.warps, launch.registers, launch.shared)
     if resident == 0:
         raise ValueError(f"{launch.kernel}: a block does not fit on a multiprocessor of {device.name}")
@@ -95,10 +100,9 @@ def limits(launch: Launch, device: Device) -> Limits:
         **pipes,
         "shared memory and L1": launch.wavefronts + launch.lines + count.get("shuffle", 0),
     }
-    matrix = launch.flops.get("wgmma.mma_async", 0) / device.matrix + launch.flops.get("mma", 0) / device.matrix_sync
     seconds = {name: value / clocks for name, value in busy.items()}
     seconds["matrix products"] = matrix * uneven(launch.blocks, device)
-    seconds["L2"] = SECTOR * (launch.sectors + launch.partial) / device.l2
+    seconds["L2"] = SECTOR * (launch.through_l2 + launch.partial) / device.l2
     waves = launch.blocks / device.multiprocessors / resident
     return Limits(seconds | memory, resident, waves, share)
 

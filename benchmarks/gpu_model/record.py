@@ -1,7 +1,7 @@
 """Launches as the model needs them, from what hosts launch: some of the blocks run in the interpreter of PTX."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import numpy as np
@@ -17,7 +17,7 @@ from tests.ptx.parse import Instruction, Kernel
 from tests.ptx.races import Races
 
 _WARP = 32
-_THREADS_AT_ONCE = 2048  # of blocks whose costs are told apart; the interpreter takes as many in one batch
+_THREADS_AT_ONCE = 4096  # of blocks that are told apart: the interpreter takes as many in one batch
 
 
 class _Unchecked(Races):
@@ -60,10 +60,13 @@ class Recorder:
             with mock.patch.object(shared_memory, "Races", _Unchecked):
                 launch(kernel, arguments, grid, block, **how)
 
+        def in_batches(blocks: list[int]) -> Iterator[list[int]]:
+            at_once = max(1, _THREADS_AT_ONCE // (_WARP * warps))
+            return (blocks[first : first + at_once] for first in range(0, len(blocks), at_once))
+
         def costs(blocks: list[int]) -> list[float]:
-            found, at_once = [], max(1, _THREADS_AT_ONCE // (_WARP * warps))
-            for first in range(0, len(blocks), at_once):
-                some = blocks[first : first + at_once]
+            found = []
+            for some in in_batches(blocks):
                 observer = Costs(len(some), warps)
                 run(some, observer)
                 found += observer.of_block.tolist()
@@ -73,9 +76,10 @@ class Recorder:
         storages = memory.storages
         counts = Counts()
         for blocks, stands_for in sampling.strata(grid, costs):
-            observer = Counting(storages)
-            run(blocks, observer)
-            counts.add(observer.counts, stands_for / len(blocks))
+            for some in in_batches(blocks):
+                observer = Counting(storages, warps)
+                run(some, observer)
+                counts.add(observer.finished(), stands_for / len(blocks))
         code = self._assemble(kernel)
         self.launches.append(_described(kernel, code, counts, int(np.prod(grid)), warps, shared, storages))
 
@@ -110,6 +114,7 @@ def _described(kernel, code, counts: Counts, blocks: int, warps: int, shared: in
         ptx=sum(count for line, count in counts.lines.items() if counts.opcodes[line] not in ("mov", "cvta")),
         accesses=accesses.accesses,
         sectors=accesses.sectors,
+        through_l2=counts.through_l1 + counts.past_l1,
         partial=stores.partial,
         useful=accesses.useful,
         lines=accesses.lines,

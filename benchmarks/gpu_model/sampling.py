@@ -29,13 +29,13 @@ def strata(grid: Grid, costs: Callable[[list[int]], list[float]]) -> list[tuple[
     many = [axis for axis in range(3) if axis not in few]
     if len(many) == 1 and math.prod(grid[axis] for axis in few) == 1:
         return _two_parts(math.prod(grid), costs)
-    rest = math.prod(grid[axis] for axis in many)
-    chosen = []
-    for fixed in itertools.product(*(range(grid[axis]) for axis in few)):
-        samples = spread(rest, _SAMPLES if math.prod(grid[axis] for axis in few) == 1 else 1)
-        blocks = [_number(grid, dict(zip(few, fixed, strict=True)), many, index) for index in samples]
-        chosen.append((blocks, rest))
-    return chosen
+    rest, taken_apart = (math.prod(grid[axis] for axis in axes) for axes in (many, few))
+    blocks = [
+        _number(grid, dict(zip(few, fixed, strict=True)), many, index)
+        for fixed in itertools.product(*(range(grid[axis]) for axis in few))
+        for index in spread(rest, 1 if taken_apart > 1 else _SAMPLES)
+    ]
+    return [(blocks, math.prod(grid))]
 
 
 def _number(grid: Grid, fixed: dict[int, int], many: list[int], index: int) -> int:

@@ -1,17 +1,22 @@
 """Predictions for a terminal, and as a table in Markdown."""
 
+import itertools
 import re
+import textwrap
 from pathlib import Path
 
 from benchmarks.gpu_model import facts
+from benchmarks.gpu_model.access import SECTOR
 from benchmarks.gpu_model.devices import DEVICES, Device
 from benchmarks.gpu_model.facts import Call
 from benchmarks.gpu_model.limits import Launch, Limits, limits
 from benchmarks.gpu_model.machine_code import KINDS
 from benchmarks.gpu_model.measured import Measured, beside, records
+from benchmarks.report.table import COLUMNS
 
 _TABLE = re.compile(r"(<!-- prediction (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-_COLUMN = 9
+_COLUMN = 8
+_INDENT = 6 * " "
 H100 = DEVICES["h100"]
 
 
@@ -34,34 +39,39 @@ def text(call: Call, devices: list[Device], measured: list[Measured]) -> str:
 
 
 def _launch(launch: Launch, call: Call) -> list[str]:
-    moved = f"{_megabytes(launch.read)} MB read, {_megabytes(launch.written)} MB written"
+    moved = f"memory: {_megabytes(launch.read)} MB read, {_megabytes(launch.written)} MB written"
     if launch.blocks == 0:
-        return [f"    {launch.kernel}: {moved}"]
-    a_unit = _a(call.unit)
+        return [f"    {launch.kernel}, {moved}"]
     kinds = [f"{kind} {launch.instructions[kind] / call.units:.0f}" for kind in KINDS if launch.instructions.get(kind)]
-    return [
-        f"    {launch.kernel}",
-        f"      {launch.blocks} blocks of {launch.warps} warps, {launch.registers} registers,"
-        f" {launch.spilled} bytes spilled, {launch.shared / 1024:.1f} KB shared",
-        f"      memory: {moved}; L2: {_megabytes(32 * launch.sectors)} MB in sectors with"
-        f" {launch.useful / max(launch.sectors, 1):.1f} useful bytes, {launch.partial / 1e6:.2g} M stored in part,"
-        f" {launch.sectors / max(launch.accesses, 1):.1f} an access",
-        f"      {a_unit}: {launch.issued / call.units:.0f} warp instructions ({launch.ptx / call.units:.0f} of PTX):"
-        f" {', '.join(kinds)}",
-        f"      {a_unit}: {launch.wavefronts / call.units:.0f} wavefronts of shared memory,"
-        f" {launch.without_conflicts / call.units:.0f} without bank conflicts;"
-        f" {sum(launch.flops.values()) / 1e9:.3g} GFLOP of matrix products",
-    ]
+    said = (
+        f"{launch.blocks} blocks of {launch.warps} warps, {launch.registers} registers, {launch.spilled} bytes spilled,"
+        f" {launch.shared / 1024:.1f} KB of shared memory",
+        moved,
+        f"L2: {_megabytes(SECTOR * launch.through_l2)} MB, for accesses to {_megabytes(SECTOR * launch.sectors)} MB in"
+        f" sectors, {launch.sectors / max(launch.accesses, 1):.1f} each; {launch.useful / max(launch.sectors, 1):.1f} bytes"
+        f" of a sector are useful; {launch.partial / 1e6:.2g} M are stored in part",
+        f"{_a(call.unit)}: {launch.issued / call.units:.0f} warp instructions ({launch.ptx / call.units:.0f} of PTX,"
+        f" moves left out): {', '.join(kinds)}",
+        f"{_a(call.unit)}: {launch.wavefronts / call.units:.0f} wavefronts of shared memory,"
+        f" {launch.without_conflicts / call.units:.0f} without bank conflicts",
+        *([f"products: {sum(launch.flops.values()) / 1e9:.3g} GFLOP"] if launch.flops else []),
+    )
+    lines = (textwrap.wrap(each, COLUMNS, initial_indent=_INDENT, subsequent_indent=_INDENT + "  ") for each in said)
+    return [f"    {launch.kernel}", *itertools.chain(*lines)]
 
 
 def _limits(found: list[tuple[Device, Limits]]) -> list[str]:
     names = list(dict.fromkeys(name for _, each in found for name in each.seconds))
     head = "".join(f"{_SHORT.get(name, name):>{_COLUMN}}" for name in names)
-    lines = [f"      {'us':<6}{head}  blocks/SM, waves, issue share"]
+    lines = [f"{_INDENT}{'us':<6}{head}"]
     for device, each in found:
         row = "".join(f"{_microseconds(each.seconds[name]):>{_COLUMN}}" for name in names)
-        numbers = f"{each.blocks_per_multiprocessor}, {each.waves:.2f}, {each.issue_share:.0%}"
-        lines.append(f"      {device.name:<6}{row}  {numbers}; {each.binding}")
+        lines.append(f"{_INDENT}{device.name:<6}{row}")
+        if each.blocks_per_multiprocessor:
+            lines.append(
+                f"{_INDENT}  {each.blocks_per_multiprocessor} blocks on a multiprocessor, {each.waves:.2f} waves,"
+                f" {each.issue_share:.0%} of issue slots, {each.binding} binds"
+            )
     return lines
 
 

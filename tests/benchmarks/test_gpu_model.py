@@ -26,6 +26,7 @@ PRODUCT = Launch(
     instructions={"fp32": 1e6, "alu": 4e6, "special": 1e6, "shuffle": 2e6, "matrix": 1e5},
     accesses=1e5,
     sectors=4e5,
+    through_l2=3e5,
     partial=1e5,
     useful=8e6,
     lines=1e5,
@@ -58,7 +59,7 @@ def test_each_resource_by_hand():
         "special": 1e6 * 2 / clocks,
         "shared memory and L1": (3e6 + 1e5 + 2e6) / clocks,
         "matrix products": 1e10 / (132 * 4096 * 1.7e9),
-        "L2": 32 * 5e5 / H100.l2,
+        "L2": 32 * 4e5 / H100.l2,
         "memory": 2e6 / H100.copy,
     }
     assert found.seconds == pytest.approx(expected)
@@ -149,7 +150,7 @@ def test_records_of_processors_are_none(tmp_path):
 
 def test_all_that_is_said_of_a_call():
     printed = show.text(make_call(), list(DEVICES.values()), [])
-    assert max(map(len, printed.splitlines())) <= 140
+    assert max(map(len, printed.splitlines())) <= 100
     for words in (
         "must move 1 MB",
         "1056 blocks of 8 warps",

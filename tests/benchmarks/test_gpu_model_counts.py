@@ -72,12 +72,13 @@ def arguments():
 
 def test_what_a_block_issues_and_moves():
     given, memory, tensors = arguments()
-    counting = Counting(memory.storages)
+    counting = Counting(memory.storages, WARPS)
     launch(parse(PTX)["work"], given, (BLOCKS, 1, 1), 32 * WARPS, memory=memory, late=False, observers=[counting])
-    counts, times = counting.counts, BLOCKS * WARPS * STEPS
+    counts, times = counting.finished(), BLOCKS * WARPS * STEPS
     load, store = counts.of("global", "load"), counts.of("global", "store")
     assert (load.accesses, load.sectors, load.lines, load.useful) == (times, 8 * times, 2 * times, 128 * times)
     assert (store.accesses, store.sectors, store.partial, store.useful) == (times, 4 * times, 0, 128 * times)
+    assert (counts.through_l1, counts.past_l1) == (8 * BLOCKS * WARPS, 4 * times)  # the same in every step
     on_chip = counts.of("shared")
     assert (on_chip.wavefronts, on_chip.without_conflicts) == (4 * times, 2 * times)
     starts = [first for first, _ in memory.storages]
