@@ -93,6 +93,7 @@ def _bind(kernel: Kernel, machine: Machine) -> list:
             operations.append(bind(each, machine))
         except Fault as fault:
             raise PtxError(fault.message, kernel.name, each.line, each.text) from None
+    machine.products.watch(operations)
     return operations
 
 

@@ -48,11 +48,13 @@ class Machine(Registers):
         size = self._lay_out(shared)
         self.shared = SharedMemory(self, size)
         self.local = Window("local", self._lay_out_local(), self.threads)
+        self.products = Products(self)
         self._begin()
 
     def _begin(self) -> None:
         """Nothing is under way."""
-        self.copies, self.products = Copies(self), Products(self)
+        self.products.clear()
+        self.copies = Copies(self)
         self.bulk, self.mbarriers = Bulk(self), Mbarriers(self)
         self.vain, self.passed = 0, True
 

@@ -19,8 +19,14 @@ class Product:
 class Products:
     def __init__(self, machine):
         self.machine = machine
-        self.committed = np.zeros(-(-machine.size // WARPGROUP), np.int64)
+        self.used: dict[str, int] = {}
+        self.unfenced = np.zeros((0, machine.size), bool)
+        self.clear()
+
+    def clear(self) -> None:
+        self.committed = np.zeros(-(-self.machine.size // WARPGROUP), np.int64)
         self.flying: list[Product] = []
+        self.unfenced[:] = True
 
     def groups(self, active: Active) -> np.ndarray:
         """The warpgroups of active threads, all of which are complete."""
@@ -29,6 +35,41 @@ class Products:
         if not whole or self.machine.threads_a_block % WARPGROUP:
             raise Fault("divergent: a warpgroup's other threads do not come to this instruction", active.threads[0])
         return groups
+
+    # Registers -------------------------------------------------------------------------------------------------------
+
+    def use(self, names: list[str]) -> np.ndarray:
+        """A wgmma of the kernel uses these registers; returns what stands for them."""
+        return np.array([self.used.setdefault(name, len(self.used)) for name in names])
+
+    def watch(self, operations: list) -> None:
+        """Other instructions that write such registers make a wgmma.fence necessary."""
+        self.unfenced = np.ones((len(self.used), self.machine.size), bool)
+        for operation in operations:
+            numbers = [self.used[name] for name in operation.writes if name in self.used]
+            if numbers and operation.instruction.opcode != "wgmma":
+                operation.run = self._writing(operation.run, numbers)
+
+    def _writing(self, run, numbers):
+        def run_and_remember(active):
+            result = run(active)
+            for number in numbers:
+                self.unfenced[number, active.threads] = True
+            return result
+
+        return run_and_remember
+
+    def fence(self, active: Active) -> None:
+        self.unfenced[:, active.threads] = False
+
+    def check_fenced(self, active: Active, numbers: np.ndarray) -> None:
+        self.groups(active)
+        wrong = self.unfenced[numbers][:, active.threads].any(axis=0)
+        if wrong.any():
+            raise Fault("registers of the wgmma were written, and no wgmma.fence came after it",
+                        active.threads[np.flatnonzero(wrong)[0]])  # fmt: skip
+
+    # Groups ----------------------------------------------------------------------------------------------------------
 
     def issue(self, active: Active, finish, registers, places) -> None:
         """`finish(rows)` writes the accumulators of these rows of active warpgroups; `places` is what it reads."""

@@ -121,7 +121,10 @@ def _mma_async(found, machine):
     rows = lanes // WARP * 16 + lanes % WARP // 4 + 8 * (number // 2 % 2)
     of_columns = 8 * (number // 4) + lanes % 4 * 2 + number % 2
 
+    used = machine.products.use(names + inputs)
+
     def run(active):
+        machine.products.check_fenced(active, used)
         threads = active.threads.reshape(-1, WARPGROUP)
         add = np.broadcast_to(keep(active), active.count).reshape(-1, WARPGROUP).copy()
         if (add != add[:, :1]).any():
@@ -172,7 +175,7 @@ def _spoil(machine, names, threads, kept, left, right, rows, columns):
 
 @instruction("wgmma.fence.sync.aligned", collective=True)
 def _fence(found, machine):
-    return lambda active: None
+    return lambda active: machine.products.fence(active)
 
 
 @instruction("wgmma.commit_group.sync.aligned", collective=True)
