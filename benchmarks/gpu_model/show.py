@@ -48,8 +48,8 @@ def _launch(launch: Launch, call: Call) -> list[str]:
         f" {launch.shared / 1024:.1f} KB of shared memory",
         moved,
         f"L2: {_megabytes(SECTOR * launch.through_l2)} MB, for accesses to {_megabytes(SECTOR * launch.sectors)} MB in"
-        f" sectors, {launch.sectors / max(launch.accesses, 1):.1f} each; {launch.useful / max(launch.sectors, 1):.1f} bytes"
-        f" of a sector are useful; {launch.partial / 1e6:.2g} M are stored in part",
+        f" sectors, {launch.sectors / max(launch.accesses, 1):.1f} each, {launch.useful / max(launch.sectors, 1):.1f}"
+        f" bytes of one useful; {launch.partial / 1e6:.2g} M are stored in part",
         f"{_a(call.unit)}: {launch.issued / call.units:.0f} warp instructions ({launch.ptx / call.units:.0f} of PTX,"
         f" moves left out): {', '.join(kinds)}",
         f"{_a(call.unit)}: {launch.wavefronts / call.units:.0f} wavefronts of shared memory,"
