@@ -39,6 +39,7 @@ class Counts:
 
     lines: Counter = field(default_factory=Counter)  # of the PTX: warps that issued it
     opcodes: dict[int, str] = field(default_factory=dict)  # what stands there, with its state space
+    # ("global" or "shared", "load", "store", "copy" from the one to the other, or what a "product" reads)
     traffic: dict[tuple[str, str], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     storages: Counter = field(default_factory=Counter)  # (storage, "load" or "store"): bytes of the sectors
     flops: Counter = field(default_factory=Counter)  # of matrix products, by instruction
@@ -98,7 +99,7 @@ class Counting(Observer):
         if len(threads) == 0:
             return
         opcode = instruction.opcode
-        way = "store" if opcode.startswith("st") or (opcode == "cp" and space == "shared") else "load"
+        way = "copy" if opcode == "cp" else "store" if opcode.startswith("st") else "load"
         found = Traffic(accesses=len(np.unique(access.warps_of(threads))))
         if space == "shared":
             found.wavefronts = access.wavefronts(addresses, width, threads)
@@ -110,14 +111,15 @@ class Counting(Observer):
             found.lines = access.lines(addresses, width, threads)
             found.partial = access.partial(addresses, width, threads) if way == "store" else 0
             found.useful = access.useful(addresses, width, threads)
-            if way == "load" and (opcode == "ld" or "ca" in instruction.modifiers):
+            if way == "load" or "ca" in instruction.modifiers:
                 self._loaded.append(access.sectors_of_blocks(addresses, threads, self._threads_a_block))
             else:
                 self.counts.past_l1 += found.sectors
             for place in np.unique(places):
                 here = places == place
                 sectors = access.sectors(addresses[here], width, threads[here])
-                self.counts.storages[int(place), way] += access.SECTOR * sectors
+                written_or_read = "store" if way == "store" else "load"
+                self.counts.storages[int(place), written_or_read] += access.SECTOR * sectors
         self.counts.traffic[space, way].add(found)
 
     def finished(self) -> Counts:

@@ -8,6 +8,7 @@ What is assumed, and not known before a GPU has run this:
 - Resources work at the same time, but the nearer two limits are to each other, the less of it: the time of a launch is
   the limits' norm of degree OVERLAP.
 - Blocks are equal, and the multiprocessor that gets one block more than the others decides ("uneven").
+- Shared memory, shuffles and what L1 loads and stores share a path of 128 bytes a clock.
 - L1 keeps what a block loads, but for copies past it, so that L2 delivers each sector to a block once; L2 keeps what
   several blocks load, so that memory delivers each byte of a tensor once a launch, at the rate of a copy. A sector that
   a store covers in part costs L2 twice.
@@ -36,8 +37,8 @@ class Launch:
 
     instructions: warp instructions of the machine code by kind. sectors: of 32 bytes, of each access of a warp;
     through_l2: those that L1 does not have already; partial: stored in part; useful: bytes of them; lines: of 128 bytes
-    that L1 looks up; wavefronts: clocks of shared memory; read, written: bytes of global memory. An operation of
-    PyTorch's has bytes alone, a product its operations, too.
+    that L1 looks up, copied_lines for copies into shared memory; wavefronts: clocks of shared memory; read, written:
+    bytes of global memory. An operation of PyTorch's has bytes alone, a product its operations, too.
     """
 
     kernel: str
@@ -56,6 +57,7 @@ class Launch:
     partial: float = 0
     useful: float = 0
     lines: float = 0
+    copied_lines: float = 0
     wavefronts: float = 0
     without_conflicts: float = 0
     flops: dict[str, float] = field(default_factory=dict)
@@ -98,7 +100,8 @@ def limits(launch: Launch, device: Device) -> Limits:
     busy = {
         "issue": launch.issued / SCHEDULERS / share,
         **pipes,
-        "shared memory and L1": launch.wavefronts + launch.lines + count.get("shuffle", 0),
+        "L1 lookups": launch.lines,
+        "shared memory": launch.wavefronts + launch.lines - launch.copied_lines + count.get("shuffle", 0),
     }
     seconds = {name: value / clocks for name, value in busy.items()}
     seconds["matrix products"] = matrix * uneven(launch.blocks, device)

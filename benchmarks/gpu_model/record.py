@@ -118,6 +118,7 @@ def _described(kernel, code, counts: Counts, blocks: int, warps: int, shared: in
         partial=stores.partial,
         useful=accesses.useful,
         lines=accesses.lines,
+        copied_lines=counts.of("global", "copy").lines,
         wavefronts=on_chip.wavefronts,
         without_conflicts=on_chip.without_conflicts,
         flops=dict(counts.flops),

@@ -75,7 +75,7 @@ def _limits(found: list[tuple[Device, Limits]]) -> list[str]:
     return lines
 
 
-_SHORT = {"shared memory and L1": "shared", "matrix products": "matrix"}
+_SHORT = {"shared memory": "shared", "L1 lookups": "L1", "matrix products": "matrix"}
 
 
 def _measured(found: Measured) -> str:
