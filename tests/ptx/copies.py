@@ -4,15 +4,15 @@ import numpy as np
 
 
 class _Copy:
-    __slots__ = ("threads", "group", "places", "addresses", "width", "size")
+    __slots__ = ("number", "threads", "group", "places", "addresses", "width", "size")
 
-    def __init__(self, threads, group, places, addresses, width, size):
-        self.threads, self.group, self.places, self.addresses = threads, group, places, addresses
+    def __init__(self, number, threads, group, places, addresses, width, size):
+        self.number, self.threads, self.group, self.places, self.addresses = number, threads, group, places, addresses
         self.width, self.size = width, size
 
     def only(self, mask):
         parts = (each[mask] for each in (self.threads, self.group, self.places, self.addresses))
-        return _Copy(*parts, self.width, self.size[mask])
+        return _Copy(self.number, *parts, self.width, self.size[mask])
 
 
 class Copies:
@@ -20,11 +20,13 @@ class Copies:
         self.machine = machine
         self.committed = np.zeros(machine.size, np.int64)
         self.flying: list[_Copy] = []
+        self.issued = 0
 
     def issue(self, active, places, addresses, width, size) -> None:
         """`size` bytes of `width` come from global memory, the rest are zeros. Bounds were checked."""
-        copy = _Copy(active.threads, active.of(self.committed).copy(), places, addresses, width, size)
+        copy = _Copy(self.issued, active.threads, active.of(self.committed).copy(), places, addresses, width, size)
         self.machine.shared.copy_begins(places, width, active.threads)
+        self.issued += 1
         if self.machine.late:
             self.flying.append(copy)
         else:
@@ -39,10 +41,12 @@ class Copies:
         limit[active.threads] = active.of(self.committed) - pending
         self._finish_where(lambda copy: copy.group < limit[copy.threads])
 
-    def wait_all(self, active) -> None:
+    def wait_all(self, active, before: int | None = None) -> None:
+        """These threads' copies are done, or those among the first `before` that were issued."""
         here = np.zeros(self.machine.size, bool)
         here[active.threads] = True
-        self._finish_where(lambda copy: here[copy.threads])
+        limit = self.issued if before is None else before
+        self._finish_where(lambda copy: here[copy.threads] & (copy.number < limit))
 
     def _finish_where(self, test) -> None:
         left = []

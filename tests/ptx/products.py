@@ -43,11 +43,14 @@ class Products:
         return np.array([self.used.setdefault(name, len(self.used)) for name in names])
 
     def watch(self, operations: list) -> None:
-        """Other instructions that write such registers make a wgmma.fence necessary."""
+        """Other instructions that write such registers make a wgmma.fence necessary.
+
+        Moves do not: compilers leave them behind a fence, and ptxas gives both names one register.
+        """
         self.unfenced = np.ones((len(self.used), self.machine.size), bool)
         for operation in operations:
             numbers = [self.used[name] for name in operation.writes if name in self.used]
-            if numbers and operation.instruction.opcode != "wgmma":
+            if numbers and operation.instruction.opcode not in ("wgmma", "mov"):
                 operation.run = self._writing(operation.run, numbers)
 
     def _writing(self, run, numbers):

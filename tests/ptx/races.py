@@ -173,6 +173,10 @@ class Races:
     def advance(self, warps: np.ndarray) -> None:
         """What these warps do from now on is later than what they have released."""
         self.clock[warps] += 1
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """What every warp knows of every other is at least this."""
         self.safe = int(self.known[:, :-1].min())
 
     def warp_barrier(self, warps: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from .errors import Fault
 from .machine import Machine, Operation
 
 _MOST_STEPS = 20_000_000
+_WAITS_IN_VAIN = 4  # of all groups one after another, which is a deadlock
 
 
 class Order(enum.Enum):
@@ -26,7 +27,9 @@ class Group:
 
     def __init__(self, rank: int, place: int, active: Active):
         self.rank, self.place, self.active = rank, place, active
-        self.parked = False  # a collective instruction for which threads of its warps are missing, or a wait in vain
+        # The operation that it cannot go on from: a collective for which threads of its warps are missing, or a wait in
+        # vain, after which it does go on when others have had their turn.
+        self.parked: Operation | None = None
 
 
 class Scheduler:
@@ -59,29 +62,23 @@ class Scheduler:
 
     def _nothing_advances(self) -> None:
         machine = self.machine
-        waiting = [group for group in self.groups if self.operations[group.place].kind == "wait"]
+        waiting = [group for group in self.groups if group.parked.kind == "wait"]
         if machine.deliver():
             machine.vain = 0
-        elif not waiting:
-            group = self.groups[0]
-            operation = self.operations[group.place]
-            self.current = operation, group.active
-            raise Fault(
-                f"divergent: a warp's other threads do not come to this instruction; {self._who_waits()}",
-                group.active.threads[0],
-            )
-        else:
+        elif waiting and machine.vain < _WAITS_IN_VAIN:
             machine.vain += 1
-            if machine.vain > 4:
-                self.current = self.operations[waiting[0].place], waiting[0].active
-                raise Fault("deadlock: " + self._who_waits(), waiting[0].active.threads[0])
+        else:
+            stuck = waiting[0] if waiting else self.groups[0]
+            self.current = stuck.parked, stuck.active
+            what = "deadlock: " if waiting else "divergent: a warp's other threads do not come to this instruction; "
+            raise Fault(what + self._who_waits(), stuck.active.threads[0])
         for group in self.groups:
-            group.parked = False
+            group.parked = None
 
     def _who_waits(self) -> str:
         lines = []
         for group in self.groups:
-            lines.append(self._describe(self.operations[group.place], group.active))
+            lines.append(self._describe(group.parked or self.operations[group.place], group.active))
         for number, waiting in self.barriers.items():
             for place, active in waiting.members:
                 what = self._describe(self.operations[place - 1], active)
@@ -121,7 +118,7 @@ class Scheduler:
                 threads = np.sort(np.concatenate((other.active.threads, group.active.threads)))
                 machine = self.machine
                 other.active = machine.everyone if len(threads) == machine.size else Active(machine, threads)
-                other.parked = False
+                other.parked = None
                 return
         self.groups.append(group)
 
@@ -142,9 +139,7 @@ class Scheduler:
             if operation.guard is not None:
                 doing = self._guarded(operation, active)
             if operation.collective and doing is not None and not self._complete(operation, doing, active):
-                group.place, group.parked = place, True
-                if operation.collective > 1:
-                    self._gather(group)
+                group.place, group.parked = place, operation
                 return
             for observer in observers:
                 observer.issued(operation.instruction, active.warps)
@@ -175,7 +170,7 @@ class Scheduler:
                     if passed:
                         machine.vain = 0
                     else:
-                        group.place, group.parked = place, True
+                        group.place, group.parked = place, operation
                         return
             else:
                 group.place = place
@@ -199,10 +194,10 @@ class Scheduler:
     def _complete(self, operation, doing: Active, active: Active) -> bool:
         """Whether all threads that the instruction wants of each warp are here; where some never can be, a fault."""
         if operation.members is None:
-            complete = doing.full and _whole(doing.warps, operation.collective)
+            complete = doing.full
         else:
             complete = self._members_here(operation, doing)
-        if not doing.full and doing is not active and active.full:
+        if not complete and doing is not active and active.full:
             raise Fault("divergent: only some threads of a warp execute this instruction", doing.threads[0])
         return complete
 
@@ -220,15 +215,6 @@ class Scheduler:
         lanes = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
         alive = (self.live.reshape(-1, WARP)[doing.warps] * lanes).sum(axis=1, dtype=np.uint32)
         return bool(((named & alive) == here).all())
-
-    def _gather(self, group: Group) -> None:
-        """Warps of other sets that wait at the same instruction of several warps go on with these."""
-        others = [each for each in self.groups if each.parked and each.place == group.place and each is not group]
-        for other in others:
-            self.groups.remove(other)
-            threads = np.sort(np.concatenate((other.active.threads, group.active.threads)))
-            group.active = Active(self.machine, threads)
-        group.parked = not others
 
     def _split(self, group: Group, place: int, taken: Active, target: int) -> None:
         self.groups.remove(group)
@@ -255,13 +241,14 @@ class Scheduler:
             for number in list(self.barriers):
                 self._complete_barrier(number)
         else:
-            self._arrive(operation.run, group, following, doing)
+            self._arrive(operation, group, following, doing)
 
-    def _arrive(self, barrier, group: Group, following: int, doing: Active) -> None:
+    def _arrive(self, operation: Operation, group: Group, following: int, doing: Active) -> None:
+        barrier = operation.run
         if barrier.aligned and not doing.full:
             here = np.bincount(np.searchsorted(doing.warps, doing.threads // WARP), minlength=len(doing.warps))
             if (self.live.reshape(-1, WARP)[doing.warps].sum(axis=1) != here).any():
-                group.parked = True
+                group.parked = operation
                 self._join(group)
                 return
         numbers, counts = barrier.numbers(doing), barrier.counts(doing)
@@ -302,11 +289,6 @@ class Scheduler:
                 self._release(place, active)
 
 
-def _whole(warps: np.ndarray, together: int) -> bool:
-    """Whether of each `together` warps, which begin at a multiple of that, all are here or none."""
-    return together <= 1 or len(np.unique(warps // together)) * together == len(warps)
-
-
 class _Waiting:
     """A barrier's threads, in all blocks."""
 
@@ -324,6 +306,8 @@ class _Waiting:
         if ((before != given) & (before != 0)).any():
             raise Fault("threads disagree about how many the barrier waits for", active.threads[0])
         self.wanted[blocks] = given
+        if (self.wanted[blocks] != given).any():
+            raise Fault("threads disagree about how many the barrier waits for", active.threads[0])
 
     def reset(self, machine: Machine, ready: np.ndarray) -> None:
         self.arrived[ready] = 0

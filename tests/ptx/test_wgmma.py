@@ -206,8 +206,8 @@ def test_shared_operands_are_not_written_before_the_wait():
 
 
 def test_registers_written_without_a_fence():
-    fails("wgmma.fence", FENCE + "mov.f32 %f0, 0f00000000;" + ONE + DONE)
-    fails("wgmma.fence", FENCE + "mov.b32 %r10, 0;" + ONE + DONE)
+    fails("wgmma.fence", FENCE + "add.f32 %f0, %f1, %f1;" + ONE + DONE)
+    fails("wgmma.fence", FENCE + "and.b32 %r10, %r10, 0;" + ONE + DONE)
     fails("wgmma.fence", ONE + DONE)
 
 

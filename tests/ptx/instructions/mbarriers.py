@@ -87,8 +87,10 @@ def _arrive_after_copies(found, machine):
         if not counted:
             raise Fault("cp.async.mbarrier.arrive without .noinc is not known")
 
+        issued = machine.copies.issued
+
         def arrive():
-            machine.copies.wait_all(active)
+            machine.copies.wait_all(active, issued)
             machine.mbarriers.arrive(active, places, np.ones(active.count, np.int64))
 
         machine.bulk.arrivals.append(arrive) if machine.late else arrive()
