@@ -43,6 +43,7 @@ class Machine(Registers):
         super().__init__(kernel, blocks, threads, grid)
         self.memory, self.parameters, self.dynamic_shared = memory, parameters, shared
         self.late, self.approximate, self.observers = True, False, ()
+        self.first_lane_stays = False  # of lanes that store to one place; else the last
         self.poison = Poison(self)
         self.carry = np.zeros(self.size, bool)
         size = self._lay_out(shared)
