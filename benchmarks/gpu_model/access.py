@@ -14,41 +14,43 @@ def warps_of(threads: np.ndarray) -> np.ndarray:
     return threads // 32
 
 
-def distinct(groups: np.ndarray, values: np.ndarray) -> int:
-    """How many different values there are in each group, summed over the groups."""
-    return len(np.unique(groups.astype(np.int64) * _KEY + values))
+def sectors(addresses: np.ndarray, threads: np.ndarray) -> np.ndarray:
+    """Keys of the sectors that each warp touches, in ascending order. No aligned access lies in two."""
+    return np.unique(warps_of(threads).astype(np.int64) * _KEY + addresses.astype(np.int64) // SECTOR)
 
 
-def sectors(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
-    return _pieces(addresses, width, threads, SECTOR)
+def warps_in(keys: np.ndarray) -> int:
+    """How many warps have keys among these, which ascend."""
+    return _different(keys // _KEY)
 
 
-def sectors_of_blocks(addresses: np.ndarray, threads: np.ndarray, threads_a_block: int) -> np.ndarray:
-    """Keys of the different sectors in each block, to be put together with those of other accesses."""
-    return np.unique((threads // threads_a_block).astype(np.int64) * _KEY + addresses.astype(np.int64) // SECTOR)
+def lines_of(sectors: np.ndarray) -> int:
+    return _different(sectors // (LINE // SECTOR))
 
 
-def lines(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
-    return _pieces(addresses, width, threads, LINE)
+def of_blocks(sectors: np.ndarray, warps_a_block: int) -> np.ndarray:
+    """Keys of sectors by block instead of warp, to be put together with those of other accesses."""
+    return sectors // _KEY // warps_a_block * _KEY + sectors % _KEY
 
 
-def useful(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
-    """Bytes asked for, those that several lanes ask for once. Lanes that overlap in part do not occur: all align."""
-    return width * distinct(warps_of(threads), addresses.astype(np.int64) // width)
+def places_of(sectors: np.ndarray, apart: int) -> np.ndarray:
+    """How many sectors lie in each part of the memory, which are `apart` bytes each."""
+    return np.bincount(sectors % _KEY // (apart // SECTOR))
 
 
-def partial(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
+def useful(addresses: np.ndarray, width: int, threads: np.ndarray) -> np.ndarray:
+    """Keys of the pieces of `width` bytes that each warp asks for, in ascending order; lanes may share one."""
+    return np.unique(warps_of(threads).astype(np.int64) * _KEY * SECTOR + addresses.astype(np.int64) // width)
+
+
+def partial(useful: np.ndarray, width: int) -> int:
     """Sectors of which a warp's access covers a part."""
-    keys = np.unique(warps_of(threads).astype(np.int64) * _KEY + addresses.astype(np.int64) // width)
-    per_sector = SECTOR // width
-    _, counts = np.unique(keys // _KEY * _KEY + keys % _KEY // per_sector, return_counts=True)
-    return int((counts < per_sector).sum())
+    _, counts = np.unique(useful // (SECTOR // width), return_counts=True)
+    return int((counts < SECTOR // width).sum())
 
 
-def _pieces(addresses: np.ndarray, width: int, threads: np.ndarray, size: int) -> int:
-    """An aligned access lies in one piece, as no access is wider than one."""
-    assert width <= size
-    return distinct(warps_of(threads), addresses.astype(np.int64) // size)
+def _different(ascending: np.ndarray) -> int:
+    return 1 + int(np.count_nonzero(ascending[1:] != ascending[:-1])) if len(ascending) else 0
 
 
 def wavefronts(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
@@ -67,7 +69,6 @@ def wavefronts(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
     return int(np.maximum.reduceat(counts, starts).sum())
 
 
-def fewest_wavefronts(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
-    """The same without conflicts: the different words of a phase, 32 a clock."""
-    lanes = min(32, 32 * BANK // width)
-    return len(np.unique(threads // lanes))
+def fewest_wavefronts(width: int, threads: np.ndarray) -> int:
+    """The same without conflicts: one for each phase."""
+    return len(np.unique(threads // min(32, 32 * BANK // width)))

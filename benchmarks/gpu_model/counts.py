@@ -65,21 +65,22 @@ class Counts:
 
 
 class Counting(Observer):
-    """Of one batch of blocks. storages: (first address, bytes) of what a kernel may access, in ascending order."""
+    """Of the first blocks of one batch. storages: (first address, bytes) of what a kernel may access, ascending."""
 
-    def __init__(self, storages: Sequence[tuple[int, int]], warps_a_block: int):
+    def __init__(self, storages: Sequence[tuple[int, int]], warps_a_block: int, blocks: int):
         self.counts = Counts()
-        self._threads_a_block = 32 * warps_a_block
+        self._warps_a_block, self._warps = warps_a_block, warps_a_block * max(0, blocks)
         self._loaded: list[np.ndarray] = []
         self._starts = np.array([first for first, _ in storages], np.int64)
 
     def issued(self, instruction: Instruction, warps: np.ndarray) -> None:
+        count = int(np.count_nonzero(warps < self._warps))
         counts, line = self.counts, instruction.line
         if line not in counts.opcodes:
             counts.opcodes[line] = name_of(instruction)
-        counts.lines[line] += len(warps)
+        counts.lines[line] += count
         if instruction.opcode in ("mma", "wgmma") and counts.opcodes[line] != "wgmma":
-            self._product(instruction, len(warps))
+            self._product(instruction, count)
 
     def _product(self, instruction: Instruction, warps: int) -> None:
         m, n, k = (
@@ -96,31 +97,40 @@ class Counting(Observer):
     def accessed(
         self, instruction: Instruction, space: str, addresses: np.ndarray, width: int, threads: np.ndarray
     ) -> None:
-        if len(threads) == 0:
+        counted = access.warps_of(threads) < self._warps
+        if not counted.any():
             return
+        addresses, threads = addresses[counted].astype(np.int64), threads[counted]
         opcode = instruction.opcode
         way = "copy" if opcode == "cp" else "store" if opcode.startswith("st") else "load"
-        found = Traffic(accesses=len(np.unique(access.warps_of(threads))))
         if space == "shared":
-            found.wavefronts = access.wavefronts(addresses, width, threads)
-            found.without_conflicts = access.fewest_wavefronts(addresses, width, threads)
+            found = Traffic(
+                accesses=len(np.unique(access.warps_of(threads))),
+                wavefronts=access.wavefronts(addresses, width, threads),
+                without_conflicts=access.fewest_wavefronts(width, threads),
+            )
         else:
-            places = np.searchsorted(self._starts, addresses.astype(np.int64), "right") - 1
-            addresses = addresses.astype(np.int64) - self._starts[places] + places * _APART
-            found.sectors = access.sectors(addresses, width, threads)
-            found.lines = access.lines(addresses, width, threads)
-            found.partial = access.partial(addresses, width, threads) if way == "store" else 0
-            found.useful = access.useful(addresses, width, threads)
-            if way == "load" or "ca" in instruction.modifiers:
-                self._loaded.append(access.sectors_of_blocks(addresses, threads, self._threads_a_block))
-            else:
-                self.counts.past_l1 += found.sectors
-            for place in np.unique(places):
-                here = places == place
-                sectors = access.sectors(addresses[here], width, threads[here])
-                written_or_read = "store" if way == "store" else "load"
-                self.counts.storages[int(place), written_or_read] += access.SECTOR * sectors
+            found = self._global(instruction, way, addresses, width, threads)
         self.counts.traffic[space, way].add(found)
+
+    def _global(self, instruction: Instruction, way: str, addresses, width: int, threads) -> Traffic:
+        places = np.searchsorted(self._starts, addresses, "right") - 1
+        addresses = addresses - self._starts[places] + places * _APART
+        sectors, useful = access.sectors(addresses, threads), access.useful(addresses, width, threads)
+        if way == "load" or "ca" in instruction.modifiers:
+            self._loaded.append(access.of_blocks(sectors, self._warps_a_block))
+        else:
+            self.counts.past_l1 += len(sectors)
+        for place, count in enumerate(access.places_of(sectors, _APART)):
+            if count:
+                self.counts.storages[place, "store" if way == "store" else "load"] += access.SECTOR * int(count)
+        return Traffic(
+            accesses=access.warps_in(sectors),
+            sectors=len(sectors),
+            partial=access.partial(useful, width) if way == "store" else 0,
+            lines=access.lines_of(sectors),
+            useful=width * len(useful),
+        )
 
     def finished(self) -> Counts:
         if self._loaded:

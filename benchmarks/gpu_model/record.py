@@ -1,7 +1,7 @@
 """Launches as the model needs them, from what hosts launch: some of the blocks run in the interpreter of PTX."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
@@ -54,32 +54,25 @@ class Recorder:
         grid = tuple(grid) + (1,) * (3 - len(grid))
         warps = -(-int(np.prod(block)) // _WARP)
 
-        def run(blocks: list[int], observer: Observer) -> None:
-            places = [_place(number, grid) for number in blocks]
-            how = dict(memory=memory, shared=shared, late=False, blocks=places, observers=[observer])
-            with mock.patch.object(shared_memory, "Races", _Unchecked):
-                launch(kernel, arguments, grid, block, **how)
+        storages, at_once = memory.storages, max(1, _THREADS_AT_ONCE // (_WARP * warps))
 
-        def in_batches(blocks: list[int]) -> Iterator[list[int]]:
-            at_once = max(1, _THREADS_AT_ONCE // (_WARP * warps))
-            return (blocks[first : first + at_once] for first in range(0, len(blocks), at_once))
+        def measure(blocks: list[int], beside: list[int]) -> tuple[Counts, list[float]]:
+            counts, costs, every = Counts(), [], [*blocks, *beside]
+            for first in range(0, len(every), at_once):
+                some = every[first : first + at_once]
+                counting, cost = Counting(storages, warps, len(blocks) - first), Costs(len(some), warps)
+                places = [_place(number, grid) for number in some]
+                how = dict(memory=memory, shared=shared, late=False, blocks=places, observers=[counting, cost])
+                with mock.patch.object(shared_memory, "Races", _Unchecked):
+                    launch(kernel, arguments, grid, block, **how)
+                assert cost.of_block.all(), "they did not run in one batch"
+                counts.add(counting.finished(), 1)
+                costs += cost.of_block.tolist()
+            return counts, costs
 
-        def costs(blocks: list[int]) -> list[float]:
-            found = []
-            for some in in_batches(blocks):
-                observer = Costs(len(some), warps)
-                run(some, observer)
-                found += observer.of_block.tolist()
-            assert all(found), "they did not run in one batch"
-            return found
-
-        storages = memory.storages
         counts = Counts()
-        for blocks, stands_for in sampling.strata(grid, costs):
-            for some in in_batches(blocks):
-                observer = Counting(storages, warps)
-                run(some, observer)
-                counts.add(observer.finished(), stands_for / len(blocks))
+        for some, weight in sampling.strata(grid, measure):
+            counts.add(some, weight)
         code = self._assemble(kernel)
         self.launches.append(_described(kernel, code, counts, int(np.prod(grid)), warps, shared, storages))
 

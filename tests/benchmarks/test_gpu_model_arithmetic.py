@@ -27,8 +27,13 @@ WARP = np.arange(32)
     ],
 )
 def test_sectors_lines_useful_and_partial(addresses, width, threads, expected):
-    functions = access.sectors, access.lines, access.useful, access.partial
-    assert tuple(each(addresses + (1 << 40), width, threads) for each in functions) == expected
+    sectors, useful = (
+        access.sectors(addresses + (1 << 40), threads),
+        access.useful(addresses + (1 << 40), width, threads),
+    )
+    found = len(sectors), access.lines_of(sectors), width * len(useful), access.partial(useful, width)
+    assert found == expected and access.warps_in(sectors) == len(set(threads // 32))
+    assert access.places_of(sectors, 1 << 39).tolist() == [0, 0, expected[0]]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_sectors_lines_useful_and_partial(addresses, width, threads, expected):
 )
 def test_wavefronts(addresses, width, threads, expected):
     assert access.wavefronts(addresses, width, threads) == expected
-    assert access.fewest_wavefronts(addresses, width, threads) <= expected
+    assert access.fewest_wavefronts(width, threads) <= expected
 
 
 @pytest.mark.parametrize(

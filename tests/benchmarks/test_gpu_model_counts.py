@@ -72,7 +72,7 @@ def arguments():
 
 def test_what_a_block_issues_and_moves():
     given, memory, tensors = arguments()
-    counting = Counting(memory.storages, WARPS)
+    counting = Counting(memory.storages, WARPS, BLOCKS)
     launch(parse(PTX)["work"], given, (BLOCKS, 1, 1), 32 * WARPS, memory=memory, late=False, observers=[counting])
     counts, times = counting.finished(), BLOCKS * WARPS * STEPS
     load, store = counts.of("global", "load"), counts.of("global", "store")
@@ -88,6 +88,13 @@ def test_what_a_block_issues_and_moves():
     assert (found["global"], found["shared"]) == (2 * times, 2 * times)
     assert times <= found["special"] <= 2 * times and found["matrix"] == found["shuffle"] == 0
     assert found["alu"] >= times and sum(found.values()) <= 20 * times + 40 * BLOCKS * WARPS
+
+
+def test_only_the_first_blocks_are_counted():
+    given, memory, _ = arguments()
+    counting = Counting(memory.storages, WARPS, 3)
+    launch(parse(PTX)["work"], given, (BLOCKS, 1, 1), 32 * WARPS, memory=memory, late=False, observers=[counting])
+    assert counting.finished().of("global", "store").sectors == 4 * 3 * WARPS * STEPS
 
 
 def test_facts_of_machine_code():
