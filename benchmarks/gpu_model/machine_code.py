@@ -5,11 +5,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _LINE = re.compile(r'//## File "\.nv_debug_ptx_txt", line (\d+)')
-_LABEL = re.compile(r"([.$][\w.$]+):")
+_FUNCTION = re.compile(r"^(\$[\w.$]+):\n", re.MULTILINE)
+_LABEL = re.compile(r"(\.[\w.$]+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _ENDS = ("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BREAK")
 
@@ -99,33 +100,66 @@ def _section(text: str, kernel: str) -> str:
 
 
 def _blocks(text: str) -> tuple[Block, ...]:
-    """Without those that are entered only where the lanes of a warp diverge, or by a call.
+    """Of the kernel, with what it calls in the place of the call.
 
-    The former are other forms of collectives, the latter the slow ways of divisions and roots: of denormal numbers and
-    of integers of more than 32 bits. (A call of a label within the kernel is a branch.)
+    Left out is what is entered only where the lanes of a warp diverge, which are other forms of collectives, and calls
+    that are the slow way of something: of a division of denormal numbers, or of integers of more than 32 bits.
     """
-    blocks, targets, labels, line = [[]], {}, {}, 0
-    for row in text.splitlines():
-        if found := _LINE.search(row):
-            line = int(found[1])
-        elif found := _LABEL.match(row):
-            if blocks[-1]:
-                blocks.append([])
-            labels[found[1]] = len(blocks) - 1
-        elif found := _INSTRUCTION.search(row):
-            blocks[-1].append(Instruction(line, *found.groups(default="")))
-            if found[2].startswith(_ENDS):
-                targets[len(blocks) - 1] = re.findall(r"`\(([^)]+)\)", found[3])
-                blocks.append([])
-    met, ahead = set(), [0]
-    while ahead:
-        number = ahead.pop()
-        if number in met or number >= len(blocks) or any(target.startswith("$") for target in targets.get(number, ())):
-            continue
-        met.add(number)
-        last = blocks[number][-1] if blocks[number] else None
-        if last is None or last.falls_through:
-            ahead.append(number + 1)
-        if last and not last.opcode.startswith("BRA.DIV"):
-            ahead += [labels[target] for target in targets.get(number, ()) if target in labels]
-    return tuple(tuple(blocks[number]) for number in sorted(met) if blocks[number])
+    kernel, *others = _FUNCTION.split(text)
+    called = {name: _Code(code).instructions for name, code in zip(others[::2], others[1::2], strict=True)}
+    code = _Code(kernel)
+    blocks = []
+    for number in code.reached():
+        block = code.blocks[number]
+        for target in code.targets.get(number, ()):
+            block = [*block, *(replace(each, line=block[-1].line) for each in called.get(target, ()))]
+        blocks.append(tuple(block))
+    return tuple(filter(None, blocks))
+
+
+class _Code:
+    """Blocks of a function, and where each leads."""
+
+    def __init__(self, text: str):
+        self.blocks: list[list[Instruction]] = [[]]
+        self.targets: dict[int, list[str]] = {}
+        self._labels: dict[str, int] = {}
+        line = 0
+        for row in text.splitlines():
+            if found := _LINE.search(row):
+                line = int(found[1])
+            elif found := _LABEL.match(row):
+                if self.blocks[-1]:
+                    self.blocks.append([])
+                self._labels[found[1]] = len(self.blocks) - 1
+            elif found := _INSTRUCTION.search(row):
+                self.blocks[-1].append(Instruction(line, *found.groups(default="")))
+                if found[2].startswith(_ENDS):
+                    self.targets[len(self.blocks) - 1] = re.findall(r"`\(([^)]+)\)", found[3])
+                    self.blocks.append([])
+
+    @property
+    def instructions(self) -> list[Instruction]:
+        return [instruction for block in self.blocks for instruction in block if instruction.opcode != "NOP"]
+
+    def reached(self) -> list[int]:
+        met, ahead = set(), [0]
+        while ahead:
+            number = ahead.pop()
+            if number in met or number >= len(self.blocks) or self._is_slow_way(number):
+                continue
+            met.add(number)
+            last = self.blocks[number][-1] if self.blocks[number] else None
+            if last is None or last.falls_through:
+                ahead.append(number + 1)
+            if last and not last.opcode.startswith("BRA.DIV"):
+                ahead += [self._labels[name] for name in self.targets.get(number, ()) if name in self._labels]
+        return sorted(met)
+
+    def _is_slow_way(self, number: int) -> bool:
+        """A call behind a branch, of the same line of PTX; calls of labels within the kernel are branches."""
+        block = self.blocks[number]
+        if number == 0 or not block or not any(name.startswith("$") for name in self.targets.get(number, ())):
+            return False
+        before = self.blocks[number - 1]
+        return bool(before) and before[-1].opcode.startswith("BRA") and len({each.line for each in block}) == 1
