@@ -1,5 +1,5 @@
-"""A GPU for CUDA operators where there is none: their hosts run as they are, on tensors of the CPU, and every kernel that
-they launch is interpreted.
+"""A GPU for CUDA operators where there is none: their hosts run as they are, on tensors of the CPU, and every kernel
+that they launch is interpreted.
 """
 
 import ctypes
