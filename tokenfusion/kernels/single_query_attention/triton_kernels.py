@@ -60,6 +60,14 @@ def _center(b_t, b_mean, i_c, C: tl.constexpr):
 
 
 @triton.jit
+def inverse_root(b_x, EXACT: tl.constexpr):
+    b_r = tl.rsqrt(b_x)
+    if EXACT:
+        b_r += 0.5 * b_r * tl.fma(-b_x * b_r, b_r, 1.0)  # a step of Newton's method
+    return b_r
+
+
+@triton.jit
 def _normalize(b_t, m_n, eps, C: tl.constexpr, BC: tl.constexpr):
     b_mean = tl.sum(b_t[0].to(tl.float32), 1)
     for i in tl.static_range(1, len(b_t)):
@@ -73,7 +81,8 @@ def _normalize(b_t, m_n, eps, C: tl.constexpr, BC: tl.constexpr):
         b_var += tl.sum(b_d * b_d, 1)
     b_shift *= 1.0 / C
     b_mean += b_shift
-    b_rstd = tl.where(m_n, tl.rsqrt(b_var * (1.0 / C) - b_shift * b_shift + eps), 0.0)
+    b_var = b_var * (1.0 / C) - b_shift * b_shift
+    b_rstd = tl.where(m_n, inverse_root(b_var + eps, b_t[0].dtype == tl.float32), 0.0)
     b_n = ()
     for i in tl.static_range(len(b_t)):
         b_d = _center(b_t[i], b_mean, i * BC, C)
@@ -82,11 +91,21 @@ def _normalize(b_t, m_n, eps, C: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _dot_queries(b_n, b_q):
+def add_scores(b_s, b_n, b_q, m_n):
+    # [BN, BQ] + [BN, BC] @ [BC, BQ]
+    if b_n.dtype == tl.float32:
+        # a sum of its own for each chunk of the channels: one of all of them would be less exact than eager's;
+        # the choice keeps Triton from making one
+        return b_s + tl.where(m_n[:, None], tl.dot(b_n, b_q, input_precision="ieee"), 0.0)
+    return tl.dot(b_n, b_q, b_s, input_precision="ieee")
+
+
+@triton.jit
+def _dot_queries(b_n, b_q, m_n):
     # K x [BN, BC] @ [BC, BQ] -> [BN, BQ]
     b_s = tl.zeros([b_n[0].shape[0], b_q[0].shape[1]], tl.float32)
     for i in tl.static_range(len(b_n)):
-        b_s = tl.dot(b_n[i], b_q[i], b_s, input_precision="ieee")
+        b_s = add_scores(b_s, b_n[i], b_q[i], m_n)
     return b_s
 
 
@@ -169,7 +188,7 @@ def forward_kernel(
         b_n = _load_tokens(p_t, m_n, C, BC)
         if NORMALIZE:
             b_n, _ = _normalize(b_n, m_n, eps, C, BC)
-        b_s = tl.where(m_n[:, None], _dot_queries(b_n, b_q), float("-inf"))
+        b_s = tl.where(m_n[:, None], _dot_queries(b_n, b_q, m_n), float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 0))
         b_scale = tl.exp(b_max - b_new)
         b_p = tl.exp(b_s - b_new[None, :])
@@ -237,8 +256,8 @@ def backward_kernel(
         b_s = tl.zeros([BN, BQ], tl.float32)
         b_dp = tl.zeros([BN, BQ], tl.float32)
         for i in tl.static_range(len(b_n)):
-            b_s = tl.dot(b_n[i], b_q[i], b_s, input_precision="ieee")
-            b_dp = tl.dot(b_n[i], b_g[i], b_dp, input_precision="ieee")
+            b_s = add_scores(b_s, b_n[i], b_q[i], m_n)
+            b_dp = add_scores(b_dp, b_n[i], b_g[i], m_n)
         b_p = tl.where(m_n[:, None] & m_q[None, :], tl.exp(b_s - b_lse[None, :]), 0.0)
         b_ds = b_p * (b_dp - b_delta[None, :])
         if NEED_QUERY:

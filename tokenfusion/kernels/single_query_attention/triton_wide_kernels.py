@@ -7,7 +7,13 @@ their sum. A row is a token, or an image's extra token, which comes before its o
 import triton
 import triton.language as tl
 
-from tokenfusion.kernels.single_query_attention.triton_kernels import _bag, _row_pointers, split_program
+from tokenfusion.kernels.single_query_attention.triton_kernels import (
+    _bag,
+    _row_pointers,
+    add_scores,
+    inverse_root,
+    split_program,
+)
 
 
 @triton.jit
@@ -57,7 +63,9 @@ def _statistics(p_t, m_n, eps, C: tl.constexpr, BC: tl.constexpr):
         b_shift += tl.sum(b_d, 1)
         b_var += tl.sum(b_d * b_d, 1)
     b_shift *= 1.0 / C
-    return b_mean + b_shift, tl.where(m_n, tl.rsqrt(b_var * (1.0 / C) - b_shift * b_shift + eps), 0.0)
+    b_var = b_var * (1.0 / C) - b_shift * b_shift
+    is_exact: tl.constexpr = p_t.dtype.element_ty == tl.float32
+    return b_mean + b_shift, tl.where(m_n, inverse_root(b_var + eps, is_exact), 0.0)
 
 
 @triton.jit(do_not_specialize=["N", "Q", "stride_tb", "stride_tn"])
@@ -89,7 +97,7 @@ def scores_kernel(
             if NORMALIZE:
                 b_n = _normalized(b_n, b_mean, b_rstd)
             b_q = _load_queries(query, i_b, o_q, i_c, Q, C, BC)
-            b_s = tl.dot(b_n, tl.trans(b_q), b_s, input_precision="ieee")
+            b_s = add_scores(b_s, b_n, tl.trans(b_q), m_n)
         m_nq = m_n[:, None] & (o_q < Q)[None, :]
         tl.store(scores + (i_r + o_n)[:, None] * Q + o_q[None, :], b_s, mask=m_nq)
 
