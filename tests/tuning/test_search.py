@@ -153,7 +153,8 @@ def test_two_at_once_keep_what_both_have_found(tmp_path):
     path = tmp_path / "tuning.json"
 
     def other_process(finding, done, total):
-        tune(workloads=[TIED], path=path)
+        if done == 1:
+            tune(workloads=[TIED], path=path)
 
     tune(workloads=[INFERENCE, TRAINING], path=path, report=other_process)
     assert {files.workload_of(entry) for entry in files.read(path)} == {INFERENCE, TRAINING, TIED}
