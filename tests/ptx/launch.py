@@ -54,6 +54,8 @@ def launch(
             if machine is None or machine.blocks != len(batch):
                 machine = Machine(kernel, len(batch), block, grid, memory, shared, parameters)
                 machine.late, machine.approximate, machine.observers = late, approximate, tuple(observers)
+                machine.seed = order if isinstance(order, int) else order.value
+                machine.first_lane_stays = order is Order.REVERSED
                 operations = _bind(kernel, machine)
             machine.place(batch)
             _run(kernel, machine, operations, order)

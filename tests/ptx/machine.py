@@ -29,7 +29,7 @@ class Operation:
     run: Callable[[Active], object]
     guard: Callable[[Active], np.ndarray] | None = None
     kind: str = ""  # what the scheduler has to do: "branch", "exit", "barrier", "wait" or nothing
-    collective: bool = False  # all threads of a warp execute it together
+    collective: int = 0  # all threads of so many warps execute it together
     members: Callable[[Active], np.ndarray] | None = None  # the lanes that a membermask names, a warp
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
@@ -42,7 +42,8 @@ class Machine(Registers):
     def __init__(self, kernel: Kernel, blocks: int, threads, grid, memory: Memory, shared: int, parameters: np.ndarray):
         super().__init__(kernel, blocks, threads, grid)
         self.memory, self.parameters, self.dynamic_shared = memory, parameters, shared
-        self.late, self.approximate, self.observers = True, False, ()
+        self.late, self.approximate, self.seed, self.observers = True, False, 0, ()
+        self.first_lane_stays = False  # of lanes that store to one place; else the last
         self.poison = Poison(self)
         self.carry = np.zeros(self.size, bool)
         size = self._lay_out(shared)

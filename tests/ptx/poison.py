@@ -3,7 +3,7 @@
 import numpy as np
 
 from .errors import Fault
-from .parse import Address, Register
+from .operands import Address, Register
 
 
 class Poison:

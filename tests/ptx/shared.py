@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .active import WARP
 from .errors import Fault
 from .formats import BITS
 from .memory import check_alignment, gather, scatter
@@ -68,11 +69,11 @@ class SharedMemory:
         self._refuse(state, READING, threads, "writes shared memory while an asynchronous operation may be reading it")
         words = words.view(before.dtype)
         self.races.check_writes(places, width, threads, lambda: (before == words).all(axis=1))
-        scatter(self.data, places, words)
-        different = gather(self.data, places, width) != words
-        if different.any():
-            first = np.flatnonzero(different.any(axis=1))[0]
-            raise Fault("threads store different values to one place at once", threads[first])
+        across = slice(None, None, -1 if self.machine.first_lane_stays else 1)
+        scatter(self.data, places[across], words[across])
+        lost = (gather(self.data, places, width) != words).any(axis=1)
+        if lost.any():
+            _refuse_several_warps(places, lost, threads)
         marks = np.full(state.shape, _each_byte(self.mark, state.dtype))
         if poison is not None:
             marks |= poison.view(state.dtype) & _each_byte(UNWRITTEN, state.dtype)
@@ -158,6 +159,18 @@ class SharedMemory:
         found = state & _each_byte(bits, state.dtype)
         if found.any():
             raise Fault(message, threads[np.flatnonzero(found.any(axis=1))[0]])
+
+
+def _refuse_several_warps(places: np.ndarray, lost: np.ndarray, threads: np.ndarray) -> None:
+    """Which of a warp's lanes stores last to a place is not defined, but one does; of several warps it is a race."""
+    meet = np.flatnonzero(np.isin(places, places[lost]))
+    _, place = np.unique(places[meet], return_inverse=True)
+    warps = threads[meet] // WARP
+    first = np.full(place.max() + 1, warps.max())
+    np.minimum.at(first, place, warps)
+    others = warps != first[place]
+    if others.any():
+        raise Fault("a race: warps store different values to one place at once", threads[meet[others][0]])
 
 
 def _each_byte(value: int, dtype: np.dtype):

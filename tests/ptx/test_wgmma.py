@@ -6,6 +6,7 @@ import pytest
 from .errors import PtxError
 from .exact import bf16_bits
 from .kernels import run
+from .schedule import Order
 
 THREADS = 128
 # Shared memory is filled from tensor 0, 16 bytes a thread at a time; then asynchronous operations may see it.
@@ -143,6 +144,12 @@ def test_operands_across_k(layouts, swizzle):
 def test_all_widths(columns):
     a, b = numbers(1, 64, 64), numbers(2, columns, 64)
     np.testing.assert_array_equal(product(a, b, "f16", k_major, k_major, 128), a @ b.T)
+
+
+@pytest.mark.parametrize("order", [Order.REVERSED, 0, 1, 2])
+def test_warps_come_in_any_order(order):
+    a, b = numbers(1, 64, 64), numbers(2, 24, 64)
+    np.testing.assert_array_equal(product(a, b, "f16", k_major, k_major, 128, order=order), a @ b.T)
 
 
 def b_alone(columns=8, depth=16, **changes):

@@ -10,7 +10,7 @@ import numpy as np
 from ..active import WARP, Active
 from ..errors import Fault
 from ..formats import BITS
-from ..parse import Vector, elements
+from ..operands import Vector, elements
 from ..products import WARPGROUP
 from ..registry import instruction
 from .matrices import check_tf32, fragment_a, to_float
@@ -94,7 +94,7 @@ _KINDS = {"f16": 16, "bf16": 16, "tf32": 8}
 _SIZES = " ".join(f"m64n{n}k{k}" for n in range(8, 257, 8) for k in (8, 16))
 
 
-@instruction("wgmma.mma_async.sync.aligned", "f16 bf16 tf32 f32", _SIZES, collective=True)
+@instruction("wgmma.mma_async.sync.aligned", "f16 bf16 tf32 f32", _SIZES, collective=WARPGROUP // WARP)
 def _mma_async(found, machine):
     result, kind, other = found.types
     columns, depth = (int(each) for each in re.fullmatch(r"m64n(\d+)k(\d+)", found.modifiers[3]).groups())
@@ -173,17 +173,17 @@ def _spoil(machine, names, threads, kept, left, right, rows, columns):
         machine.poison.mark(name, active, np.where(spoiled.reshape(-1), ~np.uint32(0), np.uint32(0)))
 
 
-@instruction("wgmma.fence.sync.aligned", collective=True)
+@instruction("wgmma.fence.sync.aligned", collective=WARPGROUP // WARP)
 def _fence(found, machine):
     return lambda active: machine.products.fence(active)
 
 
-@instruction("wgmma.commit_group.sync.aligned", collective=True)
+@instruction("wgmma.commit_group.sync.aligned", collective=WARPGROUP // WARP)
 def _commit(found, machine):
     return lambda active: machine.products.commit(active)
 
 
-@instruction("wgmma.wait_group.sync.aligned", collective=True)
+@instruction("wgmma.wait_group.sync.aligned", collective=WARPGROUP // WARP)
 def _wait(found, machine):
     pending = found.operands[0].value
     return lambda active: machine.products.wait(active, pending)
