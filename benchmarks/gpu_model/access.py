@@ -16,7 +16,11 @@ def warps_of(threads: np.ndarray) -> np.ndarray:
 
 def sectors(addresses: np.ndarray, threads: np.ndarray) -> np.ndarray:
     """Keys of the sectors that each warp touches, in ascending order. No aligned access lies in two."""
-    return np.unique(warps_of(threads).astype(np.int64) * _KEY + addresses.astype(np.int64) // SECTOR)
+    return _unique(warps_of(threads).astype(np.int64) * _KEY + addresses.astype(np.int64) // SECTOR)
+
+
+def count_warps(threads: np.ndarray) -> int:
+    return len(_unique(warps_of(threads)))
 
 
 def warps_in(keys: np.ndarray) -> int:
@@ -40,17 +44,28 @@ def places_of(sectors: np.ndarray, apart: int) -> np.ndarray:
 
 def useful(addresses: np.ndarray, width: int, threads: np.ndarray) -> np.ndarray:
     """Keys of the pieces of `width` bytes that each warp asks for, in ascending order; lanes may share one."""
-    return np.unique(warps_of(threads).astype(np.int64) * _KEY * SECTOR + addresses.astype(np.int64) // width)
+    return _unique(warps_of(threads).astype(np.int64) * _KEY * SECTOR + addresses.astype(np.int64) // width)
 
 
 def partial(useful: np.ndarray, width: int) -> int:
     """Sectors of which a warp's access covers a part."""
-    _, counts = np.unique(useful // (SECTOR // width), return_counts=True)
-    return int((counts < SECTOR // width).sum())
+    starts = _starts(useful // (SECTOR // width))
+    return int(np.count_nonzero(np.diff(starts, append=len(useful)) < SECTOR // width))
 
 
 def _different(ascending: np.ndarray) -> int:
-    return 1 + int(np.count_nonzero(ascending[1:] != ascending[:-1])) if len(ascending) else 0
+    return len(_starts(ascending))
+
+
+def _starts(ascending: np.ndarray) -> np.ndarray:
+    """Where each different value begins."""
+    return np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]]))
+
+
+def _unique(keys: np.ndarray) -> np.ndarray:
+    """As np.unique, which is slow on few."""
+    ascending = np.sort(keys)
+    return ascending[_starts(ascending)]
 
 
 def wavefronts(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
@@ -58,17 +73,15 @@ def wavefronts(addresses: np.ndarray, width: int, threads: np.ndarray) -> int:
 
     In each such phase, the most different words that lie in one bank; lanes that want the same word share it.
     """
-    lanes = min(32, 32 * BANK // width)
-    words = max(1, width // BANK)
+    lanes, words = min(32, 32 * BANK // width), max(1, width // BANK)
     phases = np.repeat(threads.astype(np.int64) // lanes, words)
-    first = addresses.astype(np.int64) // BANK
-    wanted = (first[:, None] + np.arange(words)).reshape(-1)
-    pairs = np.unique(phases * _KEY + wanted)
-    banks, counts = np.unique(pairs // _KEY * BANKS + pairs % _KEY % BANKS, return_counts=True)
-    starts = np.flatnonzero(np.diff(banks // BANKS, prepend=-1))
-    return int(np.maximum.reduceat(counts, starts).sum())
+    wanted = (addresses.astype(np.int64)[:, None] // BANK + np.arange(words)).reshape(-1)
+    different = _unique((phases * BANKS + wanted % BANKS) * _KEY + wanted) // _KEY
+    starts = _starts(different)
+    of_bank = np.diff(starts, append=len(different))
+    return int(np.maximum.reduceat(of_bank, _starts(different[starts] // BANKS)).sum())
 
 
 def fewest_wavefronts(width: int, threads: np.ndarray) -> int:
     """The same without conflicts: one for each phase."""
-    return len(np.unique(threads // min(32, 32 * BANK // width)))
+    return len(_unique(threads // min(32, 32 * BANK // width)))

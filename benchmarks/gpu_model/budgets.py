@@ -16,9 +16,9 @@ def costs(call: Call) -> dict[str, dict[str, float]]:
     kernels = [launch for launch in call.launches[CAPABILITY] if launch.blocks]
     return {
         f"{number} {launch.kernel}": {
-            f"warp instructions a {call.unit}": launch.issued / call.units,
-            f"shared-memory wavefronts a {call.unit}": launch.wavefronts / call.units,
-            f"sectors a {call.unit}": launch.sectors / call.units,
+            f"warp instructions {call.a_unit}": launch.issued / call.units,
+            f"shared-memory wavefronts {call.a_unit}": launch.wavefronts / call.units,
+            f"sectors {call.a_unit}": launch.sectors / call.units,
             "sectors an access": launch.sectors / launch.accesses,
             "registers": launch.registers,
             "bytes spilled": launch.spilled,

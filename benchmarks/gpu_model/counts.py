@@ -105,7 +105,7 @@ class Counting(Observer):
         way = "copy" if opcode == "cp" else "store" if opcode.startswith("st") else "load"
         if space == "shared":
             found = Traffic(
-                accesses=len(np.unique(access.warps_of(threads))),
+                accesses=access.count_warps(threads),
                 wavefronts=access.wavefronts(addresses, width, threads),
                 without_conflicts=access.fewest_wavefronts(width, threads),
             )

@@ -31,6 +31,10 @@ class Call:
     def __str__(self) -> str:
         return name(self)
 
+    @property
+    def a_unit(self) -> str:
+        return f"a {self.unit}" if self.unit[0].isalpha() else f"for {self.unit}"
+
     def on(self, device: Device) -> Prediction:
         return Prediction.of(self.launches[device.capability], device, self.must_move)
 

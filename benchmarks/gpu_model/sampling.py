@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-_SMALL_AXIS = 8  # along which every index is run
+_MOST = 16  # blocks, of each index of axes that are taken apart
 _SAMPLES = 2
 _PROBES = 32
 _SAME = 0.02
@@ -30,9 +30,13 @@ def strata(grid: Grid, measure: Measure) -> Iterator[tuple[T, float]]:
     Blocks are numbered with x running fastest. An axis of few indices is taken apart. Where a first and a last part of
     a grid of one axis differ, since one launch does two things, the place where the second begins is searched for.
     """
-    few = [axis for axis in range(3) if grid[axis] <= _SMALL_AXIS]
+    few, taken_apart = [], 1
+    for axis in sorted(range(3), key=grid.__getitem__):
+        if taken_apart * grid[axis] <= _MOST:
+            few.append(axis)
+            taken_apart *= grid[axis]
     many = [axis for axis in range(3) if axis not in few]
-    rest, taken_apart = (math.prod(grid[axis] for axis in axes) for axes in (many, few))
+    rest = math.prod(grid[axis] for axis in many)
     if len(many) == 1 and taken_apart == 1:
         yield from _two_parts(rest, measure)
         return

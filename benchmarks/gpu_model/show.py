@@ -50,9 +50,9 @@ def _launch(launch: Launch, call: Call) -> list[str]:
         f"L2: {_megabytes(SECTOR * launch.through_l2)} MB, for accesses to {_megabytes(SECTOR * launch.sectors)} MB in"
         f" sectors, {launch.sectors / max(launch.accesses, 1):.1f} each, {launch.useful / max(launch.sectors, 1):.1f}"
         f" bytes of one useful; {launch.partial / 1e6:.2g} M are stored in part",
-        f"{_a(call.unit)}: {launch.issued / call.units:.0f} warp instructions ({launch.ptx / call.units:.0f} of PTX,"
+        f"{call.a_unit}: {launch.issued / call.units:.0f} warp instructions ({launch.ptx / call.units:.0f} of PTX,"
         f" moves left out): {', '.join(kinds)}",
-        f"{_a(call.unit)}: {launch.wavefronts / call.units:.0f} wavefronts of shared memory,"
+        f"{call.a_unit}: {launch.wavefronts / call.units:.0f} wavefronts of shared memory,"
         f" {launch.without_conflicts / call.units:.0f} without bank conflicts",
         *([f"products: {sum(launch.flops.values()) / 1e9:.3g} GFLOP"] if launch.flops else []),
     )
@@ -107,7 +107,7 @@ def table(calls: list[Call], found: list[tuple[str, Device, list[dict]]]) -> str
         on = call.on(H100)
         cells = (
             str(call),
-            f"{issued / call.units:.0f} {_a(call.unit)}",
+            f"{issued / call.units:.0f} {call.a_unit}",
             f"{useful / max(sectors, 1):.0f}",
             on.binding,
             _microseconds(on.seconds),
@@ -127,10 +127,6 @@ def _share(call: Call, device: Device) -> str:
 
 def _measured_cell(found: Measured) -> str:
     return f"{_microseconds(found.seconds)} ({found.device.name}, {found.calls}: {found.error:+.0%})"
-
-
-def _a(unit: str) -> str:
-    return f"a {unit}" if unit[0].isalpha() else unit
 
 
 def _microseconds(seconds: float) -> str:
