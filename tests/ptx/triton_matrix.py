@@ -57,7 +57,7 @@ _16_BITS = {
         *(_attention(c, 12, 40, of) for c, of in {48: 272, 64: 448, 96: 288, 128: 384, 256: 768}.items()),
         *(_attention(c, 12, 40, of, "attended") for c, of in {64: 832, 96: 800, 128: 896, 256: 1024}.items()),
     ],
-    "wide": [_attention(4096, 16, **_SMALL_BLOCKS)],
+    "wide": [_attention(1280, 16, **_SMALL_BLOCKS)],
     "tied_ffn": [_tied(c, 100, 70) for c in (16, 32, 64, 96)] + [_tied(384, 256, 150)],
     "dynamic_mixing": [
         _mixing(32, 192, 8, 2),
@@ -80,7 +80,7 @@ _32_BITS = {
         *(_attention(c, q, 40, of) for c, of in {48: 208, 64: 256, 96: 224}.items() for q in (6, 24)),
         *(_attention(c, 12, 40, of) for c, of in {48: 272, 64: 448, 96: 288, 128: 768}.items()),
     ],
-    "wide": [_attention(2048, 16, **_SMALL_BLOCKS)],
+    "wide": [_attention(1280, 16, **_SMALL_BLOCKS)],
     "tied_ffn": [_tied(c, 40, 40) for c in (16, 32, 64, 96)] + [_tied(160, 72, 70)],
     "dynamic_mixing": [
         _mixing(32, 96, 4, 2),
@@ -138,6 +138,7 @@ _OPTIONS = {
     ],
     "wide": [
         *((_with(each, _WIDE), "float16", 80) for each in _BAGS_OF_ALL_KINDS + _FEW_NEEDED),
+        (_attention(4096, 16, 40), "bfloat16", 90),
         (_with(_attention(136, 20), _WIDE, extra=False, normalize=False), "bfloat16", 90),
         (_with(_attention(136, 20), _WIDE, first=4), "bfloat16", 90),
         (_with(_attention(136, 20, 70), _WIDE | dict(MAX_SPLITS=2)), "float16", 90),
