@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SLOW = {  # marker: where its tests are
     "install": ("test_install.py",),
     "aot": ("test_aot.py", "test_cuda_compiled.py"),
-    "emulated": ("test_cuda_emulated.py",),
+    "ptx": ("tests/ptx/test_cuda_*.py",),
     "benchmarks": ("tests/benchmarks/*.py", "test_gpu_check.py"),
 }
 
