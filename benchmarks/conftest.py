@@ -9,6 +9,7 @@ import pytest
 from benchmarks.measure import entries, environment, harness
 from benchmarks.report import journal, record, summary, table
 from benchmarks.report.live import Live
+from tokenfusion import precision
 
 EFFORTS = {
     "smoke": harness.Effort(seconds=0.05, fewest=3, most=5),
@@ -32,6 +33,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    precision.use_ieee()  # for eager, whose error is the measure, and beside kernels that use no TF32
     config.option.benchmark_columns = config.option.benchmark_columns or _COLUMNS
     config.option.showcapture = "no"  # torch.compile's trace would fill screens
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method:DeprecationWarning")  # its compiler's

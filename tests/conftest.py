@@ -13,7 +13,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
 import tokenfusion
+from tokenfusion import precision
 
+precision.use_ieee()  # eager's error in TF32 would allow any
 os.environ["TOKENFUSION_TUNING"] = "0"  # what was measured on this machine decides nothing here
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it runs in the background
 

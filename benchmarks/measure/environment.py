@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import problem, timing
-from tokenfusion import environment
+from tokenfusion import environment, precision
 
 COMMIT = "TOKENFUSION_COMMIT"  # the variable that names the commit of a copy without git
 _PACKAGES = (
@@ -42,7 +42,7 @@ def collect(profile: str) -> dict:
         "commit": os.environ.get(COMMIT) or _commit(),
         "cache": timing.policy(),
         "compile_mode": problem.compile_mode(),
-        "float32_products": "TF32" if torch.backends.cuda.matmul.allow_tf32 else "IEEE float32",
+        "float32_products": precision.in_force(problem.device()),
         "tools": {"nvcc": _nvcc(), "compute-sanitizer": find_tool("compute-sanitizer")},
         "missing_packages": [name for name in _PACKAGES if not importlib.util.find_spec(name)],
     }

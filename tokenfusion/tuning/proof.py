@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tokenfusion import precision
 from tokenfusion.kernels.choices import Workload, Workloads
 from tokenfusion.kernels.dispatch import Implementation, Operator
 from tokenfusion.tuning import parity
@@ -88,7 +89,12 @@ def call_of(operator: Operator, workload: Workload, device: str) -> Call:
 
 
 def why_wrong(call: Call, implementation: Implementation, reference: Implementation) -> str | None:
-    """What is wrong with an implementation, or None."""
+    """What is wrong with an implementation, or None; all products in IEEE float32, whatever is in force."""
+    with precision.ieee():
+        return _why_wrong(call, implementation, reference)
+
+
+def _why_wrong(call: Call, implementation: Implementation, reference: Implementation) -> str | None:
     try:
         results = call.run(implementation)
         again = call.run(implementation)

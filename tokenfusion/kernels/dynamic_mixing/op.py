@@ -15,6 +15,7 @@ from tokenfusion.kernels.library import Form, define_differentiable, second_orde
 
 MAX_TOKENS = 64
 MAX_REDUCED = 16
+MAX_TRITON_WIDTH = 1 << 18  # channels of a segment, whose blocks lie along the second axis of a grid
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -100,7 +101,16 @@ def _cpu_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -
 
 
 def _triton_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
-    return triton_support.why_not_tensor(x) or _why_not_kernel(x, compressed, segments, dim, _GPU_DTYPES)
+    return (
+        triton_support.why_not_tensor(x)
+        or _why_not_kernel(x, compressed, segments, dim, _GPU_DTYPES)
+        or _why_not_triton_kernel(x, segments)
+    )
+
+
+def _why_not_triton_kernel(x, segments) -> str | None:
+    width = x.shape[3] // segments
+    return f"D / S = {width} is more than {MAX_TRITON_WIDTH}" if width > MAX_TRITON_WIDTH else None
 
 
 @functools.cache

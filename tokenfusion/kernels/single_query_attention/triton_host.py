@@ -93,7 +93,7 @@ def _combine(partial, partial_log_sum_exp, out, log_sum_exp):
     """Sum the splits' partial results in a fixed order; weighted by their log-sum-exp where given."""
     batch, splits, queries, channels = partial.shape
     block_c = 128
-    triton_kernels.combine_kernel[batch, queries, triton.cdiv(channels, block_c)](
+    triton_kernels.combine_kernel[batch * queries, triton.cdiv(channels, block_c)](
         partial,
         partial_log_sum_exp,
         out,
@@ -128,7 +128,7 @@ def run_forward(query, tokens, extra_token, lengths, offsets, normalize, eps):
             query.new_empty(batch, splits, queries, dtype=torch.float32),
         )
     with torch.cuda.device_of(tokens):
-        triton_kernels.forward_kernel[batch, splits, triton.cdiv(queries, plan["BQ"])](
+        triton_kernels.forward_kernel[batch * triton.cdiv(queries, plan["BQ"]), splits](
             query,
             tokens,
             tokens if extra_token is None else extra_token,
@@ -211,7 +211,7 @@ class _Wide:
     def _write_scores(self, query, out):
         blocks = triton.cdiv(query.shape[1], _WIDE["BQ"])
         with torch.cuda.device_of(self.tokens):
-            triton_wide_kernels.scores_kernel[self.batch, self.splits, blocks](
+            triton_wide_kernels.scores_kernel[self.batch * blocks, self.splits](
                 query,
                 self.tokens,
                 self.extra_token,
@@ -228,7 +228,7 @@ class _Wide:
         names = ("N", "Q", "HAS_EXTRA", "HAS_LENGTHS", "HAS_OFFSETS")
         block_q = _WIDE["BQ"]
         with torch.cuda.device_of(self.tokens):
-            triton_wide_kernels.log_sum_exp_kernel[self.batch, 1, triton.cdiv(self.query.shape[1], block_q)](
+            triton_wide_kernels.log_sum_exp_kernel[(self.batch * triton.cdiv(self.query.shape[1], block_q),)](
                 self.scores,
                 *self.bags,
                 out,
@@ -246,7 +246,7 @@ class _Wide:
             partial = out.new_empty(self.batch, self.splits, queries, channels, dtype=torch.float32)
         grad_weights, delta, context = backward or (self.scores,) * 3
         with torch.cuda.device_of(self.tokens):
-            triton_wide_kernels.sum_kernel[self.batch, self.splits, blocks](
+            triton_wide_kernels.sum_kernel[self.batch * blocks, self.splits](
                 self.scores,
                 grad_weights,
                 log_sum_exp,
@@ -278,7 +278,7 @@ class _Wide:
         tiles = _WIDE | dict(BC=64, num_stages=1)  # more would spill
         blocks = triton.cdiv(self.layout["C"], tiles["BC"])
         with torch.cuda.device_of(self.tokens):
-            triton_wide_kernels.token_gradients_kernel[self.batch, self.splits, blocks](
+            triton_wide_kernels.token_gradients_kernel[self.batch * blocks, self.splits](
                 self.scores,
                 grad_weights,
                 log_sum_exp,

@@ -23,7 +23,7 @@ def _linear(x, weight, bias, out, *, transposed: bool, activation: str = "identi
     rows, depth = x.shape
     columns = out.shape[1]
     tile = _options(x.element_size())
-    triton_kernels.linear_kernel[triton.cdiv(columns, tile["columns"]), triton.cdiv(rows, tile["rows"])](
+    triton_kernels.linear_kernel[(triton.cdiv(columns, tile["columns"]) * triton.cdiv(rows, tile["rows"]),)](
         x,
         weight,
         weight if bias is None else bias,
@@ -117,8 +117,8 @@ def _hidden_backward(x, grad_y, weight, bias_in, hidden, activated, grad_hidden,
     features, channels = weight.shape
     held = hidden.numel() > 0
     tile = _options(x.element_size(), accumulators=2)
-    grid = triton.cdiv(features, tile["columns"]), triton.cdiv(len(x), tile["rows"])
-    triton_kernels.hidden_backward_kernel[grid](
+    programs = triton.cdiv(features, tile["columns"]) * triton.cdiv(len(x), tile["rows"])
+    triton_kernels.hidden_backward_kernel[(programs,)](
         x,
         grad_y,
         weight,
@@ -147,8 +147,8 @@ def _grad_weight(x, grad_y, activated, grad_hidden) -> torch.Tensor:
     rows_per_split = max(ROWS_PER_SPLIT, triton.cdiv(triton.cdiv(count, MAX_SPLITS), tile["depth"]) * tile["depth"])
     splits = triton.cdiv(count, rows_per_split)
     partial = x.new_empty(splits, features, channels, dtype=torch.float32)
-    grid = triton.cdiv(features, tile["rows"]), triton.cdiv(channels, tile["columns"]), splits
-    triton_kernels.grad_weight_kernel[grid](
+    programs = triton.cdiv(features, tile["rows"]) * triton.cdiv(channels, tile["columns"]) * splits
+    triton_kernels.grad_weight_kernel[(programs,)](
         x,
         grad_y,
         activated,

@@ -59,4 +59,10 @@ def cpu_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
 
 
 def triton_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    return triton_support.why_not_tensor(x) or _why_not_kernel(x, weight, _TRITON_DTYPES)
+    return triton_support.why_not_tensor(x) or _why_not_kernel(x, weight, _TRITON_DTYPES) or _why_not_image(x, weight)
+
+
+def _why_not_image(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Kernels count the pixels of an image in 32 bits; there may be more in a batch."""
+    pixels = x.shape[2] * x.shape[3] * weight.shape[2] ** 2
+    return None if pixels < 1 << 31 else f"an image of the result has {pixels} pixels, expected fewer than 2^31"
