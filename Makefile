@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc')
-CXX_SOURCES := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_emulation/*)
+CXX_SOURCES := $(filter csrc/%,$(SOURCES)) $(shell find tests/ptx/cuda -type f)
 
 .PHONY: demo test quick lint bench gpu-check clean
 

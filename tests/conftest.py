@@ -23,8 +23,7 @@ ROOT = Path(__file__).parent.parent
 SLOW = {  # marker: where its tests are
     "install": ("test_install.py",),
     "aot": ("test_aot.py", "test_cuda_compiled.py"),
-    "emulated": ("test_cuda_emulated.py",),
-    "ptx": ("tests/ptx/test_triton_*.py",),
+    "ptx": ("tests/ptx/test_cuda_*.py", "tests/ptx/test_triton_*.py"),
     "benchmarks": ("tests/benchmarks/*.py", "tests/gpu_check/*.py"),
 }
 
