@@ -39,7 +39,7 @@ class Bulk:
         self.stores: list[Store] = []
         self.arrivals: list = []  # of cp.async.mbarrier.arrive
         self.committed: dict[int, int] = {}
-        self.random = np.random.default_rng(0)
+        self.random = np.random.default_rng(machine.seed)
 
     # Loads -----------------------------------------------------------------------------------------------------------
 

@@ -70,16 +70,16 @@ def evaluate(text: str, result: type, *operands, **options) -> np.ndarray:
 
 
 def _declare(name: str, dtype: np.dtype) -> str:
-    kind = "pred" if dtype == bool else f"b{max(16, dtype.itemsize * 8)}"
+    kind = "pred" if dtype.kind == "b" else f"b{max(16, dtype.itemsize * 8)}"
     return f".reg .{kind} %{name};\n"
 
 
 def _move(what: str, name: str, dtype: np.dtype, tensor: int) -> str:
     """One element a thread, to or from the tensor."""
-    size = 1 if dtype == bool else dtype.itemsize
-    place = f"mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mad.lo.u32 %r1, %r1, %r2, %r0;\n"
+    size = dtype.itemsize
+    place = "mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mad.lo.u32 %r1, %r1, %r2, %r0;\n"
     place += f"mul.wide.u32 %rd60, %r1, {size}; add.u64 %rd60, %rd60, %rd{tensor};\n"
-    if dtype != bool:
+    if dtype.kind != "b":
         kind = f"b{size * 8}"
         return place + (
             f"ld.global.{kind} %{name}, [%rd60];\n" if what == "ld" else f"st.global.{kind} [%rd60], %{name};\n"

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .errors import Fault
-from .parse import Address, Register
+from .operands import Address, Register
 
 
 class Poison:
@@ -48,7 +48,8 @@ class Poison:
         """The shadow of a register in active threads."""
         shadow = self.shadows.get(name)
         if shadow is None:
-            return np.zeros(active.count, self.machine.register(name).dtype if name else np.uint64)
+            declared = name is not None and self.machine.kernel.register_type(name) is not None
+            return np.zeros(active.count, self.machine.register(name).dtype if declared else np.uint64)
         return active.of(shadow)
 
     def of_vector(self, names: list, active, dtype) -> np.ndarray | None:

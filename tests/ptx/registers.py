@@ -7,7 +7,8 @@ import numpy as np
 from .active import WARP, Active
 from .errors import Fault
 from .formats import BITS, UNSIGNED, VALUES, storage
-from .parse import Address, Immediate, Kernel, Register, Special, Symbol, elements
+from .operands import Address, Immediate, Register, Special, Symbol, elements
+from .parse import Kernel
 
 
 class Registers:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from .errors import Fault
 from .formats import TYPES
 from .machine import Machine, Operation
-from .parse import Instruction, Kernel, Register
+from .operands import Register
+from .parse import Instruction, Kernel
 
 
 class _Entry(NamedTuple):
@@ -26,7 +27,7 @@ def instruction(name: str, types: str = "", modifiers: str = "", kind: str = "",
     """Declares the function that binds an instruction: (Instruction, Machine) -> function of the active threads.
 
     `name` is the opcode with the modifiers that make it another instruction (`cp.async.bulk`). What is named in neither
-    `types` nor `modifiers` is an error in a kernel. collective: how many warps run it together, from a multiple of that.
+    `types` nor `modifiers` is an error in a kernel. collective: how many warps run it together.
     """
     entry = tuple(name.split("."))
 

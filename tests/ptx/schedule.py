@@ -5,6 +5,7 @@ import enum
 import numpy as np
 
 from .active import WARP, Active
+from .barriers import Waiting
 from .errors import Fault
 from .machine import Machine, Operation
 
@@ -37,7 +38,7 @@ class Scheduler:
         self.machine, self.operations, self.order = machine, operations, order
         self.random = np.random.default_rng(order) if isinstance(order, int) else None
         self.groups: list[Group] = []
-        self.barriers: dict[int, _Waiting] = {}
+        self.barriers: dict[int, Waiting] = {}
         self.live = np.ones(machine.size, bool)
         self.live_count = np.zeros(machine.blocks, np.int64)
         self.steps = 0
@@ -140,6 +141,8 @@ class Scheduler:
                 doing = self._guarded(operation, active)
             if operation.collective and doing is not None and not self._complete(operation, doing, active):
                 group.place, group.parked = place, operation
+                if operation.collective > 1:
+                    self._gather(group, operation)
                 return
             for observer in observers:
                 observer.issued(operation.instruction, active.warps)
@@ -194,10 +197,10 @@ class Scheduler:
     def _complete(self, operation, doing: Active, active: Active) -> bool:
         """Whether all threads that the instruction wants of each warp are here; where some never can be, a fault."""
         if operation.members is None:
-            complete = doing.full
+            complete = doing.full and _whole(doing.warps, operation.collective)
         else:
             complete = self._members_here(operation, doing)
-        if not complete and doing is not active and active.full:
+        if not doing.full and doing is not active and active.full:
             raise Fault("divergent: only some threads of a warp execute this instruction", doing.threads[0])
         return complete
 
@@ -215,6 +218,15 @@ class Scheduler:
         lanes = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
         alive = (self.live.reshape(-1, WARP)[doing.warps] * lanes).sum(axis=1, dtype=np.uint32)
         return bool(((named & alive) == here).all())
+
+    def _gather(self, group: Group, operation: Operation) -> None:
+        """Warps of other sets that wait at the same instruction of several warps go on with these."""
+        others = [each for each in self.groups if each.parked and each.place == group.place and each is not group]
+        for other in others:
+            self.groups.remove(other)
+            threads = np.sort(np.concatenate((other.active.threads, group.active.threads)))
+            group.active = Active(self.machine, threads)
+        group.parked = None if others else operation
 
     def _split(self, group: Group, place: int, taken: Active, target: int) -> None:
         self.groups.remove(group)
@@ -255,7 +267,7 @@ class Scheduler:
         for number in np.unique(numbers):
             chosen = numbers == number
             part = doing if chosen.all() else doing.only(chosen)
-            waiting = self.barriers.setdefault(int(number), _Waiting(self.machine.blocks))
+            waiting = self.barriers.setdefault(int(number), Waiting(self.machine.blocks))
             waiting.add(self.machine, part, None if counts is None else counts[chosen], barrier.waits)
             if barrier.waits:
                 waiting.members.append((following, part))
@@ -289,28 +301,6 @@ class Scheduler:
                 self._release(place, active)
 
 
-class _Waiting:
-    """A barrier's threads, in all blocks."""
-
-    def __init__(self, blocks: int):
-        self.arrived, self.wanted = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
-        self.members: list[tuple[int, Active]] = []
-        self.arrivals: list[tuple[Active, bool]] = []
-
-    def add(self, machine: Machine, active: Active, counts: np.ndarray | None, waits: bool) -> None:
-        blocks = machine.block_of[active.threads]
-        self.arrived += np.bincount(blocks, minlength=machine.blocks)
-        self.arrivals.append((active, waits))
-        given = 0 if counts is None else counts
-        before = self.wanted[blocks]
-        if ((before != given) & (before != 0)).any():
-            raise Fault("threads disagree about how many the barrier waits for", active.threads[0])
-        self.wanted[blocks] = given
-        if (self.wanted[blocks] != given).any():
-            raise Fault("threads disagree about how many the barrier waits for", active.threads[0])
-
-    def reset(self, machine: Machine, ready: np.ndarray) -> None:
-        self.arrived[ready] = 0
-        self.wanted[ready] = 0
-        left = [(each, waits, ~ready[machine.block_of[each.threads]]) for each, waits in self.arrivals]
-        self.arrivals = [(each.only(mask), waits) for each, waits, mask in left if mask.any()]
+def _whole(warps: np.ndarray, together: int) -> bool:
+    """Whether of each `together` warps, which begin at a multiple of that, all are here or none."""
+    return together <= 1 or len(np.unique(warps // together)) * together == len(warps)

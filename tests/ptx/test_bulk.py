@@ -78,7 +78,10 @@ def test_overwriting_what_others_still_read_is_seen():
     fails("a race: overwrites", first + again)
 
 
-WRITTEN = "add.u64 %rd11, %rd0, %rd10; ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd11]; st.shared.v4.b32 [%r2], {%r4, %r5, %r6, %r7};\n"
+WRITTEN = (
+    "add.u64 %rd11, %rd0, %rd10; ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd11]; "
+    "st.shared.v4.b32 [%r2], {%r4, %r5, %r6, %r7};\n"
+)
 FENCED = WRITTEN + "fence.proxy.async.shared::cta; bar.sync 0;\n"
 STORE = "@%p1 cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r1], 1024; @%p1 cp.async.bulk.commit_group;\n"
 DONE = "@%p1 cp.async.bulk.wait_group{0} 0;\n"
@@ -108,7 +111,7 @@ def test_what_is_wrong_with_a_store():
 
 
 def box_run(body, tensors, boxes, block=32, map_in_memory=False, **options):
-    """Runs the body with the tensors' addresses and the maps as parameters m0, m1, ... (their addresses in %rd40, ...)."""
+    """Runs the body with the maps as parameters m0, m1, ..., whose addresses are in %rd40, ..."""
     memory = Memory()
     addresses = [memory.allow(each) for each in tensors]
     maps = [each.encode() for each in boxes]
@@ -132,7 +135,8 @@ def tensor_load(rank, bytes_, coordinates, target="%r1"):
         names
         + EXPECT.format(bytes_)
         + (
-            f"@%p1 cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [{target}], [%rd40, {{{listed}}}], [b];\n"
+            f"@%p1 cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [{target}], "
+            f"[%rd40, {{{listed}}}], [b];\n"
         )
     )
 

@@ -85,10 +85,11 @@ def test_floats_to_integers_stay_in_range(source, target, mode):
 
 
 def rounded(values, target, mode):
-    keep = lambda each: (
-        float(each) if not np.isfinite(each) or each == 0 else round_fraction(Fraction(float(each)), target, mode)
-    )  # noqa: E731
-    return np.array([keep(each) for each in values])
+    def one(value):
+        exact = np.isfinite(value) and value != 0
+        return round_fraction(Fraction(float(value)), target, mode) if exact else float(value)
+
+    return np.array([one(each) for each in values])
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz"])

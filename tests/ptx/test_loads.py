@@ -38,7 +38,7 @@ def test_what_is_stored_is_loaded(space, kind, bytes_):
     names = f"{{{names}}}" if count > 1 else names
     body = PLACE.format(bytes_) + f"ld.global.{kind} {names}, [%rd11];\n"
     if space == "shared":
-        body += f".shared .align 16 .b8 memory[1024]; mov.u64 %rd13, memory; add.u64 %rd13, %rd13, %rd10;"
+        body += ".shared .align 16 .b8 memory[1024]; mov.u64 %rd13, memory; add.u64 %rd13, %rd13, %rd10;"
     elif space == "local":
         body += ".local .align 16 .b8 memory[48]; mov.u64 %rd13, memory; add.u64 %rd13, %rd13, 16;"
     if space != "global":
@@ -94,7 +94,10 @@ def fails(words, body, *arrays, thread=None, **options):
 
 def test_an_access_beyond_a_tensor_names_instruction_block_thread_and_offset():
     a = np.zeros(40, np.uint32)
-    body = "mov.u32 %r1, %ctaid.x; mad.lo.u32 %r1, %r1, 32, %r0; mul.wide.u32 %rd1, %r1, 4; add.u64 %rd1, %rd1, %rd0;\nld.global.u32 %r2, [%rd1];"
+    body = (
+        "mov.u32 %r1, %ctaid.x; mad.lo.u32 %r1, %r1, 32, %r0; "
+        "mul.wide.u32 %rd1, %r1, 4; add.u64 %rd1, %rd1, %rd0;\nld.global.u32 %r2, [%rd1];"
+    )
     caught = fails(
         "24 of 64 threads access global memory outside of every tensor.*offset 160 of a storage of 160 bytes",
         body,
@@ -143,13 +146,20 @@ def test_beyond_shared_local_and_parameters():
 
 def test_dynamic_shared_memory_follows_the_static_one():
     out = np.zeros(2, np.uint32)
-    run("mov.u32 %r1, dynamic; mov.u32 %r2, %dynamic_smem_size; st.global.v2.u32 [%rd0], {%r1, %r2}; st.shared.b32 [dynamic+28], 0;",
-        out, declarations=".extern .shared .align 16 .b8 dynamic[];.shared .b8 s[50];", shared=32, block=32)  # fmt: skip
+    body = """
+        mov.u32 %r1, dynamic; mov.u32 %r2, %dynamic_smem_size; st.global.v2.u32 [%rd0], {%r1, %r2};
+        st.shared.b32 [dynamic+28], 0;
+    """
+    declarations = ".extern .shared .align 16 .b8 dynamic[];.shared .b8 s[50];"
+    run(body, out, declarations=declarations, shared=32, block=32)
     assert out.tolist() == [64, 32]
 
 
 def test_poison_is_refused_where_a_value_depends_on_it():
-    shared = ".shared .align 16 .b8 s[256]; mul.lo.u32 %r1, %r0, 4; mov.u32 %r2, s; add.u32 %r2, %r2, %r1; ld.shared.u32 %r3, [%r2];\n"
+    shared = (
+        ".shared .align 16 .b8 s[256]; mul.lo.u32 %r1, %r0, 4; "
+        "mov.u32 %r2, s; add.u32 %r2, %r2, %r1; ld.shared.u32 %r3, [%r2];\n"
+    )
     out = np.zeros(32, np.uint32)
     nothing = "depends on memory that nothing has written"
     fails(f"stores a value that {nothing}", shared + "add.u32 %r4, %r3, 1; st.global.u32 [%rd0], %r4;", out, thread=0)
@@ -166,6 +176,8 @@ def test_poison_is_refused_where_a_value_depends_on_it():
         out,
     )
     fails(f"stores a value that {nothing}", ".local .b8 l[8]; ld.local.u32 %r3, [l+4]; st.global.u32 [%rd0], %r3;", out)
+    moved = "mov.u32 %r4, %ctaid.x; mov.u32 %r5, 7; st.global.u32 [%rd0], %r4;"
+    run(shared + moved, out)
     half = "st.shared.u16 [%r2], 5; ld.shared.u32 %r3, [%r2]; mov.b32 {%h1, %h2}, %r3; st.global.u16 [%rd0], %h"
     run(shared + half + "1;", out)
     fails(f"stores a value that {nothing}", shared + half + "2;", out)

@@ -43,10 +43,15 @@ def place_c(lane, i):
     return group if i < 2 else group + 8, of_group * 2 + (i & 1)
 
 
+# Shape, type, k, registers of A, registers of B.
 CASES = [
-    ("m16n8k16", "f16", 16, 4, 2), ("m16n8k16", "bf16", 16, 4, 2), ("m16n8k8", "f16", 8, 2, 1), ("m16n8k8", "bf16", 8, 2, 1),
-    ("m16n8k8", "tf32", 8, 4, 2), ("m16n8k4", "tf32", 4, 2, 1),
-]  # fmt: skip
+    ("m16n8k16", "f16", 16, 4, 2),
+    ("m16n8k16", "bf16", 16, 4, 2),
+    ("m16n8k8", "f16", 8, 2, 1),
+    ("m16n8k8", "bf16", 8, 2, 1),
+    ("m16n8k8", "tf32", 8, 4, 2),
+    ("m16n8k4", "tf32", 4, 2, 1),
+]
 
 
 def fragments(matrix, place, shape, registers, kind):
@@ -80,10 +85,10 @@ def test_mma_is_the_product_of_the_fragments(shape, kind, depth, registers_a, re
     out = np.zeros((32, 4), np.float32)
     ra, rb = range(10, 10 + registers_a), range(20, 20 + registers_b)
     names = lambda letter, numbers: "{" + ", ".join(f"%{letter}{number}" for number in numbers) + "}"  # noqa: E731
-    run(load_words(ra, 0, "r", registers_a) + load_words(rb, 1, "r", registers_b) + load_words(range(4), 2, "f", 4)
-        + f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 {names('f', range(4))}, {names('r', ra)}, {names('r', rb)}, "
-        + f"{names('f', range(4))};" + STORE.format(16, 3) + f"st.global.v4.f32 [%rd11], {names('f', range(4))};",
-        words_a, words_b, words_c, out)  # fmt: skip
+    d = names("f", range(4))
+    body = load_words(ra, 0, "r", registers_a) + load_words(rb, 1, "r", registers_b) + load_words(range(4), 2, "f", 4)
+    body += f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 {d}, {names('r', ra)}, {names('r', rb)}, {d};"
+    run(body + STORE.format(16, 3) + f"st.global.v4.f32 [%rd11], {d};", words_a, words_b, words_c, out)
     product = a @ b + c
     expected = np.array([[product[place_c(lane, i)] for i in range(4)] for lane in range(32)])
     np.testing.assert_array_equal(out, expected)
@@ -94,9 +99,16 @@ def test_mma_with_accumulators_of_float16():
     words_a, words_b = fragments(a, place_a, "m16n8k16", 4, "f16"), fragments(b, place_b, "m16n8k16", 2, "f16")
     halves = np.array([[c[place_c(lane, i)] for i in range(4)] for lane in range(32)]).astype(np.float16)
     out = np.zeros((32, 4), np.float16)
-    run(load_words(range(10, 14), 0, "r", 4) + load_words(range(20, 22), 1, "r", 2) + load_words(range(30, 32), 2, "r", 2)
-        + "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1, %r2}, {%r10, %r11, %r12, %r13}, {%r20, %r21}, {%r30, %r31};"
-        + STORE.format(8, 3) + "st.global.v2.b32 [%rd11], {%r1, %r2};", words_a, words_b, halves.view(np.uint32), out)  # fmt: skip
+    body = load_words(range(10, 14), 0, "r", 4) + load_words(range(20, 22), 1, "r", 2)
+    body += (
+        load_words(range(30, 32), 2, "r", 2)
+        + """
+        mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16
+            {%r1, %r2}, {%r10, %r11, %r12, %r13}, {%r20, %r21}, {%r30, %r31};
+    """
+    )
+    body += STORE.format(8, 3) + "st.global.v2.b32 [%rd11], {%r1, %r2};"
+    run(body, words_a, words_b, halves.view(np.uint32), out)
     product = (a @ b + c).astype(np.float16)
     np.testing.assert_array_equal(out, [[product[place_c(lane, i)] for i in range(4)] for lane in range(32)])
 
@@ -112,7 +124,10 @@ SHARED = ".shared .align 16 .b8 s[1024]; mov.u32 %r1, s;\n"
 COPY_IN = (
     SHARED
     + STORE.format(16, 0)
-    + "shl.b32 %r2, %r0, 4; add.u32 %r2, %r2, %r1; ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd11]; st.shared.v4.b32 [%r2], {%r3, %r4, %r5, %r6}; bar.warp.sync -1;\n"
+    + """
+        shl.b32 %r2, %r0, 4; add.u32 %r2, %r2, %r1; ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd11];
+        st.shared.v4.b32 [%r2], {%r3, %r4, %r5, %r6}; bar.warp.sync -1;
+    """
 )
 
 
@@ -165,8 +180,8 @@ def test_stmatrix_is_the_inverse_of_ldmatrix(count, transposed):
 
 def test_movmatrix_transposes():
     words, out = random_bits(1, np.uint32, 32), np.zeros(32, np.uint32)
-    run(load_words([1], 0, "r", 1) + "movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;" + STORE.format(4, 1) + "st.global.b32 [%rd11], %r2;",
-        words, out)  # fmt: skip
+    body = load_words([1], 0, "r", 1) + "movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;"
+    run(body + STORE.format(4, 1) + "st.global.b32 [%rd11], %r2;", words, out)
     matrix = words.view(np.uint16).reshape(8, 8)
     np.testing.assert_array_equal(out.view(np.uint16).reshape(8, 8), matrix.T)
 
@@ -175,10 +190,12 @@ def test_poison_spoils_rows_and_columns_and_no_others():
     """Rows 8 to 15 of A were never written; the upper half of the result may be stored, the lower may not."""
     out = np.zeros((32, 4), np.float32)
     body = SHARED + """
-        shl.b32 %r2, %r0, 4; add.u32 %r2, %r2, %r1; setp.lt.u32 %p1, %r0, 8; @%p1 st.shared.v4.b32 [%r2], {0, 0, 0, 0}; bar.warp.sync -1;
+        shl.b32 %r2, %r0, 4; add.u32 %r2, %r2, %r1; setp.lt.u32 %p1, %r0, 8;
+        @%p1 st.shared.v4.b32 [%r2], {0, 0, 0, 0}; bar.warp.sync -1;
         ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r20, %r21}, [%r2]; mov.b32 %r22, 0;
         mov.f32 %f0, 0f3F800000; mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0;
-        mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f0, %f1, %f2, %f3}, {%r20, %r21}, {%r22}, {%f0, %f1, %f2, %f3};
+        mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32
+            {%f0, %f1, %f2, %f3}, {%r20, %r21}, {%r22}, {%f0, %f1, %f2, %f3};
     """ + STORE.format(16, 0)  # fmt: skip
     run(body + "st.global.v2.f32 [%rd11], {%f0, %f1};", out)
     assert (out == [1, 1, 0, 0]).all()

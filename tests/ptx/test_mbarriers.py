@@ -9,7 +9,8 @@ from .schedule import Order
 
 ORDERS = [Order.ROUND_ROBIN, Order.REVERSED, 0, 1]
 SETUP = """
-    .shared .align 16 .b8 s[1024]; .shared .align 8 .b8 b[16]; setp.eq.u32 %p1, %r0, 0; mul.wide.u32 %rd1, %r0, 4; add.u64 %rd1, %rd1, %rd0;
+    .shared .align 16 .b8 s[1024]; .shared .align 8 .b8 b[16]; setp.eq.u32 %p1, %r0, 0; mul.wide.u32 %rd1, %r0, 4;
+    add.u64 %rd1, %rd1, %rd0;
     mov.u32 %r1, s; shl.b32 %r2, %r0, 2; add.u32 %r1, %r1, %r2; mov.u32 %r2, %r1; mov.u32 %r3, 0;
     @%p1 mbarrier.init.shared::cta.b64 [b], {count}; fence.mbarrier_init.release.cluster; bar.sync 0;
 """

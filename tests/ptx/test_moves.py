@@ -63,7 +63,8 @@ def test_threads_and_blocks_know_where_they_are():
 def test_masks_of_lanes(name, expected):
     out = np.zeros(32, np.uint32)
     run(
-        f"mov.u32 %r1, %lanemask_{name}; mul.wide.u32 %rd1, %r0, 4; add.u64 %rd1, %rd1, %rd0; st.global.u32 [%rd1], %r1;",
+        f"mov.u32 %r1, %lanemask_{name}; mul.wide.u32 %rd1, %r0, 4; add.u64 %rd1, %rd1, %rd0;"
+        "st.global.u32 [%rd1], %r1;",
         out,
     )
     assert out.tolist() == [expected(lane) for lane in range(32)]
@@ -78,7 +79,8 @@ def test_generic_addresses_lead_into_their_windows():
         setp.ne.u32 %p4, %r0, 0; @%p4 ret;
         mov.u32 %r2, 7; st.u32 [%rd2+4], %r2; ld.shared.u32 %r3, [cell+4]; st.global.u32 [%rd0], %r3;
         cvta.to.shared.u64 %rd3, %rd2; cvt.u32.u64 %r4, %rd3; sub.u32 %r4, %r4, %r1; st.global.u32 [%rd0+4], %r4;
-        mov.u64 %rd4, frame; cvta.local.u64 %rd5, %rd4; st.u32 [%rd5], %r2; ld.local.u32 %r5, [frame]; st.u32 [%rd0+8], %r5;
+        mov.u64 %rd4, frame; cvta.local.u64 %rd5, %rd4; st.u32 [%rd5], %r2; ld.local.u32 %r5, [frame];
+        st.u32 [%rd0+8], %r5;
     """
     run(".local .align 8 .b8 frame[16]; .shared .align 4 .b8 cell[8];" + body, out)
     assert out.tolist() == [7, 0, 7]

@@ -5,7 +5,8 @@ import pytest
 
 from .errors import PtxError
 from .kernels import kernel, run
-from .parse import Address, Immediate, Pair, Register, Special, Vector, parse
+from .operands import Address, Immediate, Pair, Register, Special, Vector
+from .parse import parse
 
 TEXT = """
 .version 8.7

@@ -10,7 +10,8 @@ from .schedule import Order
 ORDERS = [Order.ROUND_ROBIN, Order.REVERSED, 0, 1]
 # Thread t writes its number at 4 t (%r1), reads at %r2 and stores what it read in tensor 0.
 SETUP = """
-    .shared .align 16 .b8 s[1024]; mov.u32 %r1, s; mov.u32 %r9, s; shl.b32 %r2, %r0, 2; add.u32 %r1, %r1, %r2; mul.wide.u32 %rd1, %r0, 4;
+    .shared .align 16 .b8 s[1024]; mov.u32 %r1, s; mov.u32 %r9, s; shl.b32 %r2, %r0, 2; add.u32 %r1, %r1, %r2;
+    mul.wide.u32 %rd1, %r0, 4;
     add.u64 %rd1, %rd1, %rd0; mov.u32 %r2, %r1;
 """
 WRITE, READ = "st.shared.u32 [%r1], %r0;\n", "ld.shared.u32 %r3, [%r2];\n"
@@ -31,8 +32,16 @@ def fails(words, body, **options):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("barrier", ["bar.sync 0;", "bar.sync 3, 128;", "barrier.sync 0;", "barrier.cta.sync.aligned 1;",
-                                     "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"])  # fmt: skip
+@pytest.mark.parametrize(
+    "barrier",
+    [
+        "bar.sync 0;",
+        "bar.sync 3, 128;",
+        "barrier.sync 0;",
+        "barrier.cta.sync.aligned 1;",
+        "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;",
+    ],
+)
 def test_a_barrier_shows_what_other_warps_wrote(barrier, order):
     out = read(WRITE + barrier + OTHER_WARP + READ, order=order)
     np.testing.assert_array_equal(out, np.arange(128) ^ 32)
@@ -60,8 +69,10 @@ def test_overwriting_before_all_have_read_is_seen(order):
 
 
 def test_two_writers_want_a_barrier_unless_they_agree():
-    fails("a race: overwrites shared memory that thread 0 has written", "setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.u32 [%r9], 1;"
-          "setp.eq.u32 %p2, %r0, 40; @%p2 st.shared.u32 [%r9], 2; mov.u32 %r3, 0;")  # fmt: skip
+    one = "setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.u32 [%r9], 1;"
+    other = "setp.eq.u32 %p2, %r0, 40; @%p2 st.shared.u32 [%r9], 2; mov.u32 %r3, 0;"
+    fails("a race: overwrites shared memory that thread 0 has written", one + other)
+    read(one + "bar.sync 0;" + other)
     fails("store different values to one place at once", "st.shared.u32 [%r9], %r0; mov.u32 %r3, 0;")
     read("st.shared.u32 [%r9], 7; mov.u32 %r3, 0;")
 
@@ -86,9 +97,11 @@ def test_a_thread_may_read_what_it_wrote_itself():
 
 
 def test_matrices_are_read_by_whole_warps():
-    text = "mov.u32 %r2, s; and.b32 %r8, %r0, 96; shl.b32 %r8, %r8, 2; add.u32 %r2, %r2, %r8; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r3}}, [%r2];"
-    row = "and.b32 %r8, %r0, 7; shl.b32 %r8, %r8, 4; add.u32 %r2, %r2, %r8;"
-    text = text.replace("ldmatrix", row + "ldmatrix").format()
+    text = """
+        mov.u32 %r2, s; and.b32 %r8, %r0, 96; shl.b32 %r8, %r8, 2; add.u32 %r2, %r2, %r8;
+        and.b32 %r8, %r0, 7; shl.b32 %r8, %r8, 4; add.u32 %r2, %r2, %r8;
+        ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r3}, [%r2];
+    """
     read(WRITE + "bar.warp.sync -1;" + text)
     fails("a race: reads", WRITE + text)
 

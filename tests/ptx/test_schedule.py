@@ -99,7 +99,10 @@ def test_observers_hear_of_instructions_and_accesses():
 
 def test_chosen_blocks_alone_run():
     out = np.zeros(6, np.uint32)
-    body = "mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mad.lo.u32 %r1, %r2, 3, %r1; mul.wide.u32 %rd1, %r1, 4; add.u64 %rd1, %rd1, %rd0; st.global.u32 [%rd1], 1;"
+    body = """
+        mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mad.lo.u32 %r1, %r2, 3, %r1; mul.wide.u32 %rd1, %r1, 4;
+        add.u64 %rd1, %rd1, %rd0; st.global.u32 [%rd1], 1;
+    """
     run(body, out, grid=(3, 2), blocks=[(2, 0, 0), (0, 1, 0)])
     assert out.tolist() == [0, 0, 1, 1, 0, 0]
 
@@ -108,7 +111,8 @@ def test_more_blocks_than_run_together():
     out = np.zeros((300, 128), np.uint32)
     body = """
         .shared .align 4 .b8 s[4]; mov.u32 %r1, %ctaid.x; mad.lo.u32 %r2, %r1, 128, %r0; mul.wide.u32 %rd1, %r2, 4;
-        add.u64 %rd1, %rd1, %rd0; setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.u32 [s], %r1; bar.sync 0; ld.shared.u32 %r3, [s];
+        add.u64 %rd1, %rd1, %rd0; setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.u32 [s], %r1; bar.sync 0;
+        ld.shared.u32 %r3, [s];
         st.global.u32 [%rd1], %r3;
     """
     run(body, out, grid=300, block=128)

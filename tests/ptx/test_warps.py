@@ -138,7 +138,10 @@ def test_threads_that_diverge_and_meet_again_may_shuffle():
 @pytest.mark.parametrize("order", [0, 1])
 def test_loops_of_different_lengths(order):
     """Each thread counts to its own number; then the warp adds up."""
-    text = "mov.u32 %d, 0; $loop: setp.ge.u32 %p1, %d, %a; @%p1 bra $out; add.u32 %d, %d, 1; bra $loop; $out: redux.sync.add.u32 %d, %d, -1;"
+    text = """
+        mov.u32 %d, 0; $loop: setp.ge.u32 %p1, %d, %a; @%p1 bra $out; add.u32 %d, %d, 1; bra $loop;
+        $out: redux.sync.add.u32 %d, %d, -1;
+    """
     counts = np.random.default_rng(0).integers(0, 20, 256).astype(np.uint32)
     expected = np.repeat(counts.reshape(-1, 32).sum(1), 32)
     np.testing.assert_array_equal(evaluate(text, np.uint32, counts, order=order), expected)

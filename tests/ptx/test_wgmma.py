@@ -6,6 +6,7 @@ import pytest
 from .errors import PtxError
 from .exact import bf16_bits
 from .kernels import run
+from .schedule import Order
 
 THREADS = 128
 # Shared memory is filled from tensor 0, 16 bytes a thread at a time; then asynchronous operations may see it.
@@ -14,7 +15,8 @@ FILL = """
     mul.wide.u32 %rd20, %r0, 16; add.u64 %rd21, %rd20, %rd0; mov.u32 %r1, s; shl.b32 %r2, %r0, 4; add.u32 %r2, %r2, %r1;
     mov.u32 %r3, 0;
     $fill: ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [%rd21]; st.shared.v4.b32 [%r2], {{%r4, %r5, %r6, %r7}};
-    add.u64 %rd21, %rd21, 2048; add.u32 %r2, %r2, 2048; add.u32 %r3, %r3, 2048; setp.lt.u32 %p1, %r3, {bytes}; @%p1 bra $fill;
+    add.u64 %rd21, %rd21, 2048; add.u32 %r2, %r2, 2048; add.u32 %r3, %r3, 2048; setp.lt.u32 %p1, %r3, {bytes};
+    @%p1 bra $fill;
 """
 READY = "fence.proxy.async.shared::cta; bar.sync 0;\n"
 FENCE = "wgmma.fence.sync.aligned;\n"
@@ -44,7 +46,7 @@ def encode(values, kind):
 
 
 def k_major(matrix, kind, swizzle):
-    """[rows, k] as it lies in shared memory, and the descriptor of its first slice of 32 bytes along k, from `start`."""
+    """[rows, k] as it lies in shared memory, and the descriptor of a slice of 32 bytes along k, from `start`."""
     data = encode(matrix, kind).view(np.uint8).reshape(len(matrix), -1)
     if swizzle:
         assert data.shape[1] == swizzle
@@ -144,6 +146,12 @@ def test_all_widths(columns):
     np.testing.assert_array_equal(product(a, b, "f16", k_major, k_major, 128), a @ b.T)
 
 
+@pytest.mark.parametrize("order", [Order.REVERSED, 0, 1, 2])
+def test_warps_come_in_any_order(order):
+    a, b = numbers(1, 64, 64), numbers(2, 24, 64)
+    np.testing.assert_array_equal(product(a, b, "f16", k_major, k_major, 128, order=order), a @ b.T)
+
+
 def b_alone(columns=8, depth=16, **changes):
     """Text that leaves B [columns, 16] of ones without swizzle in shared memory, described by %rd31."""
     data, describe = k_major(np.ones((columns, depth)), "f16", 0)
@@ -155,7 +163,10 @@ def b_alone(columns=8, depth=16, **changes):
 
 
 REGISTERS_A = "mov.b32 %r10, 0x3C003C00; mov.b32 %r11, %r10; mov.b32 %r12, %r10; mov.b32 %r13, %r10;\n"
-ONE = "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, {%r10, %r11, %r12, %r13}, %rd31, %p2, 1, 1, 0;\n"
+ONE = """
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+        {%f0, %f1, %f2, %f3}, {%r10, %r11, %r12, %r13}, %rd31, %p2, 1, 1, 0;
+"""
 
 
 def test_a_in_registers_and_scale_d():

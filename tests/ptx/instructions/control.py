@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import Fault
-from ..parse import Immediate, Symbol
+from ..operands import Immediate, Symbol
 from ..registry import instruction
 
 

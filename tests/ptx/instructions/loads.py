@@ -5,7 +5,7 @@ import numpy as np
 from ..errors import Fault
 from ..formats import BITS, VALUES
 from ..machine import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW
-from ..parse import elements
+from ..operands import elements
 from ..registry import instruction
 
 _TYPES = "b8 u8 s8 b16 u16 s16 b32 u32 s32 f32 b64 u64 s64 f64"

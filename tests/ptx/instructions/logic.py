@@ -5,7 +5,7 @@ import operator
 import numpy as np
 
 from ..formats import BITS, VALUES, flush, widen_bf16
-from ..parse import Pair
+from ..operands import Pair
 from ..registry import instruction
 from .integers import elementwise
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..active import WARP
 from ..errors import Fault
 from ..formats import BITS, widen_bf16
-from ..parse import elements
+from ..operands import elements
 from ..registry import instruction
 
 _GROUP, _IN_GROUP = np.arange(WARP) // 4, np.arange(WARP) % 4

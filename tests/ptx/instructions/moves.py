@@ -4,7 +4,7 @@ import numpy as np
 
 from ..formats import BITS, VALUES
 from ..machine import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW
-from ..parse import Vector
+from ..operands import Vector
 from ..registry import instruction
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..active import WARP
 from ..errors import Fault
-from ..parse import Pair
+from ..operands import Pair
 from ..registry import instruction
 
 _LANES = np.arange(WARP)

@@ -10,7 +10,7 @@ import numpy as np
 from ..active import WARP, Active
 from ..errors import Fault
 from ..formats import BITS
-from ..parse import Vector, elements
+from ..operands import Vector, elements
 from ..products import WARPGROUP
 from ..registry import instruction
 from .matrices import check_tf32, fragment_a, to_float
@@ -173,17 +173,17 @@ def _spoil(machine, names, threads, kept, left, right, rows, columns):
         machine.poison.mark(name, active, np.where(spoiled.reshape(-1), ~np.uint32(0), np.uint32(0)))
 
 
-@instruction("wgmma.fence.sync.aligned", collective=True)
+@instruction("wgmma.fence.sync.aligned", collective=WARPGROUP // WARP)
 def _fence(found, machine):
     return lambda active: machine.products.fence(active)
 
 
-@instruction("wgmma.commit_group.sync.aligned", collective=True)
+@instruction("wgmma.commit_group.sync.aligned", collective=WARPGROUP // WARP)
 def _commit(found, machine):
     return lambda active: machine.products.commit(active)
 
 
-@instruction("wgmma.wait_group.sync.aligned", collective=True)
+@instruction("wgmma.wait_group.sync.aligned", collective=WARPGROUP // WARP)
 def _wait(found, machine):
     pending = found.operands[0].value
     return lambda active: machine.products.wait(active, pending)
