@@ -54,10 +54,7 @@ def launch(
             if machine is None or machine.blocks != len(batch):
                 machine = Machine(kernel, len(batch), block, grid, memory, shared, parameters)
                 machine.late, machine.approximate, machine.observers = late, approximate, tuple(observers)
-<<<<<<< HEAD
-=======
                 machine.seed = order if isinstance(order, int) else order.value
->>>>>>> 5191c91b35976cb3388af28ad085050c5daff213
                 machine.first_lane_stays = order is Order.REVERSED
                 operations = _bind(kernel, machine)
             machine.place(batch)

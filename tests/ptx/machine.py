@@ -42,11 +42,7 @@ class Machine(Registers):
     def __init__(self, kernel: Kernel, blocks: int, threads, grid, memory: Memory, shared: int, parameters: np.ndarray):
         super().__init__(kernel, blocks, threads, grid)
         self.memory, self.parameters, self.dynamic_shared = memory, parameters, shared
-<<<<<<< HEAD
-        self.late, self.approximate, self.observers = True, False, ()
-=======
         self.late, self.approximate, self.seed, self.observers = True, False, 0, ()
->>>>>>> 5191c91b35976cb3388af28ad085050c5daff213
         self.first_lane_stays = False  # of lanes that store to one place; else the last
         self.poison = Poison(self)
         self.carry = np.zeros(self.size, bool)
