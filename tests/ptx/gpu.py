@@ -1,5 +1,5 @@
-"""A GPU for CUDA operators where there is none: their hosts run as they are, on tensors of the CPU, and the PTX of every
-kernel that they launch is interpreted.
+"""A GPU for CUDA operators where there is none: their hosts run as they are, on tensors of the CPU, and their kernels
+in the interpreter.
 """
 
 import ctypes
@@ -47,16 +47,16 @@ class Gpu:
     """While it is in force, tokenfusion::<operator>_cuda takes tensors of the CPU that were made meanwhile.
 
     multiprocessors, shared_bytes (that a block may have at most): what the host asks of the device. edit: what is done
-    to the PTX of a kernel before it runs. interpret: else kernels do nothing. late, order, approximate, observers: of
-    tests.ptx.launch.launch. launches: what the host launched.
+    to a kernel's PTX, given its name, before it runs. interpret: whether it runs; kernels that do not leave all as it
+    is. late, order, approximate, observers: of tests.ptx.launch.launch. launches: what the host launched.
     """
 
     operator: str
     capability: int = 90
     multiprocessors: int = 1
     shared_bytes: int = 227 * 1024
-    edit: Callable[[str], str] | None = None
-    interpret: bool = True
+    edit: Callable[[str, str], str] | None = None
+    interpret: bool | Callable[[str], bool] = True
     late: bool = True
     order: Order | int = Order.ROUND_ROBIN
     approximate: bool = False
@@ -98,7 +98,7 @@ class Gpu:
             code = self._kernel(name.decode())
             given = [ctypes.string_at(arguments[i], each.bytes) for i, each in enumerate(code.parameters)]
             self.launches.append(Launch(code.name, tuple(grid[0]), tuple(block[0]), shared_bytes, given))
-            if self.interpret:
+            if self.interpret is True or (self.interpret and self.interpret(code.name)):
                 self._interpret(code, self.launches[-1])
         except BaseException as failure:
             self._failure = failure
@@ -113,7 +113,7 @@ class Gpu:
     def _kernel(self, name: str) -> Kernel:
         if self.edit is None:
             return kernel(self.operator, self.capability, name)
-        return parse(self.edit(program(self.operator).modules[self.capability][name]))[name]
+        return parse(self.edit(name, program(self.operator).modules[self.capability][name]))[name]
 
     def _memory(self, arguments: list[bytes]) -> Memory:
         """Of the tensors that the arguments point to, and no others."""

@@ -52,7 +52,7 @@ class Program:
 @functools.cache
 def program(operator: str) -> Program:
     """Compiled once for the same sources, by whichever process comes first."""
-    folder = _BUILT / operator / _digest()
+    folder = _BUILT / operator / _digest(operator)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.parent / "lock", "w") as lock:
@@ -77,43 +77,60 @@ def _split(text: str) -> dict[str, str]:
     return {re.match(r"\.visible \.entry (\w+)", each)[1]: shared + each for each in kernels}
 
 
-def _digest() -> str:
-    """Of what is compiled and of the compilers."""
-    digest = hashlib.sha256(repr((NVCC, torch.__version__, plan.compiler_version(plan.cpp_compiler()))).encode())
+def _sources(operator: str) -> dict[Path, list[str]]:
+    """What is compiled, each with its command."""
+    headers = [_TORCH / "include", _TORCH / "include/torch/csrc/api/include", f"{NVCC.home}/include"]
+    cpp = [COMPILER, "-std=c++17", "-O0", "-fPIC", f"-I{_HOST}", f"-I{ROOT}/csrc/cuda"]
+    cpp += [*(f"-isystem{each}" for each in headers), f'-DHOST="{operator}.cpp"', f"-DLIMIT={_LIMITS[operator]}"]
+    architectures = [f"-gencode=arch=compute_{c},code=compute_{c}" for c in CAPABILITIES]
+    nvcc = [f"{NVCC.home}/bin/nvcc", "-std=c++17", *plan.NVCC_FLAGS, *architectures, "-Xcompiler=-fPIC", "--keep"]
+    return {
+        **{path: nvcc for path in sorted((ROOT / "csrc/cuda").glob(f"{operator}_*.cu"))},
+        **{path: cpp for path in sorted(_HOST.glob("*.cpp"))},
+    }
+
+
+def _digest(operator: str) -> str:
+    """Of what is compiled, and how."""
+    commands = sorted((path.name, command) for path, command in _sources(operator).items())
+    versions = NVCC, torch.__version__, plan.compiler_version(plan.cpp_compiler())
+    digest = hashlib.sha256(repr((commands, versions)).encode())
     for path in sorted(path for folder in (ROOT / "csrc", _HOST) for path in folder.rglob("*") if path.is_file()):
         digest.update(path.read_bytes())
-    digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _compile(operator: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         place = Path(temporary)
-        headers = [_TORCH / "include", _TORCH / "include/torch/csrc/api/include", f"{NVCC.home}/include"]
-        cpp = [COMPILER, "-std=c++17", "-O0", "-fPIC", f"-I{_HOST}", f"-I{ROOT}/csrc/cuda"]
-        cpp += [f"-isystem{header}" for header in headers]
-        defined = [f'-DHOST="{operator}.cpp"', f"-DLIMIT={_LIMITS[operator]}"]
-        architectures = [f"-gencode=arch=compute_{c},code=compute_{c}" for c in CAPABILITIES]
-        nvcc = [f"{NVCC.home}/bin/nvcc", "-std=c++17", *plan.NVCC_FLAGS, *architectures, "-Xcompiler=-fPIC"]
-        nvcc += ["--keep", f"--keep-dir={place}"]  # the PTX
-        sources = {
-            **{path: nvcc for path in (ROOT / "csrc/cuda").glob(f"{operator}_*.cu")},
-            **{path: [*cpp, *defined] for path in _HOST.glob("*.cpp")},
-        }
-        _run(*([*command, "-c", str(path), "-o", str(place / f"{path.stem}.o")] for path, command in sources.items()))
-        objects = [str(place / f"{path.stem}.o") for path in sources]
+        sources = _sources(operator)
+        _run(place, *([*command, "-c", str(path), "-o", f"{path.stem}.o"] for path, command in sources.items()))
+        objects = [f"{path.stem}.o" for path in sources]
         result = place / "result"
         result.mkdir()
         libraries = [f"-L{_TORCH}/lib", "-lc10", "-ltorch_cpu"]
-        _run([COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", f"{result}/host.so"])
+        _run(place, [COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", "result/host.so"])
         for path in place.glob("*.ptx"):
             path.rename(result / path.name)
         result.rename(folder)
 
 
-def _run(*commands: list[str]) -> None:
-    """Side by side."""
-    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+def _run(folder: Path, *commands: list[str]) -> None:
+    """Side by side, in the folder."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running = [subprocess.Popen(command, cwd=folder, **pipes) for command in commands]
     for process in running:
         log, _ = process.communicate()
         assert process.returncode == 0, log
+
+
+def check_same_code(operator: str) -> None:
+    """What runs for one compute capability runs for the other: the instructions differ in how bfloat16 is widened."""
+    first, second = ({n: _widening(m) for n, m in program(operator).modules[c].items()} for c in CAPABILITIES)
+    assert first == second
+
+
+def _widening(module: str) -> str:
+    module = re.sub(r"^\.target .*", "", module, flags=re.MULTILINE)
+    module = re.sub(r"cvt\.f32\.bf16 (%\w+), (%\w+);", r"widen \1, \2;", module)
+    return re.sub(r"mov\.b32 (%\w+), \{%?\w+, ?(%\w+)\};", r"widen \1, \2;", module)

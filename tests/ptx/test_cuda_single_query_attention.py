@@ -1,4 +1,4 @@
-"""The CUDA kernels of single_query_attention as nvcc compiles them, launched by their own host, against the reference."""
+"""The CUDA kernels of single_query_attention as nvcc compiles them, launched by their own host, against PyTorch."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ from tests.gradients import check_frozen, with_gradients
 from tests.parity import assert_parity
 from tests.ptx.gpu import Gpu, Launch
 from tests.ptx.schedule import Order
-from tests.ptx.sources import MARKS, program
+from tests.ptx.sources import MARKS, check_same_code, program
 from tests.sass import ELEMENTS
 from tests.single_query_attention.cases import check_parity, make_inputs
 from tokenfusion.kernels.single_query_attention import reference
@@ -161,5 +161,186 @@ def test_the_cases_reach_every_kernel_and_plan():
 @pytest.mark.parametrize("dtype, case", CASES, ids=str)
 def test_every_plan(dtype, case):
     number = CASES.index((dtype, case))
-    with case.gpu(**SCHEDULES[number % len(SCHEDULES)], approximate=number % 2 == 1) as device:
+    with case.gpu(**SCHEDULES[number % len(SCHEDULES)], approximate=number % 2 == 1):
         check_parity(attend, case.inputs(dtype), normalize=case.normalize)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_tokens(tokens, dtype):
+    with gpu(order=3):
+        check_parity(attend, make_inputs(2, 3, tokens, 32, dtype=dtype, extra=tokens % 2 == 1), normalize=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_a_block_fits_wherever_the_host_says_so(dtype):
+    for shared_bytes, queries in itertools.product(SHARED_BYTES, (8, 16, 32)):
+        with gpu(shared_bytes=shared_bytes, interpret=False) as device:
+            widest = device.limit_for(queries, dtype)
+            for channels in range(64, widest + 1, 64):
+                launch(*(torch.zeros(1, n, channels, dtype=dtype) for n in (queries, 400)))
+            assert widest >= 192
+            with pytest.raises(ValueError, match=f"expected a multiple of 16 up to {widest}"):
+                launch(*(torch.zeros(1, n, widest + 16, dtype=dtype) for n in (queries, 40)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_do_not_depend_on_the_schedule(dtype):
+    results = []
+    for schedule in SCHEDULES:
+        with gpu(**schedule, multiprocessors=1):
+            results.append(with_gradients(attend, make_inputs(1, 6, 149, 144, dtype=dtype, extra=True), normalize=True))
+    for got in results:
+        assert all(torch.equal(a, b) for a, b in zip(got, results[0], strict=True))
+
+
+def test_strided_operands():
+    with gpu():
+        query, x, extra_token, grad = make_inputs(2, 3, 20, 32, dtype=torch.float16, extra=True)
+        guarded = torch.full((4, 24, 64), torch.nan, dtype=x.dtype)
+        guarded[1:3, 2:22, 16:48] = x.detach()
+        inside = guarded[1:3, 2:22, 16:48]
+        every_other = torch.stack((query, query), 2)[:, :, 1].detach().requires_grad_()
+        both = torch.cat((extra_token, extra_token), 1)[:, 32:].detach().requires_grad_()
+        views = {
+            "a slice of tokens": (inside[:, 1:], x[:, 1:]),
+            "every other token": (inside[:, ::2], x[:, ::2]),
+            "tokens before batch": (x.transpose(0, 1).contiguous().transpose(0, 1), x),
+            "one token for all": (inside[:, :1].expand(-1, 9, -1), x[:, :1].expand(-1, 9, -1)),
+            "one image for all": (inside[:1].expand(2, -1, -1), x[:1].expand(2, -1, -1)),
+        }
+        for name, (view, same) in views.items():
+            tokens = (each.detach().requires_grad_() for each in (view, same.contiguous()))
+            got = with_gradients(attend, (every_other, next(tokens), both, grad), normalize=True)
+            want = with_gradients(attend, (query, next(tokens), extra_token, grad), normalize=True)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
+
+
+def test_unaligned_rows_are_refused():
+    with gpu(interpret=False) as device:
+        query, x, *_ = make_inputs(1, 2, 5, 24, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match="expected a contiguous innermost dimension and rows aligned to 16 bytes"):
+            launch(query[..., 8:], x[..., 4:20])
+    assert not device.launches
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_frozen_inputs(splits):
+    with gpu(multiprocessors=splits - 1) as device:
+        inputs = make_inputs(1, 3, 128, 16, dtype=torch.bfloat16, extra=True)
+        check_frozen(attend, inputs, {0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}, normalize=True)
+    assert any("combine" in each.kernel for each in device.launches) == (splits > 1)
+
+
+def test_no_elements():
+    with gpu() as device:
+        for batch, queries in ((0, 3), (2, 0)):
+            query, x, extra_token, grad = make_inputs(batch, queries, 5, 16, dtype=torch.float32, extra=True)
+            context, *grads = with_gradients(attend, (query, x, extra_token, grad))
+            assert context.shape == (batch, queries, 16)
+            assert not any(each.any() for each in grads)
+    assert not device.launches
+
+
+def images(inputs, number: slice):
+    """Some images of a batch, as a batch of their own."""
+    return tuple(None if t is None else t.detach()[number].requires_grad_(t.requires_grad) for t in inputs)
+
+
+def check_each_image(inputs, **options) -> None:
+    """The parity of each, of which one is no measure of another: all run together, and the reference one by one."""
+    got = with_gradients(attend, inputs, **options)
+    for i in range(len(inputs[0])):
+        part = slice(i, i + 1)
+        check_parity(_constant([each[part] for each in got]), images(inputs, part), **options)
+
+
+def _constant(results):
+    """A function with this result and these gradients."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            return results[0].clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return tuple(results[1:])
+
+    return lambda *tensors, **_: Function.apply(*tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_of_any_mean_scale_and_spread(dtype):
+    with gpu():
+        query, x, extra_token, grad = make_inputs(6, 3, 50, 64, dtype=dtype, extra=True)
+        x = x.detach()
+        for i, (mean, scale) in enumerate([(1000, 1), (0, 100), (0, 0.01), (-300, 30)]):
+            x[i] = x[i] * scale + mean
+        x[4, 5:9] = 0
+        x[5, 20] = 3
+        x[4:, 7, 0], x[4:, 11, 63] = 60, -60
+        check_each_image((query, x.requires_grad_(), extra_token, grad), normalize=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_all_tokens_share_does_not_reach_the_gradient_of_the_query(dtype):
+    with gpu():
+        query, tokens, extra_token, grad = make_inputs(2, 3, 100, 64, dtype=dtype, extra=True)
+        moved = ((t.detach() + 30).requires_grad_() for t in (tokens, extra_token))
+        check_parity(attend, (query, *moved, grad))
+
+
+def test_long_sums_keep_their_precision():
+    with gpu(multiprocessors=0):  # one block
+        check_parity(attend, make_inputs(1, 2, 2048, 16, dtype=torch.float32), normalize=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_nan_and_inf_propagate_as_in_the_reference(normalize, dtype):
+    values, places = (torch.nan, torch.inf, -torch.inf), ("query", "tokens", "extra_token")
+    with gpu():
+        query, x, extra_token, _ = (t.detach() for t in make_inputs(9, 2, 20, 16, dtype=dtype, extra=True))
+        for i, (value, place) in enumerate(itertools.product(values, places)):
+            {"query": query[i, 0], "tokens": x[i, 7], "extra_token": extra_token[i]}[place][3] = value
+        got = attend(query, x, extra_token, normalize=normalize)
+        unfused = reference.single_query_attention(query, x, extra_token, normalize=normalize)
+        exact = (t.double() for t in (query, x, extra_token))
+        exact = reference.single_query_attention(*exact, normalize=normalize)
+    assert torch.equal(got.isnan(), unfused.isnan())
+    finite = ~unfused.isnan()
+    assert_parity(got[finite], unfused[finite], exact[finite])
+
+
+def test_large_scores_do_not_overflow():
+    with gpu(multiprocessors=4):
+        query, x, extra_token, _ = (t.detach() for t in make_inputs(2, 3, 127, 16, dtype=torch.float32, extra=True))
+        query[0] *= 1e4
+        query[1] *= 1e10
+        got, want = attend(query, x, extra_token), reference.single_query_attention(query, x, extra_token)
+    torch.testing.assert_close(got, want)
+
+
+def test_elements_beyond_the_range_of_32_bits():
+    channels, tokens, far = 16, 20, 2**31 + 128
+    with gpu():
+        memory = torch.empty(0, dtype=torch.bfloat16)
+        memory.untyped_storage().resize_(4 * (far + channels * tokens))  # pages that nobody touches take no memory
+        query, values, *_ = (
+            t if t is None else t.detach() for t in make_inputs(2, 2, tokens, channels, dtype=torch.bfloat16)
+        )
+        for n, stride_b, stride_n in ((tokens, far, channels), (tokens, channels, far // 16), (2, channels, far)):
+            x = memory.as_strided((2, n, channels), (stride_b, stride_n, 1))
+            x.copy_(values[:, :n])
+            assert torch.equal(attend(query, x), attend(query, values[:, :n].contiguous()))
+
+
+@pytest.mark.parametrize("case", [HALF[1], HALF[4], HALF[13]], ids=str)
+def test_kernels_for_compute_capability_80(case):
+    with case.gpu(capability=80, order=4):
+        check_parity(attend, case.inputs(torch.bfloat16), normalize=case.normalize)
+
+
+def test_kernels_for_both_capabilities_are_the_same_but_for_a_conversion():
+    check_same_code("single_query_attention")

@@ -1,0 +1,163 @@
+"""CUDA kernels broken on purpose, in the PTX that nvcc made of them: each fault is seen."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.dynamic_mixing.cases import check_parity as check_mixing
+from tests.gradients import with_gradients
+from tests.ptx import test_cuda_dynamic_mixing as mixing
+from tests.ptx import test_cuda_single_query_attention as attention
+from tests.ptx.errors import PtxError
+from tests.ptx.sources import MARKS, program
+from tests.single_query_attention.cases import check_parity as check_attention
+
+pytestmark = MARKS
+
+ATTENTION = ("forward", "backward")
+MIXING = ("mix", "grad_x", "grad_compressed", "grad_weight")
+OF_THE_BLOCK, OF_A_WARP = r"bar\.sync[^;]*;", r"bar\.warp\.sync[^;]*;"
+WAIT = r"cp\.async\.wait_group (\d);"
+RACE = "a race: .* with no barrier in between"
+BEYOND = "access global memory outside of every tensor"
+
+
+def mangled(kernel: str) -> str:
+    """The kernel for bfloat16 and the fewest queries or tokens."""
+    operator = "single_query_attention" if kernel in ATTENTION else "dynamic_mixing"
+    start = f"{operator}{len(kernel) + 7}{kernel}" if kernel != "mix" else f"{operator}14forward"
+    names = (name for name in program(operator).names if f"{start}_kernelI13__nv_bfloat16" in name)
+    return min(names)
+
+
+def changed(pattern: str, to: str, number: int = 0) -> Callable[[str], str]:
+    """Replaces occurrence `number` of what the pattern matches."""
+
+    def edit(text: str) -> str:
+        match = list(re.finditer(pattern, text))[number]
+        return text[: match.start()] + match.expand(to) + text[match.end() :]
+
+    return edit
+
+
+def removed(pattern: str, number: int = 0) -> Callable[[str], str]:
+    return changed(pattern, "", number)
+
+
+def run(kernel: str, edit: Callable[[str], str], with_results: bool = False) -> None:
+    """The kernel after an edit; with results, those of the whole operator are compared with the reference."""
+    name = mangled(kernel)
+
+    def edit_one(other: str, module: str) -> str:
+        return edit(module) if other == name else module
+
+    options = dict(edit=edit_one, interpret=with_results or name.__eq__)
+    if kernel in ATTENTION:  # two groups of three warps, five tiles each
+        case, function, check = attention.Case(5, 150, 144, multiprocessors=0), attention.attend, check_attention
+        of_case = dict(normalize=True)
+    else:  # two tiles of targets, two of rows for a block; a segment does not fit into shared memory
+        lines = 17 if kernel == "grad_weight" else 2
+        case, function, check = mixing.Case(17, 184, 1, 1, 2, lines, 99), mixing.mix, check_mixing
+        of_case = case.options
+    with case.gpu(**options):
+        (check if with_results else with_gradients)(function, case.inputs(torch.bfloat16), **of_case)
+
+
+@pytest.mark.parametrize("kernel", [*ATTENTION, *MIXING])
+def test_nothing_is_wrong_without_a_fault(kernel):
+    run(kernel, lambda text: text)
+
+
+BARRIERS = dict(forward=(6, 1), backward=(6, 2), mix=(2, 4), grad_x=(2, 4), grad_compressed=(4, 5), grad_weight=(4, 5))
+ANOTHER_FOLLOWS = {  # without an access to shared memory in between
+    ("mix", 1),
+    ("grad_x", 1),
+    ("grad_compressed", 1),
+    ("grad_weight", 1),
+}
+
+
+@pytest.mark.parametrize("kernel, number", [(k, n) for k, (count, _) in BARRIERS.items() for n in range(count)])
+def test_a_missing_barrier_of_a_block(kernel, number):
+    with pytest.raises(PtxError, match=RACE):
+        run(kernel, removed(OF_THE_BLOCK, number))
+
+
+@pytest.mark.parametrize("kernel, number", [(k, n) for k, (_, count) in BARRIERS.items() for n in range(count)])
+def test_a_missing_barrier_of_a_warp(kernel, number):
+    if (kernel, number) in ANOTHER_FOLLOWS:
+        run(kernel, removed(OF_A_WARP, number))
+    else:
+        with pytest.raises(PtxError, match=RACE):
+            run(kernel, removed(OF_A_WARP, number))
+
+
+def test_no_barrier_is_left_out_here():
+    for kernel, counts in BARRIERS.items():
+        module = program("single_query_attention" if kernel in ATTENTION else "dynamic_mixing").modules[90]
+        text = module[mangled(kernel)]
+        assert tuple(len(re.findall(each, text)) for each in (OF_THE_BLOCK, OF_A_WARP)) == counts, kernel
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_a_barrier_for_fewer_threads(kernel):
+    with pytest.raises(PtxError, match=f"{RACE}|more threads arrive|deadlock"):
+        run(kernel, changed(r"(bar\.sync %r\d+), %r\d+;", r"\1, 64;", 2))
+
+
+@pytest.mark.parametrize("number", [2, 5])  # those of four stages: before the first tile, and in the loop
+@pytest.mark.parametrize("kernel", ATTENTION)
+def test_a_wait_for_one_copy_less(kernel, number):
+    with pytest.raises(PtxError, match="reads shared memory while an asynchronous copy may be writing it"):
+        run(kernel, changed(WAIT, "cp.async.wait_group 3;", number))
+
+
+@pytest.mark.parametrize("kernel", MIXING)
+def test_a_wait_for_no_copy(kernel):
+    with pytest.raises(PtxError, match="asynchronous copy may be writing it"):
+        run(kernel, removed(WAIT))
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward", "mix", "grad_x", "grad_weight"])
+def test_a_matrix_from_the_wrong_place(kernel):
+    with pytest.raises(AssertionError, match="largest difference|depends on memory that nothing has written"):
+        run(kernel, changed(r"(ldmatrix[^\[]*\[%r\d+)\]", r"\1+16]", 1), with_results=True)
+
+
+def test_a_misaligned_matrix():
+    with pytest.raises(PtxError, match="misaligned"):
+        run("forward", changed(r"(ldmatrix[^\[]*\[%r\d+)\]", r"\1+8]"))
+
+
+def test_operands_of_a_product_changed_places():
+    with pytest.raises(AssertionError, match="largest difference"):
+        run("forward", changed(r"(mma\.sync.*?\}, \{%r\d+), (%r\d+), (%r\d+)", r"\1, \3, \2"), with_results=True)
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+def test_a_store_beyond_the_end(kernel):
+    with pytest.raises(PtxError, match=f"{BEYOND}.*offset 1440 of a storage of 1440 bytes"):
+        run(kernel, changed(r"(st\.global\.v4\.u16\s+\[%rd\d+)\]", r"\1+288]", -1))  # the row behind each of five
+
+
+def test_a_copy_of_what_is_beyond_the_end():
+    with pytest.raises(PtxError, match=BEYOND):
+        run("forward", changed(r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+)\]", r"\1+43200]"))
+
+
+def test_shared_memory_beyond_the_end():
+    with pytest.raises(PtxError, match="access shared memory beyond its"):
+        run("forward", changed(r"(st\.shared\.f32\s+\[%r\d+)\]", r"\1+232448]"))
+
+
+def test_a_shuffle_of_some_lanes():
+    odd = "{ .reg .b32 %lane; .reg .pred %odd; mov.u32 %lane, %laneid; setp.lt.u32 %odd, %lane, 9;"
+    with pytest.raises(PtxError, match="divergent"):
+        run("forward", changed(r"(shfl\.sync[^;]*;)", odd + r" @%odd \1 }"))
+
+
+def test_an_instruction_that_is_not_known():
+    with pytest.raises(PtxError, match="(?s)frobnicate.*forward_kernel"):
+        run("forward", changed(r"bar\.sync", "frobnicate.sync"))
