@@ -22,6 +22,7 @@ SLOW = {  # marker: where its tests are
     "install": ("test_install.py",),
     "aot": ("test_aot.py", "test_cuda_compiled.py"),
     "emulated": ("test_cuda_emulated.py",),
+    "ptx": ("tests/ptx/test_triton_*.py",),
     "benchmarks": ("tests/benchmarks/*.py", "test_gpu_check.py"),
 }
 

@@ -9,10 +9,8 @@ from tests.ptx.schedule import Order
 
 WAYS = {
     "early": dict(late=False),
-    "early and reversed": dict(late=False, order=Order.REVERSED),
     "reversed": dict(order=Order.REVERSED),
-    "random": dict(order=7),
-    "approximate": dict(approximate=True),
+    "random, approximate": dict(order=7, approximate=True),
 }
 CALLS = [
     (group, *call)

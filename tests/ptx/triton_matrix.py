@@ -28,7 +28,9 @@ def _attention(
 
 
 def _tied(channels: int, features: int, tokens: int, **options) -> dict:
-    return dict(operator="tied_ffn", arguments=dict(tokens=tokens, channels=channels, features=features) | options)
+    """The gradient of the weight is summed over no more tokens at a time than there are here."""
+    sizes = dict(tokens=tokens, channels=channels, features=features)
+    return dict(operator="tied_ffn", arguments=sizes | options, host=dict(ROWS_PER_SPLIT=64))
 
 
 def _mixing(length: int, channels: int, segments: int, reduced: int, operator="dynamic_mixing", dim=1, lines=2) -> dict:
@@ -55,16 +57,16 @@ _16_BITS = {
         *(_attention(c, 12, 40, of) for c, of in {48: 272, 64: 448, 96: 288, 128: 384, 256: 768}.items()),
         *(_attention(c, 12, 40, of, "attended") for c, of in {64: 832, 96: 800, 128: 896, 256: 1024}.items()),
     ],
-    "wide": [_attention(4096, 16, **_SMALL_BLOCKS)],
+    "wide": [_attention(1280, 16, **_SMALL_BLOCKS)],
     "tied_ffn": [_tied(c, 100, 70) for c in (16, 32, 64, 96)] + [_tied(384, 256, 150)],
     "dynamic_mixing": [
         _mixing(32, 192, 8, 2),
-        _mixing(16, 384, 16, 2),
+        _mixing(16, 384, 16, 2, "mixing_and_mean"),
         _mixing(32, 96, 8, 2),
         _mixing(14, 48, 4, 2),
         _mixing(7, 24, 4, 1),
         _mixing(7, 72, 3, 2),
-        _mixing(64, 48, 4, 2),
+        _mixing(64, 48, 4, 1),
     ],
     "upconv": [
         _upconv(op, (96, 40, 24), (7, 7), formats=f, batch=2, projected=48)
@@ -78,9 +80,13 @@ _32_BITS = {
         *(_attention(c, q, 40, of) for c, of in {48: 208, 64: 256, 96: 224}.items() for q in (6, 24)),
         *(_attention(c, 12, 40, of) for c, of in {48: 272, 64: 448, 96: 288, 128: 768}.items()),
     ],
-    "wide": [_attention(2048, 16, **_SMALL_BLOCKS)],
+    "wide": [_attention(1280, 16, **_SMALL_BLOCKS)],
     "tied_ffn": [_tied(c, 40, 40) for c in (16, 32, 64, 96)] + [_tied(160, 72, 70)],
-    "dynamic_mixing": [_mixing(32, 96, 4, 2), _mixing(16, 96, 4, 2), _mixing(40, 24, 2, 1)],
+    "dynamic_mixing": [
+        _mixing(32, 96, 4, 2),
+        _mixing(16, 48, 4, 2, "mixing_and_mean", dim=2, lines=3),
+        _mixing(40, 24, 2, 1),
+    ],
     "upconv": [
         _upconv(op, (48, 20, 12), (5, 5), formats=f, projected=24)
         for op in ("concat", "project")
@@ -132,6 +138,7 @@ _OPTIONS = {
     ],
     "wide": [
         *((_with(each, _WIDE), "float16", 80) for each in _BAGS_OF_ALL_KINDS + _FEW_NEEDED),
+        (_attention(4096, 16, 40), "bfloat16", 90),
         (_with(_attention(136, 20), _WIDE, extra=False, normalize=False), "bfloat16", 90),
         (_with(_attention(136, 20), _WIDE, first=4), "bfloat16", 90),
         (_with(_attention(136, 20, 70), _WIDE | dict(MAX_SPLITS=2)), "float16", 90),
@@ -143,14 +150,10 @@ _OPTIONS = {
         (_tied(136, 72, 70, biases=(False, False)), "float16", 80),
         (_tied(7, 13, 33), "bfloat16", 90),
         (_tied(1, 1, 1), "float32", 90),
-        (_with(_tied(130, 70, 150), dict(ROWS_PER_SPLIT=64)), "float16", 90),
+        (_tied(130, 70, 150), "float16", 90),
     ],
     "dynamic_mixing": [
-        (_mixing(16, 96, 4, 2, "mixing_and_mean"), "bfloat16", 90),
-        (_mixing(32, 48, 4, 2, "mixing_and_mean", dim=2), "float16", 80),
-        (_mixing(16, 48, 4, 2, "mixing_and_mean", dim=2, lines=3), "float32", 90),
         (_mixing(20, 32, 1, 16, dim=2), "bfloat16", 90),
-        (_mixing(16, 72, 1, 2, dim=2), "float16", 80),
         (_mixing(33, 30, 2, 3, dim=2), "bfloat16", 90),
         (_mixing(1, 24, 6, 2), "bfloat16", 90),
     ],
