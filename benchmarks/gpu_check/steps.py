@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent.parent
 _CACHES = ROOT / "build" / "gpu_check"  # a second call on the same machine finds what the first compiled
 _ARCHS = "TORCH_CUDA_ARCH_LIST"
 _NO_CUDA_SOURCES = "this version has no CUDA sources"
-_NOT_ON_A_GPU = ("test_aot.py", "test_cuda_compiled.py", "test_cuda_emulated.py")
-_LONG_SUITES = "not (install or aot or emulated or benchmarks)"
+_NOT_ON_A_GPU = ("test_aot.py", "test_cuda_compiled.py")
+_LONG_SUITES = "not (install or aot or ptx or benchmarks)"
 _HEADLINE, _CASES, _AUTOTUNED = "headline", "cases", "autotuned"
 _PROOF_SECONDS = _TUNE_SECONDS = _REPEATS_SECONDS = _HEADLINE_SECONDS = 90  # of one, compilation by Triton included
 _TEST_SECONDS = 180

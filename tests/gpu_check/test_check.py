@@ -118,7 +118,7 @@ def test_parity_takes_the_tests_of_gpu_kernels_alone():
         found
     )
     assert all((ROOT / name).exists() for name in found)
-    assert not [name for name in found if "emulated" in name or "compiled" in name or "aot" in name]
+    assert not [name for name in found if "compiled" in name or "aot" in name]
 
 
 def test_what_was_built_elsewhere_or_of_other_sources_is_built_again(tmp_path, monkeypatch):
