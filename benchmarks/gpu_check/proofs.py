@@ -67,7 +67,7 @@ def _verify(each: Proof, stuck: dict[tuple[str, ...], str], left: int) -> str:
     reason = each.implementation.can_run(*call.selecting)
     if reason is not None:
         raise program.Skipped(reason)
-    wrong = proof.why_wrong(call, each.implementation, operator.implementations[-1])
+    wrong = proof.why_wrong(call, each.implementation, proof.expected(call, operator.implementations[-1]))
     if wrong is not None:
         raise AssertionError(wrong)
     return "right"

@@ -14,8 +14,11 @@ constexpr int kTile = Plan::kTile, kSlab = Plan::kSlab;
 constexpr int kUnits = kSlab / 16;  // steps of the products over a warp's channels
 
 TF_HOST_DEVICE int count_tiles(const Params& p) { return (p.rows + kTile - 1) / kTile; }
-// The first tile of the rows that block `split` of an image takes; that of the next one ends them.
-TF_HOST_DEVICE int first_tile_of(const Params& p, int split) { return int(int64_t(count_tiles(p)) * split / p.splits); }
+// The first tile of the rows that block `split` of an image takes; that of the next one ends them. 32 bits hold it.
+TF_HOST_DEVICE int first_tile_of(const Params& p, int split) {
+  const int each = count_tiles(p) / p.splits, left = count_tiles(p) % p.splits;
+  return each * split + (split < left ? split : left);
+}
 
 // The shared memory of a block and, in it, of one of its groups.
 template <typename T, int kQueryTiles, bool kBackward>

@@ -19,7 +19,7 @@ SMALL = [
     for dtype in ("float32", "float16")
     for direction in ("inference", "training")
 ]
-HELD = "skipped: nothing is held in inference"
+SKIPPED = {"skipped: nothing is held in inference", "skipped: there is one size of tiles in float32"}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_every_gpu_kernel_is_in_one_piece():
 def test_proofs_are_kept_one_by_one_riskiest_first(small_workloads, options, tmp_path, capsys):
     assert proofs.main(["verify", *options]) == 0, capsys.readouterr().out
     found = entries(tmp_path / "journal")
-    assert [fault for fault in found.values() if fault is not None] == [HELD] * 2
+    assert {fault for fault in found.values() if fault is not None} == SKIPPED
     kinds = [("training" in name, "float16" in name) for name in found]
     assert list(dict.fromkeys(kinds)) == [(True, True), (True, False), (False, True), (False, False)]
     assert proofs.main(["verify", *options]) == 1 and "0 ran, 0 failed" in capsys.readouterr().out
@@ -56,14 +56,14 @@ def test_proofs_are_kept_one_by_one_riskiest_first(small_workloads, options, tmp
 
 
 def test_a_wrong_kernel_is_said(small_workloads, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(proofs.proof, "why_wrong", lambda call, implementation, reference: "it is wrong")
+    monkeypatch.setattr(proofs.proof, "why_wrong", lambda call, implementation, expected: "it is wrong")
     assert proofs.main(["verify", *options]) == 1
-    assert set(entries(tmp_path / "journal").values()) == {"AssertionError: it is wrong", HELD}
+    assert set(entries(tmp_path / "journal").values()) == {"AssertionError: it is wrong", *SKIPPED}
 
 
 def test_a_kernel_that_got_stuck_is_left_out_of_calls_like_it(options, tmp_path, monkeypatch):
     monkeypatch.setattr(proofs, "WORKLOADS", SMALL[:2])
-    monkeypatch.setattr(proofs.proof, "why_wrong", lambda call, implementation, reference: None)
+    monkeypatch.setattr(proofs.proof, "why_wrong", lambda call, implementation, expected: None)
     monkeypatch.setattr(proofs.search, "_SECONDS", 0.01)
     first, path = proofs.proofs()[0], tmp_path / "journal"
     verdict = {"state": "ended", "verdict": "timed out", "fault": "stopped after 45 s", "rows": [], "seconds": 45}

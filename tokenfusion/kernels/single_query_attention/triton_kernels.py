@@ -96,7 +96,7 @@ def add_scores(b_s, b_n, b_q, m_n):
     if b_n.dtype == tl.float32:
         # a sum of its own for each chunk of the channels: one of all of them would be less exact than eager's;
         # the choice keeps Triton from making one
-        return b_s + tl.where(m_n[:, None], tl.dot(b_n, b_q, input_precision="ieee"), 0.0)
+        return tl.fma(tl.dot(b_n, b_q, input_precision="ieee"), 1.0, b_s)
     return tl.dot(b_n, b_q, b_s, input_precision="ieee")
 
 
@@ -256,8 +256,12 @@ def backward_kernel(
         b_s = tl.zeros([BN, BQ], tl.float32)
         b_dp = tl.zeros([BN, BQ], tl.float32)
         for i in tl.static_range(len(b_n)):
-            b_s = add_scores(b_s, b_n[i], b_q[i], m_n)
-            b_dp = add_scores(b_dp, b_n[i], b_g[i], m_n)
+            if C <= 512:
+                b_s = add_scores(b_s, b_n[i], b_q[i], m_n)
+                b_dp = add_scores(b_dp, b_n[i], b_g[i], m_n)
+            else:  # for which there would be too few registers
+                b_s = tl.dot(b_n[i], b_q[i], b_s, input_precision="ieee")
+                b_dp = tl.dot(b_n[i], b_g[i], b_dp, input_precision="ieee")
         b_p = tl.where(m_n[:, None] & m_q[None, :], tl.exp(b_s - b_lse[None, :]), 0.0)
         b_ds = b_p * (b_dp - b_delta[None, :])
         if NEED_QUERY:
