@@ -98,7 +98,7 @@ OF_16_BITS = [
     Case(40, 7, 1, 8, lines=1),
     Case(40, 40, 1, 8, lines=1),
     Case(17, 180, 2, 1, dim=2, kilobytes=99),  # a segment does not fit into shared memory
-    Case(48, 110, 1, 1, kilobytes=163, lines=1),
+    Case(48, 102, 1, 1, kilobytes=163, lines=1),
 ]
 OF_32_BITS = [
     Case(17, 192, 2, 1, dim=2, kilobytes=99),
