@@ -28,7 +28,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# Uses the packages of $(PYTHON) as they are and installs nothing. ARGS="--minutes 9 --resume" and the like.
+# Uses the packages of $(PYTHON) as they are and installs nothing. ARGS="--minutes 9 --out FOLDER", then the same with
+# --resume, until nothing is left; docs/gpu.md says what comes when.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 

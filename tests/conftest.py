@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 SLOW = {  # marker: where its tests are
     "install": ("test_install.py",),
     "aot": ("test_aot.py", "test_cuda_compiled.py"),
-    "ptx": ("tests/ptx/test_cuda_*.py",),
-    "benchmarks": ("tests/benchmarks/*.py", "test_gpu_check.py"),
+    "ptx": ("tests/ptx/test_cuda_*.py", "tests/ptx/test_triton_*.py"),
+    "benchmarks": ("tests/benchmarks/*.py", "tests/gpu_check/*.py"),
 }
 
 

@@ -25,8 +25,15 @@ _PACKAGES = (
     "sklearn",
     "pytest",
     "pytest_benchmark",
+    "pytest_timeout",
     "setuptools",
     "ninja",
+    "safetensors",
+    "monai",
+    "segmentation_models_pytorch",
+    "dynamic_network_architectures",
+    "onnxruntime",
+    "hypothesis",
 )
 _ROOT = Path(__file__).parents[2]
 
@@ -41,7 +48,6 @@ def collect(profile: str) -> dict:
         "isa": facts["isa"],
         "commit": os.environ.get(COMMIT) or _commit(),
         "cache": timing.policy(),
-        "compile_mode": problem.compile_mode(),
         "float32_products": precision.in_force(problem.device()),
         "tools": {"nvcc": _nvcc(), "compute-sanitizer": find_tool("compute-sanitizer")},
         "missing_packages": [name for name in _PACKAGES if not importlib.util.find_spec(name)],

@@ -169,6 +169,7 @@ class Races:
 
     def acquire(self, warps: np.ndarray, known: np.ndarray) -> None:
         self.known[warps] = np.maximum(self.known[warps], known)
+        self._refresh()
 
     def advance(self, warps: np.ndarray) -> None:
         """What these warps do from now on is later than what they have released."""

@@ -149,3 +149,16 @@ def test_setp_combines_and_gives_the_opposite():
     assert evaluate("setp.lt.xor.s32 %d, %a, 3, %b;", bool, a, p).tolist() == [True, False, False, True]
     text = "setp.lt.and.s32 %p1|%p2, %a, 3, %b; selp.b32 %r9, 1, 0, %p1; selp.b32 %d, 2, %r9, %p2;"
     assert evaluate(text, np.int32, a, p).tolist() == [0, 1, 0, 2]
+
+
+@pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
+def test_setp_of_halves(kind):
+    ones = {"f16x2": 0x3C00, "bf16x2": 0x3F80}[kind]
+    a = np.array([0, ones, ones << 16, ones << 16 | ones, 0x7FFF << 16], np.uint32)  # the last with a NaN
+    both = "%p1|%p2, %a, {0}; selp.b32 %r9, 1, 0, %p1; selp.b32 %r10, 2, 0, %p2; add.s32 %d, %r9, %r10;"
+    half = np.full(5, (ones - 0x80) << 16 | ones - 0x80, np.uint32)
+    assert evaluate(f"setp.lt.{kind} " + both.format("%b"), np.int32, a, half).tolist() == [3, 2, 1, 0, 1]
+    assert evaluate(f"setp.ltu.{kind} " + both.format("%b"), np.int32, a, half).tolist() == [3, 2, 1, 0, 3]
+    p = np.array([1, 0, 1, 0, 1], bool)
+    text = f"setp.lt.and.{kind} " + both.format("%b, %c")
+    assert evaluate(text, np.int32, a, half, p).tolist() == [3, 0, 1, 0, 1]

@@ -127,9 +127,10 @@ class _Node(torch.autograd.Function):
 
 
 def _backward(grad, x, weight, needed):
-    backend = OPERATOR.select(x, weight).backend
-    if backend != "reference":
-        return getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{backend}").default(grad, x, weight, needed)
+    chosen = OPERATOR.select(x, weight)
+    if chosen.backend != "reference":
+        backward = getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{chosen.backend}").default
+        return backward(grad, x, weight, needed, chosen.form)
     of_x = None
     if needed[0] and convolution_gives_wrong_gradient(x):
         of_x, needed = gradient_as_product(grad, weight), (False, *needed[1:])

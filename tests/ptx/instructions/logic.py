@@ -7,6 +7,7 @@ import numpy as np
 from ..formats import BITS, VALUES, flush, widen_bf16
 from ..operands import Pair
 from ..registry import instruction
+from .floating import packed
 from .integers import elementwise
 
 _BITS = "pred b16 b32 b64"
@@ -182,5 +183,29 @@ def _setp(found, machine):
         write(active, result)
         if write_other:
             write_other(active, other)
+
+    return run
+
+
+@instruction("setp", "f16x2 bf16x2", _NAMES)
+def _setp_packed(found, machine):
+    """p|q of the lower and of the upper halves."""
+    kind = found.types[-1]
+    compare, (widen, _) = comparison(found.modifiers[0], True), packed(kind)
+    first, second = (machine.source(each, kind) for each in found.operands[1:3])
+    combine = next((function for word, function in _COMBINE.items() if found.has(word)), None)
+    third = machine.source(found.operands[3], "pred") if combine else None
+    target = found.operands[0]
+    targets = (target.first, target.second) if isinstance(target, Pair) else (target,)
+    writes = [machine.destination(each, "pred") for each in targets]
+
+    def run(active):
+        halves = [widen(np.broadcast_to(each(active), active.count)) for each in (first, second)]
+        if found.has("ftz"):
+            halves = [flush(each) for each in halves]
+        results = compare(*halves)
+        for half, write in enumerate(writes):
+            result = results[:, half]
+            write(active, combine(result, third(active)) if combine else result)
 
     return run

@@ -1,0 +1,12 @@
+"""Every tile and option of the Triton kernels of dynamic_mixing, compiled for GPUs and interpreted."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.ptx.triton_matrix import everything_of
+
+
+@pytest.mark.parametrize("call, capability", everything_of("dynamic_mixing"), ids=str)
+def test_parity(call, capability, run):
+    run("dynamic_mixing", call, capability)
