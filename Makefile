@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc')
-CXX_SOURCES := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_emulation/*)
+CXX_SOURCES := $(filter csrc/%,$(SOURCES)) $(shell find tests/ptx/cuda -type f)
 
 .PHONY: demo test quick lint bench gpu-check clean
 
@@ -28,7 +28,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# Uses the packages of $(PYTHON) as they are and installs nothing. ARGS="--minutes 9 --resume" and the like.
+# Uses the packages of $(PYTHON) as they are and installs nothing. ARGS="--minutes 9 --out FOLDER", then the same with
+# --resume, until nothing is left; docs/gpu.md says what comes when.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 

@@ -9,7 +9,9 @@ import os
 import platform
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -121,14 +123,17 @@ class BuildKernels(BuildExtension):
         return None
 
     def build_extension(self, ext):
-        ext.extra_objects = []
-        for isa, flags in plan.isa_flags().items():
-            ext.extra_objects += self.compiler.compile(
-                KERNEL_SOURCES,
-                output_dir=os.path.join(self.build_temp, isa),
-                extra_postargs=[*COMMON_FLAGS, *flags, f"-DTOKENFUSION_ISA={isa}"],
-            )
+        """The instruction sets side by side where there are processors for it: one of the files takes a minute."""
+        jobs = plan.jobs()
+        at_once = min(len(plan.isa_flags()), jobs) if self.use_ninja else 1
+        with plan.environment(MAX_JOBS=str(jobs // at_once)), ThreadPoolExecutor(at_once) as pool:
+            ext.extra_objects = list(chain(*pool.map(self.compile_kernels, plan.isa_flags())))
         super().build_extension(ext)
+
+    def compile_kernels(self, isa: str) -> list[str]:
+        flags = [*COMMON_FLAGS, *plan.isa_flags()[isa], f"-DTOKENFUSION_ISA={isa}"]
+        folder = os.path.join(self.build_temp, isa)
+        return self.compiler.compile(KERNEL_SOURCES, output_dir=folder, extra_postargs=flags)
 
 
 setup(ext_modules=[Extension("tokenfusion._C", HOST_SOURCES)], cmdclass={"build_ext": BuildKernels})

@@ -1,23 +1,28 @@
-"""Options, the fixture that measures, the journal, what a run shows as it goes, and what it comes to."""
+"""Options, the fixture that measures, what a run shows as it goes, and what it comes to."""
 
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.measure import entries, environment, harness
-from benchmarks.report import journal, record, summary, table
+from benchmarks.gpu_check.journaled import ROWS
+from benchmarks.gpu_check.program import gpu_kernels
+from benchmarks.measure import entries, environment, harness, problem
+from benchmarks.report import record, summary, table
 from benchmarks.report.live import Live
+from tokenfusion import precision
 
 EFFORTS = {
     "smoke": harness.Effort(seconds=0.05, fewest=3, most=5),
     "quick": harness.Effort(seconds=1.5, fewest=5, most=41),
     "full": harness.Effort(seconds=8, fewest=15, most=101),
+    "headline": harness.Effort(seconds=1, fewest=15, most=51),
     "gpu": harness.Effort(seconds=1, fewest=15, most=51),
+    "gpu-full": harness.Effort(seconds=1, fewest=15, most=51),
 }
+_LONG = ("headline", "gpu", "gpu-full")  # profiles of a machine that is there for minutes
+_CHOSEN = ("headline", "gpu")  # profiles that have the cases of modules that name some, and no others
 _ONCE = harness.Effort(seconds=0, fewest=1, most=1)  # --benchmark-disable
-_UNSOUND = ("CUDA error", "CUDA driver error")  # after these the process can measure nothing more
 _ROWS = pytest.StashKey[list]()
 _FAULT = pytest.StashKey[str]()
 _LIVE = pytest.StashKey[Live]()
@@ -28,21 +33,27 @@ def pytest_addoption(parser):
     group = parser.getgroup("tokenfusion")
     group.addoption("--profile", choices=EFFORTS, default="quick", help="which cases to measure (default: quick)")
     group.addoption("--record", type=Path, metavar="FILE", help="where the record goes (default: benchmarks/results/)")
-    group.addoption("--journal", type=Path, metavar="FILE", help="keep each case as it ends; leave out those kept")
+    group.addoption("--autotuned", action="store_true", help="beside torch.compile that tunes, too: minutes a case")
+    kernels = [",".join(kernel) for kernel in gpu_kernels()]
+    group.addoption("--without", choices=kernels, action="append", default=[], help="leave a GPU kernel out")
 
 
 def pytest_configure(config):
+    precision.use_ieee()  # for eager, whose error is the measure, and beside kernels that use no TF32
     config.option.benchmark_columns = config.option.benchmark_columns or _COLUMNS
     config.option.showcapture = "no"  # torch.compile's trace would fill screens
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method:DeprecationWarning")  # its compiler's
     config.stash[_ROWS] = []
+    problem.without.update(tuple(kernel.split(",")) for kernel in config.option.without)
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        cases = metafunc.module.CASES
-        profile = metafunc.config.option.profile
-        metafunc.parametrize("case", cases.get(profile, cases["full"]), ids=str)
+        metafunc.parametrize("case", cases_of(metafunc.module, metafunc.config.option.profile), ids=str)
+
+
+def cases_of(module, profile: str) -> list:
+    return module.CASES.get(profile, [] if profile in _CHOSEN else module.CASES["full"])
 
 
 def pytest_collection_modifyitems(config, items):
@@ -50,15 +61,12 @@ def pytest_collection_modifyitems(config, items):
         if "run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=entries.clock))
     profile = config.option.profile
-    without_cases = [item for item in items if getattr(item.module, "CASES", {}).get(profile) == []]
+    without_cases = [item for item in items if hasattr(item.module, "CASES") and not cases_of(item.module, profile)]
     items[:] = [item for item in items if item not in without_cases]
     config.hook.pytest_deselected(items=without_cases)
     items.sort(key=lambda item: "models" in item.path.parts)  # whole models last
-    path = config.option.journal
-    if path is not None:
-        known = {entry["case"] for entry in journal.read(path) if "case" in entry}
-        items[:] = sorted((item for item in items if item.nodeid not in known), key=_place)
-        journal.note(path, to_do=[item.nodeid for item in items])
+    if config.option.profile in _LONG:
+        items.sort(key=_place)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -88,21 +96,9 @@ def _place(item) -> int:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector):
-    report = yield
-    path = collector.config.option.journal
-    if path is not None and report.failed:
-        journal.note(path, case=report.nodeid, state="ended", fault=str(report.longrepr), rows=[], seconds=0.0)
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    path, live = item.config.option.journal, item.config.stash.get(_LIVE, None)
-    start = time.monotonic()
-    item.stash[_ROWS] = []
-    if path is not None:
-        journal.note(path, case=item.nodeid, state="started")
+    live = item.config.stash.get(_LIVE, None)
+    item.stash[ROWS] = []
     if live is not None:
         live.begins(item)
     try:
@@ -110,14 +106,8 @@ def pytest_runtest_protocol(item, nextitem):
     finally:
         if live is not None:
             live.makes_way()
-    rows, fault = item.stash[_ROWS], item.stash.get(_FAULT, None)
     if live is not None:
-        live.ends(item, rows, fault)
-    if path is not None:
-        journal.note(path, case=item.nodeid, state="ended", fault=fault, rows=rows, seconds=time.monotonic() - start)
-        unsound = [text for text in _UNSOUND if text in (fault or "")]
-        if unsound or any("not_captured" in row for row in rows):
-            item.session.shouldstop = "the rest is for a fresh process"
+        live.ends(item, item.stash[ROWS], item.stash.get(_FAULT, None))
     return result
 
 
@@ -136,7 +126,8 @@ def compiles(request) -> tuple[str, ...]:
     """What is measured under torch.compile, too: an operator stays itself, and compiling a model lasts a minute."""
     quick = () if "models" in request.path.parts else ("eager",)
     full = ("eager",) if request.path.stem == "test_op" else ("eager", "fused")
-    return {"smoke": (), "quick": quick}.get(request.config.option.profile, full)
+    found = {"smoke": (), "quick": quick, "headline": quick}.get(request.config.option.profile, full)
+    return (*found, "autotuned") if request.config.option.autotuned else found
 
 
 @pytest.fixture
@@ -150,7 +141,7 @@ def run(benchmark, request):
         entries.enter(benchmark, measured)
         if benchmark.enabled:
             request.config.stash[_ROWS].extend(measured.rows)
-        request.node.stash[_ROWS] = measured.rows
+        request.node.stash[ROWS] = measured.rows
         faults = [f"{row['variant']}: {row['fault']}" for row in measured.rows if row["fault"]]
         if faults:
             pytest.fail("; ".join(faults), pytrace=False)
@@ -162,7 +153,7 @@ def run(benchmark, request):
 def pytest_terminal_summary(terminalreporter, config):
     """After pytest-benchmark's own table, which shows every case by itself."""
     rows = config.stash[_ROWS]
-    if not rows or config.option.journal:
+    if not rows or getattr(config.option, "journal", None):
         return
     facts = environment.collect(config.option.profile)
     path = record.save(config.option.record or record.default_path(facts), {"conditions": facts, "rows": rows})

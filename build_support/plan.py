@@ -1,5 +1,6 @@
 """What setup.py builds on this machine, and why it leaves the rest out."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,25 @@ def isa_flags() -> dict[str, list[str]]:
     """Instruction set -> compiler flags, for each one that the kernels are compiled for."""
     x86_64 = platform.machine().lower() in ("x86_64", "amd64")
     return _ISA_FLAGS if x86_64 else {"default": []}
+
+
+def jobs() -> int:
+    """How many compilers may run at once: MAX_JOBS, or one a processor."""
+    wanted = os.environ.get("MAX_JOBS", "")
+    return max(int(wanted), 1) if wanted.isdigit() else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Variables of the environment for the length of a with-block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
 
 
 def digest_of_sources() -> str:

@@ -3,8 +3,6 @@
 import io
 import re
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -63,6 +61,8 @@ def traced_by_make_fx(model, inputs):
 
 
 def exported_to_onnx(model, inputs, path, dynamo):
+    onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
+    pytest.importorskip("onnxscript")
     torch.onnx.export(model, inputs, path, dynamo=dynamo, verbose=False)
     session = onnxruntime.InferenceSession(path)
     names = [given.name for given in session.get_inputs()]

@@ -55,6 +55,7 @@ def _tuning() -> dict:
         "digest": loaded.digest or None,
         "choices": len(loaded.table.choices),
         "ignored": list(loaded.ignored),
+        "remark": loaded.remark,
     }
 
 

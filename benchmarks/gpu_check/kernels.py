@@ -3,7 +3,7 @@
 python -m benchmarks.gpu_check.kernels once: each kernel once in each dtype and direction, for memory and race checkers.
 python -m benchmarks.gpu_check.kernels repeats: the same call again and again has to give the same bits.
 
-A line for each call; the exit status is 1 where one fails, or where an operator has no small calls.
+A line for each call; the exit status is 1 where one fails.
 """
 
 import argparse
@@ -11,21 +11,23 @@ import importlib
 import itertools
 import pkgutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 import tokenfusion
 from benchmarks import ops
+from benchmarks.gpu_check import program
 from benchmarks.measure.problem import SmallCall
+from benchmarks.report.table import GPU_BACKENDS
 from tokenfusion.kernels import triton_support
 from tokenfusion.kernels.dispatch import OPERATORS, CannotRun
 
-GPU_BACKENDS = ("triton", "cuda")
 DEVICE = "cpu" if triton_support.INTERPRET else "cuda"
 DTYPES = (torch.float32, torch.float16, *([] if triton_support.INTERPRET else [torch.bfloat16]))
 _COMPARED_AT_ONCE = 100
+_MOST_SECONDS = 30  # of the repeats of a call
 
 
 def small_calls(dtype: torch.dtype) -> list[SmallCall]:
@@ -42,7 +44,8 @@ def without_small_calls() -> list[str]:
 
 
 def gpu_backends(operator: str) -> list[str]:
-    return [i.backend for i in OPERATORS[operator].implementations if i.backend in GPU_BACKENDS]
+    built_in = [each for each in OPERATORS[operator].implementations if not each.form]
+    return [each.backend for each in built_in if each.backend in GPU_BACKENDS]
 
 
 def on_device(call: SmallCall) -> tuple[torch.Tensor | None, ...]:
@@ -101,36 +104,28 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _runnable() -> Iterator[tuple[str, str, SmallCall]]:
-    """(name, backend, call) of what can run here; prints what cannot."""
-    obstacles = {(name, backend): why_not(name, backend) for name in OPERATORS for backend in gpu_backends(name)}
-    for (name, backend), reason in obstacles.items():
+def _checks(args: argparse.Namespace) -> dict[str, Callable[[int], str]]:
+    """The time that is left is shared by the calls that are left."""
+    end = time.monotonic() + args.seconds
+    action = once if args.what == "once" else partial(repeats, count=args.count)
+
+    def check(call: SmallCall, backend: str, left: int) -> str:
+        reason = why_not(call.operator, backend)
         if reason is not None:
-            print(f"{name}, {backend}: not run: {reason}")
-    for dtype in DTYPES:
-        for call in small_calls(dtype):
-            for backend in gpu_backends(call.operator):
-                if obstacles[call.operator, backend] is None:
-                    yield f"{call.operator}, {backend}, {dtype}, {call.label}", backend, call
-
-
-def _check(action: Callable[..., str], seconds: float) -> int:
-    """Every call; the time that is left is shared by those that are left."""
-    failures = [f"{name}: no small_calls in benchmarks/ops/*/cases.py" for name in without_small_calls()]
-    end = time.monotonic() + seconds
-    calls, ran = list(_runnable()), 0
-    for i, (name, backend, call) in enumerate(calls):
+            raise program.Skipped(reason)
         try:
             with tokenfusion.backend(backend):
-                result = action(call, on_device(call), seconds=(end - time.monotonic()) / (len(calls) - i))
-            print(f"{name}: {result}", flush=True)
-            ran += 1
-        except CannotRun as reason:
-            print(f"{name}: not run: {reason}")
-        except Exception as error:  # noqa: BLE001  (one kernel that fails leaves the others to be checked)
-            failures.append(f"{name}: {type(error).__name__}: {error}")
-    print("\n".join([*failures, f"{ran} calls of kernels ran, {len(failures)} failed"]))
-    return 1 if failures or not ran else 0
+                return action(call, on_device(call), seconds=min((end - time.monotonic()) / left, _MOST_SECONDS))
+        except CannotRun as obstacle:
+            raise program.Skipped(str(obstacle)) from None
+
+    return {
+        f"{call.operator}, {backend}, {dtype}, {call.label}": partial(check, call, backend)
+        for dtype in DTYPES
+        for call in small_calls(dtype)
+        for backend in gpu_backends(call.operator)
+        if program.is_chosen(args, call.operator, backend)
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,8 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("once", "repeats"))
     parser.add_argument("--count", type=int, default=10_000, help="repeats of a call (default: 10000)")
     parser.add_argument("--seconds", type=float, default=60, help="for all repeats together (default: 60)")
+    program.add_options(parser)
     args = parser.parse_args(arguments)
-    return _check(once if args.what == "once" else partial(repeats, count=args.count), args.seconds)
+    return program.run(args, _checks(args))
 
 
 if __name__ == "__main__":

@@ -1,87 +1,61 @@
-"""The steps of a GPU check. Each is processes of its own, so that whatever happens in one leaves the others."""
+"""The steps of a GPU check. Each is processes of its own, so that whatever happens in one leaves the others.
+
+First what makes a record: build, proof, ten headline rows. Then the rest, the most telling first.
+"""
 
 import functools
+import importlib.util
 import json
+import math
 import os
+import platform
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 
-from benchmarks.gpu_check import cases, process
-from benchmarks.gpu_check.process import FAILED, PASSED, TIMED_OUT
+from benchmarks.gpu_check import pieces, process, sanitizer
+from benchmarks.gpu_check.outcome import NO_GPU, Check, Outcome, last_line, outcome
+from benchmarks.gpu_check.process import FAILED, PASSED
+from benchmarks.gpu_check.program import gpu_kernels
+from benchmarks.gpu_check.runner import CRASHED, HUNG, NOT_REACHED, state_of
+from benchmarks.report import journal
+from benchmarks.report.table import AUTOTUNED
 
 ROOT = Path(__file__).parent.parent.parent
-SKIPPED, NOT_REACHED = "skipped", "not reached"
-NO_GPU = "no CUDA device"
+_CACHES = ROOT / "build" / "gpu_check"  # a second call on the same machine finds what the first compiled
 _ARCHS = "TORCH_CUDA_ARCH_LIST"
 _NO_CUDA_SOURCES = "this version has no CUDA sources"
-_TESTS = ("triton", "cuda", "gpu")  # tests/<op>/test_<one of these>*.py
-_ON_A_GPU = {"TRITON_INTERPRET": "0"}
-_FEWEST_REPEATS_SECONDS = 5
-
-
-@dataclass
-class Check:
-    """A run of the check: the record that it fills, and where that is kept."""
-
-    record: dict
-    path: Path
-    profile: str
-    case_seconds: float
-    save: Callable[[], object]
-
-    @property
-    def conditions(self) -> dict:
-        return self.record["conditions"]
-
-    @property
-    def has_gpu(self) -> bool:
-        return self.conditions["device"]["kind"] == "cuda"
-
-    @property
-    def why_no_gpu(self) -> str:
-        return NO_GPU if self.conditions["device"]["kind"] == "cpu" else "the environment is not known"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """status is one of "passed", "failed", "timed out", "skipped" and "not reached"; summary says it in a line."""
-
-    status: str
-    summary: str
-    seconds: float = 0.0
-    log: str = ""
-    facts: dict = field(default_factory=dict)
+_NOT_ON_A_GPU = ("test_aot.py", "test_cuda_compiled.py")
+_LONG_SUITES = "not (install or aot or ptx or benchmarks)"
+_HEADLINE, _CASES, _AUTOTUNED = "headline", "cases", "autotuned"
+_PROOF_SECONDS = _TUNE_SECONDS = _REPEATS_SECONDS = _HEADLINE_SECONDS = 90  # of one, compilation by Triton included
+_TEST_SECONDS = 180
 
 
 @dataclass(frozen=True)
 class Step:
-    """run takes (check, seconds that it may take). share is its part of the time left, beside those of later steps."""
+    """run takes (check, seconds that it may take): `most`, or a share of the time left, beside those of later steps.
+
+    is_stale says of a step with a result that this machine needs it again.
+    """
 
     name: str
     run: Callable[[Check, float], Outcome]
-    share: float
+    most: float = math.inf
+    share: float = 0
     needs_gpu: bool = False
+    is_stale: Callable[[Check], bool] = lambda check: False
 
 
 def python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def last_line(log: str) -> str:
-    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "no output")
-
-
-def outcome(finished: process.Finished, summary: str | None = None, **facts) -> Outcome:
-    if finished.status == TIMED_OUT:
-        summary = f"stopped after {finished.seconds:.0f} s: {last_line(finished.log)}"
-    elif finished.status == FAILED and summary is None:
-        summary = f"exit status {finished.returncode}: {last_line(finished.log)}"
-    return Outcome(finished.status, summary or last_line(finished.log), finished.seconds, finished.log, facts)
+def on_a_gpu() -> dict[str, str]:
+    """Variables of what runs there."""
+    caches = {"TRITON_CACHE_DIR": _CACHES / "triton", "TORCHINDUCTOR_CACHE_DIR": _CACHES / "inductor"}
+    return {"TRITON_INTERPRET": "0"} | {name: os.environ.get(name, str(path)) for name, path in caches.items()}
 
 
 def environment(check: Check, seconds: float) -> Outcome:
@@ -99,13 +73,16 @@ def environment(check: Check, seconds: float) -> Outcome:
 
 
 def build(check: Check, seconds: float) -> Outcome:
-    """The extension, in place, for the GPU that is here."""
+    """The extension, in place, for the GPU that is here; what an interrupted build compiled is not compiled again."""
+    if _is_built(check):
+        return Outcome(PASSED, "built before")
     capability = check.conditions["device"].get("capability")
     variables = {_ARCHS: os.environ.get(_ARCHS, capability)} if capability else {}
-    finished = process.run(python("setup.py", "build_ext", "--inplace"), seconds, environment=variables)
+    command = python("setup.py", "build_ext", "--inplace")
+    finished = process.run(command, seconds, environment=variables, log=check.log)
     if finished.status != PASSED:
         return outcome(finished)
-    info = json.loads((ROOT / "tokenfusion" / "_build_info.json").read_text())
+    info = _build_info()
     parts = {part: info[part]["reason"] or "built" for part in ("cpp", "cuda")}
     summary = "; ".join(f"{part}: {what}" for part, what in parts.items())
     expected = check.has_gpu and not parts["cuda"].startswith(_NO_CUDA_SOURCES)
@@ -113,75 +90,103 @@ def build(check: Check, seconds: float) -> Outcome:
     return Outcome(FAILED if missing else PASSED, summary, finished.seconds, finished.log, {"build": info})
 
 
-def parity(check: Check, seconds: float) -> Outcome:
-    """The tests of GPU kernels of every operator, on the GPU."""
-    folders = sorted(folder.name for folder in (ROOT / "tokenfusion" / "kernels").iterdir() if folder.is_dir())
-    files = [
-        path for op in folders for stem in _TESTS for path in sorted((ROOT / "tests" / op).glob(f"test_{stem}*.py"))
-    ]
-    return pytest(["tests/test_gpu_kernels.py", *(str(path.relative_to(ROOT)) for path in files)], seconds)
+def _is_built(check: Check) -> bool:
+    """From these sources, for the torch and the GPU that are here."""
+    info, device = _build_info(), check.conditions["device"]
+    if not info or not info["cpp"]["built"] or not list((ROOT / "tokenfusion").glob("_C*.so")):
+        return False
+    here = (_digest_of_sources(), check.conditions["versions"].get("torch"), platform.python_version())
+    if (info["sources"], info["torch"], info["python"]) != here:
+        return False
+    return not check.has_gpu or (info["cuda"]["built"] and device["capability"] in info["cuda"]["archs"])
 
 
-def pytest(arguments: list[str], seconds: float) -> Outcome:
-    """Fails, too, where every test was skipped."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder, "results.xml")
-        options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={results}"]
-        command = python("-m", "pytest", *options, *arguments)
-        finished = process.run(command, seconds, environment=_ON_A_GPU)
-        if finished.status == TIMED_OUT or not results.exists():
-            return outcome(finished)
-        tests = list(ElementTree.parse(results).iter("testcase"))
-    failed = [test for test in tests if test.find("failure") is not None or test.find("error") is not None]
-    skipped = [test for test in tests if test.find("skipped") is not None]
-    passed = len(tests) - len(failed) - len(skipped)
-    names = [f"{test.get('classname', '')}::{test.get('name', '')}" for test in failed]
-    status = PASSED if passed and not failed and finished.status == PASSED else FAILED
-    summary = f"{passed} tests passed, {len(failed)} failed, {len(skipped)} skipped"
-    return Outcome(status, summary, finished.seconds, finished.log, {"failed_tests": names})
+def _build_info() -> dict:
+    path = ROOT / "tokenfusion" / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def suite(check: Check, seconds: float) -> Outcome:
-    """All tests, those of the CPU as well: the whole package in this environment."""
-    return pytest(["tests"], seconds)
+def _digest_of_sources() -> str:
+    spec = importlib.util.spec_from_file_location("plan", ROOT / "build_support" / "plan.py")
+    plan = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = plan  # for its dataclasses
+    spec.loader.exec_module(plan)
+    return plan.digest_of_sources()
+
+
+def verify(check: Check, seconds: float) -> Outcome:
+    """Whether each kernel is right at the sizes of real calls."""
+    program = python("-m", "benchmarks.gpu_check.proofs", "verify")
+    return _of_kernels(check, "verify", program, seconds, _PROOF_SECONDS)
 
 
 def repeats(check: Check, seconds: float) -> Outcome:
-    allowed = max(0.7 * seconds, _FEWEST_REPEATS_SECONDS)  # the rest is for start and compilation
-    command = python("-m", "benchmarks.gpu_check.kernels", "repeats", "--seconds", str(allowed))
-    return outcome(process.run(command, seconds, environment=_ON_A_GPU))
+    allowed = max(0.7 * seconds, 5)  # the rest is for start and compilation
+    program = python("-m", "benchmarks.gpu_check.kernels", "repeats", "--seconds", str(allowed))
+    return _of_kernels(check, "repeats", program, seconds, _REPEATS_SECONDS)
 
 
-def sanitizer(tool: str, check: Check, seconds: float) -> Outcome:
-    """Every kernel once under a checker; without the caching allocator, in whose blocks neighbours go unseen."""
-    path = check.conditions.get("tools", {}).get("compute-sanitizer")
-    if path is None:
-        return Outcome(SKIPPED, "compute-sanitizer not found")
-    command = [path, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
-    variables = _ON_A_GPU | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    kernels = python("-m", "benchmarks.gpu_check.kernels", "once")
-    finished = process.run([*command, *kernels], seconds, environment=variables)
-    summaries = [line.strip("= ") for line in finished.log.splitlines() if "SUMMARY" in line]
-    result = outcome(finished, summaries[-1] if summaries else None)
-    if finished.status == PASSED and not summaries:
-        return Outcome(FAILED, f"{tool} gave no summary", finished.seconds, finished.log)
-    return result
+def _of_kernels(check: Check, name: str, program: list[str], seconds: float, case_seconds: float) -> Outcome:
+    """A piece for each kernel and backend."""
+    commands = {f"{name} {','.join(kernel)}": [*program, "--kernel", ",".join(kernel)] for kernel in gpu_kernels()}
+    limits = {"case_seconds": case_seconds, "workers": pieces.at_once(check)}
+    return pieces.run(check, commands, seconds, environment=on_a_gpu(), **limits)
 
 
 def tune(check: Check, seconds: float) -> Outcome:
-    """Proves every kernel at the sizes of real calls, and times it beside the others: what a default is made of."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "tuning.json")
-        command = python("-m", "tokenfusion", "tune", "--minutes", str(0.5 * seconds / 60))
-        finished = process.run(command, seconds, environment=_ON_A_GPU | {"TOKENFUSION_TUNING": str(path)})
-        found = json.loads(path.read_text()) if path.exists() else {"entries": []}
-    refused = [entry for entry in found["entries"] if entry["wrong"]]
-    summary = f"{len(found['entries'])} calls, {len(refused)} with a kernel that was refused"
-    return outcome(finished, summary if found["entries"] else None, tuning=found)
+    """Proves and times what can run each of those calls: what a default is made of."""
+    program = python("-m", "benchmarks.gpu_check.proofs", "tune", "--table", str(check.tuning))
+    options = {"case_seconds": _TUNE_SECONDS, "environment": on_a_gpu(), "done": "calls tuned"}
+    found = pieces.run(check, {"tune": program}, seconds, **options)
+    table = json.loads(check.tuning.read_text()) if check.tuning.exists() else {"entries": []}
+    refused = [entry for entry in table["entries"] if entry["wrong"]]
+    summary = f"{found.summary}; {len(table['entries'])} in the table, {len(refused)} with a kernel that was refused"
+    return Outcome(found.status, summary, found.seconds, found.log, found.facts | {"tuning": table})
+
+
+def parity(check: Check, seconds: float) -> Outcome:
+    """The tests of GPU kernels of every operator, on the GPU, file by file."""
+    return _tests(check, {f"tests {path}": [path] for path in gpu_tests()}, seconds)
+
+
+def gpu_tests() -> list[str]:
+    """Files with tests of GPU kernels, the riskiest first: all on small calls, those of CUDA C++, the rest."""
+    folders = [ROOT / "tests" / operator for operator in dict.fromkeys(name for name, _ in gpu_kernels())]
+    found = [path for folder in folders for path in sorted(folder.glob("test_*.py")) if _is_of_a_gpu(path)]
+    found.sort(key=lambda path: path.name != "test_cuda.py")
+    return ["tests/test_gpu_kernels.py", *(str(path.relative_to(ROOT)) for path in found)]
+
+
+def _is_of_a_gpu(path: Path) -> bool:
+    return path.name not in _NOT_ON_A_GPU and ("triton" in (text := path.read_text()) or "cuda" in text)
+
+
+def suite(check: Check, seconds: float) -> Outcome:
+    """All other tests but the longest, those of the CPU as well: the whole package in this environment."""
+    done = [f"--ignore={path}" for path in gpu_tests()]
+    return _tests(check, {f"suite {name}": ["-m", _LONG_SUITES, *done, f"tests/{name}"] for name in suites()}, seconds)
+
+
+def suites() -> list[str]:
+    """What of tests/ has some."""
+    tests = ROOT / "tests"
+    places = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py")}
+    return sorted(name for name in places if f"tests/{name}" not in gpu_tests())
+
+
+def _tests(check: Check, arguments: dict[str, list[str]], seconds: float) -> Outcome:
+    commands = {name: _pytest("--tb=short", *of_piece) for name, of_piece in arguments.items()}
+    options = {"case_seconds": _TEST_SECONDS, "environment": on_a_gpu(), "workers": pieces.at_once(check)}
+    return pieces.run(check, commands, seconds, **options)
+
+
+def _pytest(*arguments: str) -> list[str]:
+    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.journaled"]
+    return python("-m", "pytest", "-q", *plugins, "--continue-on-collection-errors", *arguments)
 
 
 def roofline(check: Check, seconds: float) -> Outcome:
-    finished = process.run(python("-m", "benchmarks.measure.roofline"), seconds)
+    finished = process.run(python("-m", "benchmarks.measure.roofline"), seconds, log=check.log)
     rates = _last_json(finished.log) if finished.status == PASSED else None
     if rates is None:
         return outcome(finished)
@@ -189,31 +194,64 @@ def roofline(check: Check, seconds: float) -> Outcome:
     return outcome(finished, ", ".join(f"{name}: {rate:.3g}" for name, rate in rates.items()))
 
 
+def headline(check: Check, seconds: float) -> Outcome:
+    """Each kernel's main shape beside eager and torch.compile."""
+    return _cases(check, _HEADLINE, seconds, min(check.case_seconds, _HEADLINE_SECONDS))
+
+
 def benchmarks(check: Check, seconds: float) -> Outcome:
-    """Every case, in a process that is started anew where one hangs or crashes."""
-    start = time.monotonic()
-    runner = cases.Runner(check.record, cases.command(check.profile), check.case_seconds, check.save)
-    finished = runner.run(start + seconds)
-    states = [case["state"] for case in check.record["cases"].values()]
-    counts = {state: states.count(state) for state in dict.fromkeys((cases.MEASURED, *states))}
-    summary = ", ".join(f"{count} cases {state}" for state, count in counts.items())
-    log = finished.log if finished else ""
-    if not states:
-        ended = finished is not None and finished.status != TIMED_OUT
-        status, summary = FAILED if ended else TIMED_OUT, f"no case was begun: {last_line(log)}"
-    elif NOT_REACHED in counts:
-        status = TIMED_OUT
-    else:
-        status = PASSED if set(counts) <= {cases.MEASURED, SKIPPED} else FAILED
-    return Outcome(status, summary, time.monotonic() - start, log)
+    """Every case of the profile, but those of the headline, which are there."""
+    return _cases(check, check.profile, seconds, check.case_seconds)
+
+
+def _cases(check: Check, profile: str, seconds: float, case_seconds: float) -> Outcome:
+    states = check.record["cases"]
+
+    def took(entry: dict) -> None:
+        states[entry["case"]] = {"state": state_of(entry), "reason": entry["fault"], "seconds": entry["seconds"]}
+        check.record["rows"] += entry["rows"]
+        check.save()
+
+    found = _measured(check, _CASES, seconds, case_seconds, took, "--profile", profile)
+    for name in found.facts["not_reached"]:
+        states[name] = {"state": NOT_REACHED, "reason": "no time was left", "seconds": 0.0}
+    return found
+
+
+def autotuned(check: Check, seconds: float) -> Outcome:
+    """The headline's cases beside torch.compile that tunes: what it gains for minutes of compilation."""
+
+    def took(entry: dict) -> None:
+        check.record["rows"] += [row for row in entry["rows"] if row["variant"] == AUTOTUNED]
+        check.save()
+
+    options = ("--profile", _HEADLINE, "--autotuned")
+    return _measured(check, _AUTOTUNED, seconds, check.case_seconds, took, *options)
+
+
+def _measured(check: Check, piece: str, seconds: float, case_seconds: float, took, *arguments: str) -> Outcome:
+    stuck = [argument for kernel in _stuck(check) for argument in ("--without", kernel)]
+    command = _pytest("benchmarks/", "--benchmark-only", "--benchmark-quiet", *stuck, *arguments)
+    options = {"case_seconds": case_seconds, "environment": on_a_gpu(), "took": took, "done": "measured"}
+    return pieces.run(check, {piece: command}, seconds, **options)
+
+
+def _stuck(check: Check) -> list[str]:
+    """Kernels, as "operator,backend", of which a proof hung or crashed: they would take the cases along."""
+    found = [entry["piece"] for entry in journal.read(check.journal) if entry.get("verdict") in (HUNG, CRASHED)]
+    return sorted({piece.removeprefix("verify ") for piece in found if piece.startswith("verify ")})
 
 
 def report(check: Check, seconds: float) -> Outcome:
-    folder = check.path.with_suffix("")
-    finished = process.run(
-        python("-m", "benchmarks.report", str(check.path), "--out", str(folder), "--markdown"), seconds
-    )
-    return outcome(finished, f"{folder}/report.html" if finished.status == PASSED else None)
+    arguments = str(check.path), "--page", str(check.page), "--markdown"
+    finished = process.run(python("-m", "benchmarks.report", *arguments), seconds)
+    return outcome(finished, str(check.page) if finished.status == PASSED else None)
+
+
+def _sanitize(tool: str, check: Check, seconds: float) -> Outcome:
+    program = python("-m", "benchmarks.gpu_check.kernels", "once", "--kernel")
+    kernels = {",".join(kernel): [*program, ",".join(kernel)] for kernel in gpu_kernels()}
+    return sanitizer.run(tool, kernels, on_a_gpu(), check, seconds)
 
 
 def _last_json(log: str) -> dict | None:
@@ -226,15 +264,18 @@ def _last_json(log: str) -> dict | None:
 
 
 STEPS = (
-    Step("environment", environment, share=1),
-    Step("build", build, share=10),
-    Step("parity", parity, share=4, needs_gpu=True),
-    Step("repeats", repeats, share=2, needs_gpu=True),
-    Step("tune", tune, share=5, needs_gpu=True),
-    Step("memcheck", functools.partial(sanitizer, "memcheck"), share=2, needs_gpu=True),
-    Step("racecheck", functools.partial(sanitizer, "racecheck"), share=2, needs_gpu=True),
+    Step("environment", environment, most=180),
+    Step("build", build, most=240, is_stale=lambda check: not _is_built(check)),
+    Step("verify", verify, most=150, needs_gpu=True),
+    Step("headline", headline, most=270, needs_gpu=True),
     Step("roofline", roofline, share=1),
-    Step("benchmarks", benchmarks, share=12),
+    Step("tune", tune, share=4, needs_gpu=True),
+    Step("parity", parity, share=6, needs_gpu=True),
+    Step("repeats", repeats, share=2, needs_gpu=True),
+    Step("benchmarks", benchmarks, share=8),
+    Step("memcheck", functools.partial(_sanitize, "memcheck"), share=2, needs_gpu=True),
+    Step("racecheck", functools.partial(_sanitize, "racecheck"), share=2, needs_gpu=True),
     Step("suite", suite, share=4, needs_gpu=True),
-    Step("report", report, share=1),
+    Step("autotuned", autotuned, share=4, needs_gpu=True),
+    Step("report", report, most=60),
 )

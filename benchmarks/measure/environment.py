@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import problem, timing
-from tokenfusion import environment
+from tokenfusion import environment, precision
 
 COMMIT = "TOKENFUSION_COMMIT"  # the variable that names the commit of a copy without git
 _PACKAGES = (
@@ -25,8 +25,15 @@ _PACKAGES = (
     "sklearn",
     "pytest",
     "pytest_benchmark",
+    "pytest_timeout",
     "setuptools",
     "ninja",
+    "safetensors",
+    "monai",
+    "segmentation_models_pytorch",
+    "dynamic_network_architectures",
+    "onnxruntime",
+    "hypothesis",
 )
 _ROOT = Path(__file__).parents[2]
 
@@ -41,8 +48,7 @@ def collect(profile: str) -> dict:
         "isa": facts["isa"],
         "commit": os.environ.get(COMMIT) or _commit(),
         "cache": timing.policy(),
-        "compile_mode": problem.compile_mode(),
-        "float32_products": "TF32" if torch.backends.cuda.matmul.allow_tf32 else "IEEE float32",
+        "float32_products": precision.in_force(problem.device()),
         "tools": {"nvcc": _nvcc(), "compute-sanitizer": find_tool("compute-sanitizer")},
         "missing_packages": [name for name in _PACKAGES if not importlib.util.find_spec(name)],
     }

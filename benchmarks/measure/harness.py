@@ -223,6 +223,7 @@ def _times(problem: Problem, timed: dict[str, Timed], entry: Timed, stream: Time
         "memory_ceiling_seconds": memory,
         "arithmetic_ceiling_seconds": arithmetic,
         "share_of_ceiling": max(memory, arithmetic) / seconds,
+        "share_of_copy": problem.moved / seconds / roofline.bytes_per_second(written=True),
     }
     if entry.called:
         times |= {

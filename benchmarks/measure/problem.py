@@ -7,12 +7,22 @@ import torch
 from torch import nn
 
 import tokenfusion
-from benchmarks.report.table import CHECKPOINTED, COMPILED, EAGER, EPILOGUE, FLEX, PROJECTIONS  # noqa: F401
+from benchmarks.report.table import (  # noqa: F401
+    AND_COMPILE,
+    AUTOTUNED,
+    CHECKPOINTED,
+    COMPILED,
+    EAGER,
+    EPILOGUE,
+    FLEX,
+    PROJECTIONS,
+)
 from tokenfusion.kernels.dispatch import OPERATORS
 
 FORWARD = "forward"
 TRAINING = "forward + backward"
-AND_COMPILE = " + compile"
+_AUTOTUNE = "max-autotune-no-cudagraphs"  # graphs are left to the timing
+without: set[tuple[str, str]] = set()  # (operator, backend) that are not to be run; "upconv" stands for all of them
 
 
 class CaseBase:
@@ -101,14 +111,9 @@ def package(backend: str) -> str:
     return f"tokenfusion ({backend})"
 
 
-def compile_mode() -> str:
-    """torch.compile's mode for ops and layers: the one that tunes most; graphs are left to the timing."""
-    return "max-autotune-no-cudagraphs" if torch.cuda.is_available() else "default"
-
-
-def compiled(function: Callable, mode: str | None = None) -> Callable:
+def compiled(function: Callable, mode: str = "default") -> Callable:
     """torch.compile for the shapes of one case."""
-    return torch.compile(function, dynamic=False, mode=mode or compile_mode())
+    return torch.compile(function, dynamic=False, mode=mode)
 
 
 def forward(function: Callable) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -162,11 +167,14 @@ def variants(
     Args:
         timed: makes of a function or module what is timed.
         backends: this package's function runs on each.
-        compiles: of "eager" and "fused" those that are measured under torch.compile, too.
+        compiles: of "eager" and "fused" those that are measured under torch.compile, too; "autotuned" is eager under
+            it where it tunes, for minutes.
     """
     found = [Variant(EAGER, timed(eager))]
     if "eager" in compiles:
         found.append(Variant(COMPILED, timed(compiled(eager))))
+    if "autotuned" in compiles:
+        found.append(Variant(AUTOTUNED, timed(compiled(eager, _AUTOTUNE))))
     found += others
     for backend in backends:
         found.append(Variant(package(backend), timed(fused), backend))
@@ -177,8 +185,13 @@ def variants(
 
 def backends_for(operator: str, *tensors: torch.Tensor) -> list[str]:
     """The backends that can run an operator on these tensors, fastest first."""
-    implementations = OPERATORS[operator].implementations
-    return list(dict.fromkeys(each.backend for each in implementations if each.can_run(*tensors) is None))
+    built_in = (each for each in OPERATORS[operator].implementations if not each.form)
+    can_run = (each.backend for each in built_in if each.can_run(*tensors) is None)
+    return [backend for backend in can_run if not is_left_out(operator, backend)]
+
+
+def is_left_out(operator: str, backend: str) -> bool:
+    return any(operator.startswith(name) and backend == other for name, other in without)
 
 
 def kernels_for(operator: str, *tensors: torch.Tensor) -> list[str]:

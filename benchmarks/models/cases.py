@@ -50,7 +50,8 @@ CASES = {
     "smoke": [Case("crossvit_tiny_240", 2), Case("crossvit_tiny_240", 2, "bfloat16", TRAINING)],
     "quick": [Case(_FIRST, 4), *(Case(model, 1) for model in _OTHERS[1:])],
     "full": list(dict.fromkeys([*_SWEEP, *(case for m in _ALL for b in (1, 8, 16, 64) for case in _passes(m, b))])),
-    "gpu": [
+    "gpu": [*_SWEEP[:2], *_passes("dynamixer_s", 64, ("bfloat16",))[:1]],
+    "gpu-full": [
         *_SWEEP[:4],
         *(case for batch in (64, 256) for m in _OTHERS for case in _passes(m, batch, ("bfloat16",))),
         *_SWEEP[4:],

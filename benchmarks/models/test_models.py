@@ -128,7 +128,7 @@ def _backends(fused: nn.Module, image: torch.Tensor) -> list[str]:
 
 @torch.no_grad()
 def _runs(fused: nn.Module, image: torch.Tensor, backend: str) -> bool:
-    if tokenfusion.backends()[backend] is not None:
+    if tokenfusion.backends()[backend] is not None or any(backend == left_out for _, left_out in problem.without):
         return False
     try:
         with tokenfusion.backend(backend):

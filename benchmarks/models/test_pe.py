@@ -15,6 +15,7 @@ COST = 3
 CASES = {
     "smoke": [],
     "quick": [Case(_NAME, 2, direction=TRAINING)],
+    "gpu": [Case(_NAME, 64, "bfloat16", TRAINING)],
     "full": [Case(_NAME, batch, dtype, TRAINING) for dtype in ("float32", "bfloat16") for batch in (2, 8, 32)],
 }
 

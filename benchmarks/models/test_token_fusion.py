@@ -15,7 +15,7 @@ COST = 3
 CASES = {
     "smoke": [],
     "quick": [Case(name, 1) for name in _MODELS],
-    "gpu": [Case(name, b, "bfloat16") for b in (64, 256) for name in _MODELS],
+    "gpu-full": [Case(name, b, "bfloat16") for b in (64, 256) for name in _MODELS],
     "full": [Case(name, b, dtype) for name in _MODELS for dtype in ("float32", "bfloat16") for b in (1, 8)],
 }
 

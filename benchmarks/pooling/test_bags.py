@@ -8,6 +8,7 @@ _LENGTHS = (256, 1000, 5000, 20000, 100000)
 CASES = {
     "smoke": [Case(1, 1000, 64, 2)],
     "quick": [Case(1, 20000, 1024, 8, direction=TRAINING)],
+    "gpu": [Case(1, 20000, 1024, 8, "bfloat16", TRAINING)],
     "full": [Case(1, n, 1024, 8, direction=way) for way in (TRAINING, "forward") for n in _LENGTHS],
 }
 

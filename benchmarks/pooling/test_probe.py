@@ -10,6 +10,8 @@ CASES = {
     "smoke": [Case(8, 196, 192, 3, direction=TRAINING)],
     "quick": [Case(*_SIZES[0], direction=TRAINING)],
     "full": [Case(*sizes, *kind) for kind in _KINDS for sizes in _SIZES],
+    "headline": [Case(*_SIZES[0], *_KINDS[2])],
+    "gpu": [Case(*_SIZES[0], *kind) for kind in _KINDS[2:]],
 }
 
 

@@ -15,6 +15,7 @@ _LEAD = (
 _GLOSSARY = {
     "eager": "the module or model as its library has it (timm's, or the formula in plain PyTorch), run as it is",
     table.COMPILED: "the same under torch.compile: the rival that counts",
+    table.AUTOTUNED: "with mode max-autotune: torch.compile tries many forms of its kernels, for minutes",
     table.PROJECTIONS: "keys and values of all tokens by matrix products, then scaled_dot_product_attention",
     table.CHECKPOINTED: "eager under torch.utils.checkpoint: it holds the input alone and computes the rest again",
     table.EPILOGUE: "bias and activation in the epilogue of the first matrix product, as PyTorch has it for inference",
@@ -135,7 +136,6 @@ def _conditions(conditions: dict, ceilings: dict) -> str:
         "profile": conditions["profile"],
         "caches": conditions["cache"],
         "products in float32": conditions.get("float32_products"),
-        "mode of torch.compile, ops and layers": conditions.get("compile_mode"),
         **{f"at best: {name}": f"{rate:.3g}" for name, rate in ceilings.items()},
     }
     return _words({name: str(value) for name, value in facts.items() if value})

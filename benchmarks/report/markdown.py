@@ -1,11 +1,11 @@
 """The tables of records in Markdown, for the README and the documentation."""
 
+import math
 import re
 from pathlib import Path
 
-from benchmarks.measure.problem import AND_COMPILE
 from benchmarks.report import record, table
-from benchmarks.report.table import COMPILED, EAGER
+from benchmarks.report.table import AND_COMPILE, COMPILED, EAGER, GPU_BACKENDS
 
 _TABLE = re.compile(r"(<!-- table ([^|>]+?) *\| *([^|>]+?) *-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _ROWS = re.compile(r"(<!-- rows (\S+)\n(.*?)-->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -44,9 +44,22 @@ def _row(path: str, label: str, group: str, name: str, other_path: str | None = 
     if name not in found:
         raise SystemExit(f"{path}, {group}: no case {name!r}, it has {', '.join(map(repr, found))}")
     rows = found[name]
-    package = next(variant for variant, row in rows.items() if row["backend"])
+    package = _fastest_of_a_gpu(rows) or next(variant for variant, row in rows.items() if row["backend"])
     variants = rows[EAGER], rows.get(COMPILED), rows[package], rows.get(package + AND_COMPILE)
     return label, *map(_cell, variants), *(table.megabytes(rows[name]["peak_bytes"]) for name in (EAGER, package))
+
+
+def _fastest_of_a_gpu(rows: dict[str, dict]) -> str | None:
+    """Where kernels of Triton and of CUDA C++ stand beside each other."""
+    names = [name for backend in GPU_BACKENDS if (name := f"tokenfusion ({backend})") in rows]
+    return min(names, key=lambda name: rows[name].get("seconds", math.inf), default=None)
+
+
+def chosen_rows(path: Path) -> str:
+    """The block of all cases of a record that `updated` makes a table of, to be thinned out and given better labels."""
+    cases = [(group, *each) for group, of_group in table.groups(record.load(path)["rows"]) for each in of_group]
+    lines = [f"{table.short_name(rows[0])} | {group} | {table.case_name(case)}" for group, case, rows in cases]
+    return "\n".join((f"<!-- rows {path}", *lines, "-->", "<!-- end -->"))
 
 
 def tables(loaded: dict) -> str:

@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+from benchmarks.report import table
+
 _ROOT = Path(__file__).parents[2]
 RECORDS = _ROOT / "benchmarks" / "records"  # kept in the repository
 RESULTS = _ROOT / "benchmarks" / "results"  # of a single run
@@ -31,6 +33,24 @@ def ordered(rows: list[dict]) -> list[dict]:
         cases = places.setdefault(row["group"], {})
         cases.setdefault(json.dumps(row["case"]), {})[row["variant"]] = row
     return [row for cases in places.values() for variants in cases.values() for row in variants.values()]
+
+
+def of_kernels(rows: list[dict]) -> list[dict]:
+    """The rows of this package's GPU kernels, to be set beside predictions: what ran, on what, and how fast.
+
+    sizes are those of the case; share_of_copy is the rate at which the bytes that must move moved, as a share of that
+    of a large copy.
+    """
+    found = []
+    for row in rows:
+        kernel, is_op, _ = row["group"].partition(", the op")
+        if row["backend"] not in table.GPU_BACKENDS or row["fault"] or not is_op:
+            continue
+        sizes = {name: value for name, value in row["case"].items() if name not in ("dtype", "direction")}
+        times = {"microseconds": 1e6 * row["seconds"], "share_of_copy": row["share_of_copy"]}
+        named = {"kernel": kernel, "backend": row["backend"], "variant": row["variant"], "sizes": sizes}
+        found.append(named | {"dtype": row["case"]["dtype"], "direction": row["case"]["direction"]} | times)
+    return found
 
 
 def file_name(words: str) -> str:

@@ -6,6 +6,8 @@ from itertools import groupby
 
 EAGER = "eager"
 COMPILED = "torch.compile"
+AUTOTUNED = "torch.compile, max-autotune"
+AND_COMPILE = " + compile"
 PROJECTIONS = "projections + SDPA"
 FLEX = "flex_attention, compiled"
 PADDED = "padded, by lengths"
@@ -13,6 +15,7 @@ PADDING_READ = "padded, all read"
 CHECKPOINTED = "torch checkpoint"
 EPILOGUE = "cuBLASLt epilogue"
 FAILED = "FAILED"
+GPU_BACKENDS = ("triton", "cuda")
 
 HEADINGS = ("variant", "median", "x eager", "x compile", "peak MB", "GB/s", "% ceiling", "parity")
 COLUMNS = 100

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <string_view>
 #include <tuple>
 
 #include "../common/dynamic_mixing_checks.h"
@@ -20,7 +21,9 @@
 namespace tokenfusion {
 namespace {
 
-constexpr int64_t kRowsPerTile = 16;  // rows of a product that share each read of the generator's weight, at least
+// Rows of a product that share each read of the generator's weight, at least; and in the form of tall tiles, which are
+// for large caches.
+constexpr int64_t kRowsPerTile = 16, kRowsPerTallTile = 64;
 
 DynamicMixingView view_of(const Tensor& tensor, int64_t dim) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(3 - dim), tensor.stride(dim)};
@@ -39,11 +42,12 @@ struct Call {
   Tensor weight_panels, bias;
 
   Call(const Tensor& x, const Tensor& compressed, const Tensor& weight, const Tensor& bias_, int64_t segments,
-       int64_t dim)
+       int64_t dim, std::string_view form)
       : p{},
         kernels(kernels_for(TOKENFUSION_KERNELS(dynamic_mixing), "x", x.scalar_type())),
         accumulation(x.options().dtype(accumulation_dtype(x))) {
     dynamic_mixing::check_operands(x, compressed, weight, bias_, segments, dim);
+    TORCH_CHECK_VALUE(form.empty() || form == "tall", "form: got '", form, "', expected '' or 'tall'");
     const int64_t panel = kernels.panel, depth = weight.size(1);
     const auto dtype = accumulation_dtype(x);
     outputs = at::divup(weight.size(0), panel) * panel;
@@ -63,7 +67,8 @@ struct Call {
     p.channels = x.size(3);
     p.segments = segments;
     p.reduced = compressed.size(3) / segments;
-    p.tile = std::min(at::divup(kRowsPerTile, segments), at::divup(lines(), at::get_num_threads()));
+    p.tile = std::min(at::divup(form.empty() ? kRowsPerTile : kRowsPerTallTile, segments),
+                      at::divup(lines(), at::get_num_threads()));
     p.tile = std::max<int64_t>(p.tile, 1);
   }
 
@@ -79,8 +84,9 @@ struct Call {
 };
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& compressed, const Tensor& generate_weight,
-                                   const Tensor& generate_bias, int64_t segments, int64_t dim, bool with_mean) {
-  Call call(x, compressed, generate_weight, generate_bias, segments, dim);
+                                   const Tensor& generate_bias, int64_t segments, int64_t dim, bool with_mean,
+                                   std::string_view form) {
+  Call call(x, compressed, generate_weight, generate_bias, segments, dim, form);
   DynamicMixingParams& p = call.p;
   Tensor mixed = at::empty(x.sizes(), x.options());
   p.mixed = view_of(mixed, dim);
@@ -100,8 +106,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& compressed, co
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mixed_, const OptionalTensor& grad_mean_,
                                                     const Tensor& x, const Tensor& compressed,
                                                     const Tensor& generate_weight, const Tensor& generate_bias,
-                                                    int64_t segments, int64_t dim, std::array<bool, 4> needed) {
-  Call call(x, compressed, generate_weight, generate_bias, segments, dim);
+                                                    int64_t segments, int64_t dim, std::array<bool, 4> needed,
+                                                    std::string_view form) {
+  Call call(x, compressed, generate_weight, generate_bias, segments, dim, form);
   DynamicMixingParams& p = call.p;
   dynamic_mixing::check_gradients(grad_mixed_, grad_mean_, x);
   const Tensor grad_mixed = with_contiguous_rows(grad_mixed_);

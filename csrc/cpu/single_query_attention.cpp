@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -19,12 +20,23 @@
 namespace tokenfusion {
 namespace {
 
-constexpr int64_t kItemsPerThread = 4;       // below it, images are cut into parts
-constexpr int64_t kMinRowsPerPart = 64;      // threads do not pay for less
-constexpr int64_t kMaxRowsPerPart = 1024;    // a longer sum would lose precision
+constexpr int64_t kItemsPerThread = 4;     // below it, images are cut into parts, but for one in the form of few parts
+constexpr int64_t kMinRowsPerPart = 64;    // threads do not pay for less
+constexpr int64_t kMaxRowsPerPart = 1024;  // a longer sum would lose precision
 constexpr int64_t kQueryElements = 3 << 14;  // of a block of queries that stays in cache, in each of four matrices
 constexpr int64_t kMinQueries = 16, kMaxQueries = 128;  // of a block
 constexpr int64_t kWorkPerThread = 1 << 16;             // multiplications below which threads do not pay
+
+// By its names, with commas between: "vectors", without the tiles of AMX; "few", of few parts.
+struct Form {
+  bool by_vectors, few_parts;
+
+  explicit Form(std::string_view names)
+      : by_vectors(names == "vectors" || names == "vectors,few"), few_parts(names == "few" || names == "vectors,few") {
+    TORCH_CHECK_VALUE(by_vectors || few_parts || names.empty(), "form: got '", names,
+                      "', expected '', 'vectors', 'few' or 'vectors,few'");
+  }
+};
 
 // The tokens of an image: the number of the first, among those of all images one after the other, and how many.
 struct Bag {
@@ -65,10 +77,10 @@ struct Cut {
   std::vector<int64_t> first_part = {0};  // of each image; the last is their number
   std::vector<int64_t> cost = {0};        // of all parts before each; the last is that of all
 
-  Cut(const std::vector<Bag>& bags, const Tensor& tokens, bool has_extra) {
+  Cut(const std::vector<Bag>& bags, const Tensor& tokens, bool has_extra, const Form& form) {
     int64_t all = int64_t(bags.size()) * has_extra;
     for (const Bag& bag : bags) all += bag.count;
-    const int64_t items = kItemsPerThread * at::get_num_threads();
+    const int64_t items = (form.few_parts ? 1 : kItemsPerThread) * at::get_num_threads();
     const int64_t channels = tokens.size(2), length = std::max<int64_t>(1, tokens.size(1));
     for (const Bag& bag : bags) {
       const int64_t n = bag.count + has_extra;
@@ -90,7 +102,7 @@ struct Cut {
 };
 
 SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
-                                       const Cut& cut, bool normalize, double eps) {
+                                       const Cut& cut, bool normalize, double eps, const Form& form) {
   SingleQueryAttentionParams p{};
   p.query = query.const_data_ptr();
   p.query_batch_stride = query.stride(0);
@@ -107,6 +119,7 @@ SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens
   p.first_part = cut.first_part.data();
   p.normalize = normalize;
   p.eps = eps;
+  p.by_vectors = form.by_vectors;
   return p;
 }
 
@@ -150,14 +163,15 @@ void check_operands(const Tensor& query, const Tensor& tokens, const OptionalTen
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, const OptionalTensor& extra_token_,
                                    const OptionalTensor& lengths, const OptionalTensor& offsets, bool normalize,
-                                   double eps) {
+                                   double eps, std::string_view names) {
+  const Form form(names);
   const auto& kernels = kernels_for(TOKENFUSION_KERNELS(single_query_attention), "tokens", tokens.scalar_type());
   check_operands(query_, tokens, extra_token_, lengths, offsets);
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = extra_token_ ? OptionalTensor(with_contiguous_rows(*extra_token_)) : std::nullopt;
   const std::vector<Bag> bags = bags_of(tokens, lengths, offsets);
-  const Cut cut(bags, tokens, extra_token.has_value());
-  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, cut, normalize, eps);
+  const Cut cut(bags, tokens, extra_token.has_value(), form);
+  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, cut, normalize, eps, form);
   const auto accumulation = query.options().dtype(accumulation_dtype(tokens));
   Tensor context = at::empty(query.sizes(), query.options());
   Tensor statistics = at::empty({query.size(0), p.queries}, accumulation);
@@ -202,7 +216,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
                                             const OptionalTensor& extra_token_, const OptionalTensor& lengths,
                                             const OptionalTensor& offsets, const Tensor& context_,
                                             const Tensor& log_sum_exp_, bool normalize, double eps,
-                                            std::array<bool, 3> needed) {
+                                            std::array<bool, 3> needed, std::string_view names) {
+  const Form form(names);
   const auto& kernels = kernels_for(TOKENFUSION_KERNELS(single_query_attention), "tokens", tokens.scalar_type());
   check_operands(query_, tokens, extra_token_, lengths, offsets);
   const Tensor query = with_contiguous_rows(query_);
@@ -210,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
   const Tensor grad_context = grad_context_.contiguous(), context = context_.contiguous();
   const Tensor log_sum_exp = log_sum_exp_.contiguous();
   const std::vector<Bag> bags = bags_of(tokens, lengths, offsets);
-  const Cut cut(bags, tokens, extra_token.has_value());
-  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, cut, normalize, eps);
+  const Cut cut(bags, tokens, extra_token.has_value(), form);
+  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, cut, normalize, eps, form);
   single_query_attention::check_results(grad_context, context, log_sum_exp, query);
   p.context = context.data_ptr();
   p.statistics = log_sum_exp.data_ptr();

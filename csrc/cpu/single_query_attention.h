@@ -30,6 +30,7 @@ struct SingleQueryAttentionParams {
   const int64_t* first_part;                  // [batch + 1], of each image
   bool normalize;
   double eps;
+  bool by_vectors;  // whatever tiles (AMX) the processor has
 
   void* context;          // [batch, queries, channels], contiguous
   void* statistics;       // log-sum-exp [batch, queries]

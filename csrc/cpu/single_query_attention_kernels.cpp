@@ -261,17 +261,19 @@ constexpr SingleQueryAttentionKernels::ForDtype for_products() {
 constexpr SingleQueryAttentionKernels::ForDtype kPlain = for_products<VectorProducts<bf16>>(),
                                                 kAmx = for_products<AmxProducts>();
 
+bool by_tiles(const Params& p) { return amx_allowed() && !p.by_vectors; }
+
 constexpr SingleQueryAttentionKernels::ForDtype kBfloat16 = {
     [](int64_t channels, int64_t queries) {  // enough for both
       const int64_t plain = kPlain.scratch_bytes(channels, queries), amx = kAmx.scratch_bytes(channels, queries);
       return plain > amx ? plain : amx;
     },
     [](const Params& p, int64_t begin, int64_t end, void* scratch) {
-      (amx_allowed() ? kAmx : kPlain).forward(p, begin, end, scratch);
+      by_tiles(p) ? kAmx.forward(p, begin, end, scratch) : kPlain.forward(p, begin, end, scratch);
     },
     kPlain.combine,
     [](const Params& p, int64_t begin, int64_t end, void* scratch) {
-      (amx_allowed() ? kAmx : kPlain).backward(p, begin, end, scratch);
+      by_tiles(p) ? kAmx.backward(p, begin, end, scratch) : kPlain.backward(p, begin, end, scratch);
     },
     kPlain.sum_gradients};
 #else

@@ -48,6 +48,12 @@ void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor&
 
 Tensor flat(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
 
+// Whose products, by the name of a form: see linear.h.
+Library library_of(std::string_view form) {
+  TORCH_CHECK_VALUE(form.empty() || form == "blas", "form: got '", form, "', expected '' or 'blas'");
+  return form.empty() ? Library::kOneDnn : Library::kBlas;
+}
+
 // Tokens of a block, such that all threads get equally many blocks; all tokens where threads have to share the
 // products.
 int64_t block_of(int64_t tokens) {
@@ -71,7 +77,9 @@ void put(const Tensor& target, const Tensor& result) {
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_in,
-                                   const OptionalTensor& bias_out, std::string_view activation, bool hold) {
+                                   const OptionalTensor& bias_out, std::string_view activation, bool hold,
+                                   std::string_view form) {
+  const Library library = library_of(form);
   check_operands(x_, weight, bias_in, bias_out);
   const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).forward[index_of(activation)];
   const int64_t features = weight.size(0);
@@ -88,11 +96,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const
     for (int64_t first = begin * block; first < std::min(end * block, tokens); first += block) {
       const int64_t rows = std::min(block, tokens - first);
       const Tensor activated = scratch.narrow(0, 0, rows), held = hold ? flat_hidden.narrow(0, first, rows) : activated;
-      const Tensor u = linear(held, x.narrow(0, first, rows), weight, bias_in);
+      const Tensor u = linear(library, held, x.narrow(0, first, rows), weight, bias_in);
       if (hold) put(held, u);
       kernel({u.const_data_ptr(), activated.data_ptr(), rows, features});
       const Tensor out = flat_y.narrow(0, first, rows);
-      put(out, linear(out, activated, transposed, bias_out));
+      put(out, linear(library, out, activated, transposed, bias_out));
     }
   });
   return {y, hidden};
@@ -100,7 +108,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight,
                                                     const OptionalTensor& bias_in, const Tensor& hidden,
-                                                    std::string_view activation, std::array<bool, 4> needed) {
+                                                    std::string_view activation, std::array<bool, 4> needed,
+                                                    std::string_view form) {
+  const Library library = library_of(form);
   check_operands(x_, weight, bias_in, std::nullopt);
   check("grad_y", grad_y_, x_.sizes(), x_.options());
   const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).backward[index_of(activation)];
@@ -133,8 +143,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
         const int64_t rows = std::min(block, count - first), token = start + first;
         const Tensor x_block = x.narrow(0, token, rows), grad_block = grad_y.narrow(0, token, rows);
         const Tensor grad_hidden = inner.narrow(0, first, rows), activated = inner.narrow(0, count + first, rows);
-        const Tensor u = held ? flat_hidden.narrow(0, token, rows) : linear(activated, x_block, weight, bias_in);
-        const Tensor grad_activated = linear(grad_hidden, grad_block, weight);
+        const Tensor u =
+            held ? flat_hidden.narrow(0, token, rows) : linear(library, activated, x_block, weight, bias_in);
+        const Tensor grad_activated = linear(library, grad_hidden, grad_block, weight);
         TiedFfnRows r{u.const_data_ptr(), activated.data_ptr(), rows, features};
         r.grad_activated = grad_activated.const_data_ptr();
         r.grad_hidden = grad_hidden.data_ptr();
@@ -142,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
         kernel(r);
         if (needed[0]) {
           const Tensor out = flat_grad_x.narrow(0, token, rows);
-          put(out, linear(out, grad_hidden, transposed));
+          put(out, linear(library, out, grad_hidden, transposed));
         }
         if (needed[1]) {
           outer.narrow(0, first, rows).copy_(x_block);
@@ -151,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
       }
     });
     if (needed[1])
-      grad_weight.add_(linear(product, outer.narrow(0, 0, 2 * count).t(), inner.narrow(0, 0, 2 * count).t()));
+      grad_weight.add_(linear(library, product, outer.narrow(0, 0, 2 * count).t(), inner.narrow(0, 0, 2 * count).t()));
   }
   const auto finished = [&](const Tensor& sum) { return sum.to(x.scalar_type()); };
   return {grad_x, needed[1] ? finished(grad_weight).t().contiguous() : at::empty({0}, x.options()),

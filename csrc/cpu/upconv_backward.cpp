@@ -12,8 +12,8 @@ namespace tokenfusion {
 namespace {
 
 // Threads take blocks of their own, as in the forward pass.
-Tensor input_gradient(const Tensor& grad_up, const Tensor& x, const Tensor& weight) {
-  const UpconvTiles tiles(x, grad_up, weight.size(2));
+Tensor input_gradient(const Tensor& grad_up, const Tensor& x, const Tensor& weight, Product product) {
+  const UpconvTiles tiles(x, grad_up, weight.size(2), product);
   const Tensor matrix = tiles.weight_matrix(weight).t(), grad_x = tiles.empty_pixels();
   const std::vector<UpconvBlock> blocks = tiles.blocks(true);
   at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
@@ -28,10 +28,10 @@ Tensor input_gradient(const Tensor& grad_up, const Tensor& x, const Tensor& weig
 }
 
 // All tensors are the parts of some channels; gradients that are not defined are not needed.
-void set_parameter_gradients(const Tensor& grad_up, const Tensor& x, const Tensor& grad_weight,
-                             const Tensor& grad_bias) {
+void set_parameter_gradients(const Tensor& grad_up, const Tensor& x, const Tensor& grad_weight, const Tensor& grad_bias,
+                             Product product) {
   const int64_t channels = grad_up.size(1), scale = grad_up.size(2) / x.size(2);
-  const UpconvTiles tiles(x, grad_up, scale);
+  const UpconvTiles tiles(x, grad_up, scale, product);
   const Tensor buffer = tiles.buffer(true, channels);
   const bool in_place = grad_weight.defined() && tiles.is_matrix(grad_weight) && x.scalar_type() != at::kBFloat16;
   const Tensor weight_sum = in_place                ? tiles.weight_matrix(grad_weight)
@@ -41,8 +41,8 @@ void set_parameter_gradients(const Tensor& grad_up, const Tensor& x, const Tenso
   for (const UpconvBlock& block : tiles.blocks(true)) {
     tiles.gather(buffer, block);
     if (grad_weight.defined())
-      accumulate(weight_sum, tiles.pixel_matrix(block).t(), tiles.product(buffer, block, channels),
-                 block.first_row == 0);
+      tiles.accumulate(weight_sum, tiles.pixel_matrix(block).t(), tiles.product(buffer, block, channels),
+                       block.first_row == 0);
     if (grad_bias.defined())
       bias_sum.add_(tiles.by_channel(buffer, block, channels).sum(0, false, bias_sum.scalar_type()));
   }
@@ -53,9 +53,9 @@ void set_parameter_gradients(const Tensor& grad_up, const Tensor& x, const Tenso
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> upconv_backward(const Tensor& grad_up, const Tensor& x, const Tensor& weight,
-                                                   std::array<bool, 3> needed) {
+                                                   std::array<bool, 3> needed, Product product) {
   const Tensor none = at::empty({0}, x.options());
-  const Tensor grad_x = needed[0] ? input_gradient(grad_up, x, weight) : none;
+  const Tensor grad_x = needed[0] ? input_gradient(grad_up, x, weight, product) : none;
   const Tensor grad_weight = needed[1] ? at::empty_like(weight) : none;
   const Tensor grad_bias = needed[2] ? at::empty({weight.size(1)}, x.options()) : none;
   if (x.numel() == 0) {
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> upconv_backward(const Tensor& grad_up, const 
         const int64_t count = std::min(part, channels - first);
         set_parameter_gradients(grad_up.narrow(1, first, count), x,
                                 needed[1] ? grad_weight.narrow(1, first, count) : Tensor(),
-                                needed[2] ? grad_bias.narrow(0, first, count) : Tensor());
+                                needed[2] ? grad_bias.narrow(0, first, count) : Tensor(), product);
       }
     });
   }

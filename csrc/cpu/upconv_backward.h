@@ -11,6 +11,6 @@ namespace tokenfusion {
 // The gradients of x, weight and bias, for that of the up-sampled map, whose channels or rows are contiguous; those not
 // needed are of size 0.
 std::tuple<Tensor, Tensor, Tensor> upconv_backward(const Tensor& grad_up, const Tensor& x, const Tensor& weight,
-                                                   std::array<bool, 3> needed);
+                                                   std::array<bool, 3> needed, Product product);
 
 }  // namespace tokenfusion

@@ -4,10 +4,10 @@
 #include <torch/library.h>
 
 #include <array>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
-#include "common/packed_b.h"
 #include "upconv_backward.h"
 #include "upconv_gemm.h"
 #include "upconv_tiles.h"
@@ -16,7 +16,7 @@ namespace tokenfusion {
 namespace {
 
 void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip,
-           bool skip_first, Tensor& out) {
+           bool skip_first, Tensor& out, std::string_view name) {
   const int64_t channels = weight.size(1), skipped = skip ? skip->size(1) : 0;
   if (x.numel() == 0) return;
   if (skip) {
@@ -26,8 +26,9 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
     if (!in_place) slice.copy_(*skip);
   }
   const Tensor up = out.narrow(1, skip_first ? skipped : 0, channels);
-  if (gemm_pays(up, weight.size(2))) return write_upconv(up, x, weight, bias, std::nullopt, std::nullopt, std::nullopt);
-  const UpconvTiles tiles(x, up, weight.size(2));
+  const UpconvForm form = upconv_form(name, up, weight.size(2));
+  if (form.in_place) return write_upconv(up, x, weight, bias, std::nullopt, std::nullopt, std::nullopt);
+  const UpconvTiles tiles(x, up, weight.size(2), form.product);
   const Tensor matrix = tiles.weight_matrix(weight);
   const std::vector<UpconvBlock> blocks = tiles.blocks(false);
   // Threads take blocks of their own: a product shared by threads would have them wait for each other many times.
@@ -36,35 +37,36 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
     const Tensor buffer = tiles.buffer(false, channels);
     for (int64_t i = begin; i < end; ++i) {
       Tensor product = tiles.product(buffer, blocks[i], channels);
-      multiply(product, tiles.pixel_matrix(blocks[i]), tiles.columns(matrix, blocks[i]));
+      tiles.multiply(product, tiles.pixel_matrix(blocks[i]), tiles.columns(matrix, blocks[i]));
       tiles.scatter(buffer, blocks[i], bias, false);
     }
   });
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip,
-               bool skip_first, bool channels_last) {
+               bool skip_first, bool channels_last, std::string_view form) {
   check_upconv(x, weight, bias, skip);
   const int64_t scale = weight.size(2), channels = weight.size(1) + (skip ? skip->size(1) : 0);
   Tensor out = empty_map({x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x, channels_last);
-  write(x, weight, bias, skip, skip_first, out);
+  write(x, weight, bias, skip, skip_first, out, form);
   return out;
 }
 
 void forward_out(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip,
-                 bool skip_first, Tensor& out) {
+                 bool skip_first, Tensor& out, std::string_view form) {
   check_upconv(x, weight, bias, skip);
   check_map("out", out, x, weight, weight.size(1) + (skip ? skip->size(1) : 0));
   TORCH_CHECK_VALUE(out.stride(1) == 1 || out.stride(3) == 1, "out: got strides ", out.strides(),
                     ", expected 1 for the channels or for the last dimension");
-  write(x, weight, bias, skip, skip_first, out);
+  write(x, weight, bias, skip, skip_first, out, form);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_up, const Tensor& x, const Tensor& weight,
-                                            std::array<bool, 3> needed) {
+                                            std::array<bool, 3> needed, std::string_view form) {
   check_upconv(x, weight, std::nullopt, std::nullopt);
   check_map("grad_up", grad_up, x, weight, weight.size(1));
-  return upconv_backward(with_planes_or_pixels(grad_up), x, weight, needed);
+  const Product product = upconv_form(form, grad_up, weight.size(2)).product;
+  return upconv_backward(with_planes_or_pixels(grad_up), x, weight, needed, product);
 }
 
 }  // namespace

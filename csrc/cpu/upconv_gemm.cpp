@@ -56,13 +56,20 @@ int64_t run_of(const Tensor& out, int64_t scale) {
   return out.stride(1) != 1 || out.stride(3) == out.size(1) ? scale * out.size(1) : out.size(1);
 }
 
-}  // namespace
-
+// Whether the product takes the dtype on this processor, and the channels that lie together fill its panels.
 bool gemm_pays(const Tensor& out, int64_t scale) {
   const at::ScalarType dtype = out.scalar_type();
   if (!gemm_takes(dtype)) return false;
   const int64_t run = run_of(out, scale), panel = gemm_kernels(dtype).panel;
   return at::divup(run, panel) * panel <= run + run / 8;
+}
+
+}  // namespace
+
+UpconvForm upconv_form(std::string_view name, const Tensor& out, int64_t scale) {
+  if (name == "library") return {false, Product::kLibrary};
+  TORCH_CHECK_VALUE(name.empty() || name == "tiles", "form: got '", name, "', expected '', 'tiles' or 'library'");
+  return {name.empty() && gemm_pays(out, scale), Product::kOwn};
 }
 
 void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_,

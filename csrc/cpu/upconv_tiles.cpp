@@ -10,7 +10,6 @@
 #include "../common/checks.h"
 #include "common/huge_pages.h"
 #include "common/kernels_for.h"
-#include "common/packed_b.h"
 
 namespace tokenfusion {
 namespace {
@@ -64,20 +63,11 @@ Tensor with_planes_or_pixels(const Tensor& map) {
   return map.stride(3) == 1 || map.stride(1) == 1 ? map : map.contiguous();
 }
 
-void accumulate(const Tensor& sum, const Tensor& a, const Tensor& b, bool first) {
-  if (sum.scalar_type() != a.scalar_type()) {
-    const Tensor product = at::mm(a, b);
-    first ? sum.copy_(product) : sum.add_(product);
-  } else {
-    multiply(sum, a, b, !first);
-  }
-}
-
 Tensor empty_sum(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.scalar_type() == at::kBFloat16 ? like.options().dtype(at::kFloat) : like.options());
 }
 
-UpconvTiles::UpconvTiles(const Tensor& x, const Tensor& map, int64_t scale)
+UpconvTiles::UpconvTiles(const Tensor& x, const Tensor& map, int64_t scale, Product product)
     : x_(x),
       map_(map),
       planes_(map.stride(3) == 1),
@@ -86,8 +76,22 @@ UpconvTiles::UpconvTiles(const Tensor& x, const Tensor& map, int64_t scale)
       batch_(x.size(0)),
       height_(x.size(2)),
       width_(x.size(3)),
-      channels_(map.size(1)) {
+      channels_(map.size(1)),
+      product_(product) {
   if (!planes_ || x_channels_last_) rows_ = x.permute({0, 2, 3, 1}).reshape({-1, x.size(1)});
+}
+
+void UpconvTiles::multiply(const Tensor& out, const Tensor& a, const Tensor& b) const {
+  tokenfusion::multiply(out, a, b, product_);
+}
+
+void UpconvTiles::accumulate(const Tensor& sum, const Tensor& a, const Tensor& b, bool first) const {
+  if (sum.scalar_type() != a.scalar_type()) {
+    const Tensor product = at::mm(a, b);
+    first ? sum.copy_(product) : sum.add_(product);
+  } else {
+    tokenfusion::multiply(sum, a, b, product_, !first);
+  }
 }
 
 int64_t UpconvTiles::units_per_block(bool whole_columns) const {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../common/tensors.h"
+#include "common/packed_b.h"
 #include "upconv.h"
 
 namespace tokenfusion {
@@ -26,10 +27,7 @@ Tensor empty_map(at::IntArrayRef sizes, const Tensor& like, bool channels_last);
 // The map itself, or a contiguous copy where neither its channels nor its rows are contiguous.
 Tensor with_planes_or_pixels(const Tensor& map);
 
-// sum += a b; assigned where it is the first product.
-void accumulate(const Tensor& sum, const Tensor& a, const Tensor& b, bool first);
-
-// Uninitialised, for accumulate: float32 where the tensor is bfloat16.
+// Uninitialised, for UpconvTiles::accumulate: float32 where the tensor is bfloat16.
 Tensor empty_sum(at::IntArrayRef sizes, const Tensor& like);
 
 // Some rows of the coarse map, numbered over the batch, and some of the units that make up the columns of the product:
@@ -41,8 +39,13 @@ struct UpconvBlock {
 
 class UpconvTiles {
  public:
-  // map: [B, channels, k * h, k * w], with contiguous rows, to be written or read.
-  UpconvTiles(const Tensor& x, const Tensor& map, int64_t scale);
+  // map: [B, channels, k * h, k * w], with contiguous rows, to be written or read; product: who makes the products.
+  UpconvTiles(const Tensor& x, const Tensor& map, int64_t scale, Product product);
+
+  // out = a b
+  void multiply(const Tensor& out, const Tensor& a, const Tensor& b) const;
+  // sum += a b; assigned where it is the first product.
+  void accumulate(const Tensor& sum, const Tensor& a, const Tensor& b, bool first) const;
 
   // With whole_columns, blocks of all units.
   std::vector<UpconvBlock> blocks(bool whole_columns) const;
@@ -88,6 +91,7 @@ class UpconvTiles {
   Tensor x_, map_, rows_;  // rows_: x as [pixels, Cin], where that is a view or the map lies in pixels
   bool planes_, x_channels_last_;
   int64_t scale_, batch_, height_, width_, channels_;
+  Product product_;
 };
 
 }  // namespace tokenfusion

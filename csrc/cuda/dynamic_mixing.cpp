@@ -65,6 +65,8 @@ struct Call {
     const int64_t most = dynamic_mixing_cuda_max_reduced(tokens, x.element_size(), x.get_device());
     TORCH_CHECK_VALUE(reduced <= most, "compressed: got d = ", reduced, ", expected at most ", most,
                       " for N = ", tokens);
+    TORCH_CHECK_VALUE(std::max(x.size(3 - dim), x.size(3)) <= std::numeric_limits<int32_t>::max(), "x: got shape ",
+                      x.sizes(), ", expected fewer lines and channels");
     p.x = view_of(x, segments, dim);
     p.compressed = view_of(compressed, segments, dim);
     p.weight = weight.const_data_ptr();

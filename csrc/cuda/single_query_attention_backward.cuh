@@ -166,7 +166,7 @@ TF_DEVICE void combine_backward(const Params& p) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[j] += part[j];
     }
-    store_four(static_cast<T*>(p.grad_query) + block_index() * p.channels + c, sums, 1);
+    store_four(static_cast<T*>(p.grad_query) + int64_t(block_index()) * p.channels + c, sums, 1);
   }
 }
 

@@ -55,8 +55,7 @@ struct Kernel {
     const int left = (p.channels - kSlab * warp) / 16;
     units = left < kUnits ? left : kUnits;
     image = block_index() / p.splits, split = block_index() % p.splits;
-    const int tiles = (p.rows + kTile - 1) / kTile;
-    first_tile = int(tiles * split / p.splits) + group, end_tile = int(tiles * (split + 1) / p.splits);
+    first_tile = first_tile_of(p, split) + group, end_tile = first_tile_of(p, split + 1);
     per_channel = 1.0f / p.channels;
     per_shift_channel = 1.0f / (8 * kVector < p.channels ? 8 * kVector : p.channels);
     tokens = static_cast<const T*>(p.tokens) + image * p.tokens_batch_stride;

@@ -34,6 +34,7 @@ struct Forward : Kernel<T, kQueryTiles, false> {
       const float weight = expf(score - origin);
       const float rounded = this->store_weight(r, q, row, weight);
       const float total = sum_lanes<16>(weight), correction = sum_lanes<16>(rounded * r.rest);
+      warp_barrier();  // all lanes have read what one writes
       if (row == 0) {
         s.maximum[q] = maximum;
         s.total[q] = s.total[q] * keep + total;
@@ -98,7 +99,7 @@ TF_DEVICE void combine_forward(const Params& p) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[j] += weight * part[j];
     }
-    store_four(static_cast<T*>(p.context) + block_index() * p.channels + c, sums, 1 / total);
+    store_four(static_cast<T*>(p.context) + int64_t(block_index()) * p.channels + c, sums, 1 / total);
   }
   if (thread_index() == 0) p.log_sum_exp[block_index()] = maximum + logf(total);
 }

@@ -13,6 +13,10 @@ typedef SingleQueryAttentionPlan Plan;
 constexpr int kTile = Plan::kTile, kSlab = Plan::kSlab;
 constexpr int kUnits = kSlab / 16;  // steps of the products over a warp's channels
 
+TF_HOST_DEVICE int count_tiles(const Params& p) { return (p.rows + kTile - 1) / kTile; }
+// The first tile of the rows that block `split` of an image takes; that of the next one ends them.
+TF_HOST_DEVICE int first_tile_of(const Params& p, int split) { return int(int64_t(count_tiles(p)) * split / p.splits); }
+
 // The shared memory of a block and, in it, of one of its groups.
 template <typename T, int kQueryTiles, bool kBackward>
 struct Shared {
@@ -98,7 +102,7 @@ Plan make_plan(const Params& p, int64_t most_bytes) {
   constexpr int kWarpsEnough = 8, kStagesEnough = 4, kTwoBlocksThreads = 256;
   constexpr int64_t kTwoBlocksBytes = 100 << 10;
   constexpr int kMaxWarps = Plan::max_warps(kQueryTiles, sizeof(T));
-  const int tiles = (p.rows + kTile - 1) / kTile / p.splits;
+  const int tiles = count_tiles(p) / p.splits;
   Plan plan;
   plan.warps = (p.channels + kSlab - 1) / kSlab;
   plan.groups = (kWarpsEnough < kMaxWarps ? kWarpsEnough : kMaxWarps) / plan.warps;

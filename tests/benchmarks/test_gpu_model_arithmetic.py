@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.gpu_model import access, occupancy
 from benchmarks.gpu_model.devices import DEVICES
-from tests.emulation import COMPILER
+from tests.ptx.sources import COMPILER
 from tests.sass import NVCC
 
 WARP = np.arange(32)

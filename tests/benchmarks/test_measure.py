@@ -2,8 +2,9 @@
 
 import torch
 
-from benchmarks.measure import harness, timing
+from benchmarks.measure import harness, problem, timing
 from benchmarks.measure.problem import Problem, Variant
+from benchmarks.report.table import AUTOTUNED, COMPILED
 from tokenfusion.tuning.parity import compare
 
 
@@ -93,3 +94,17 @@ def test_parity_takes_a_zero_gradient_for_what_it_is():
     eager = (torch.ones(4), torch.full((4,), 1e-9))
     assert compare((torch.ones(4), torch.full((4,), 3e-9)), eager, exact).passes
     assert not compare((torch.ones(4), torch.full((4,), 3e-6)), eager, exact).passes
+
+
+def test_a_compiler_that_tunes_stands_beside_the_one_that_does_not_where_that_is_asked_for():
+    found = problem.variants(problem.forward, torch.sin, torch.sin, ["cuda"], compiles=("eager", "autotuned"))
+    assert [variant.name for variant in found] == ["eager", COMPILED, AUTOTUNED, "tokenfusion (cuda)"]
+
+
+def test_a_kernel_can_be_left_out(monkeypatch):
+    x, weight = torch.ones(1, 4, 3, 3), torch.ones(4, 4, 2, 2)
+    everything = problem.backends_for("upconv_concat", x, weight)
+    monkeypatch.setattr(problem, "without", {("upconv", everything[0])})
+    assert problem.backends_for("upconv_concat", x, weight) == everything[1:]
+    monkeypatch.setattr(problem, "without", {("tied_ffn", everything[0])})
+    assert problem.backends_for("upconv_concat", x, weight) == everything

@@ -139,6 +139,38 @@ def test_chosen_rows_of_a_text_are_made_from_their_record(synthetic_record, tmp_
         report.main(["--update", str(text)])
 
 
+def test_a_record_gives_the_block_of_a_table_with_the_faster_of_its_gpu_kernels(synthetic_record, tmp_path, capsys):
+    loaded = record.load(synthetic_record)
+    triton = [_row("tokenfusion (triton)", "triton", length, 5e-7 * length) for length in (65, 401)]
+    wrong = _failed(_row("tokenfusion (triton)", "triton", 4097, 1e-9))
+    record.save(synthetic_record, loaded | {"rows": [*loaded["rows"], *triton, wrong]})
+    report.main([str(synthetic_record), "--rows", "--page", str(tmp_path / "page.html")])
+    text = tmp_path / "README.md"
+    text.write_text(capsys.readouterr().out.partition("<!--")[2].join(("<!--", "")))
+    report.main(["--update", str(text)])
+    rows = [line for line in text.read_text().splitlines() if line.startswith("|")][2:]
+    assert [row.split("|")[3].strip() for row in rows] == ["32.5 us (1.50x)", "200 us (1.50x)", "4.1 ms (1.50x)"]
+    assert (tmp_path / "page.html").stat().st_size > 1000 and not list(tmp_path.glob("*.png"))
+
+
+def test_rows_of_gpu_kernels_are_easy_to_match():
+    of_op = {"group": "some_op, the op", "share_of_copy": 0.4}
+    rows = [_row("eager", None, 65, 1.0), _row("tokenfusion (cuda)", "cuda", 65, 2e-6), _row("x", "cpu", 9, 1.0)]
+    rows += [row | of_op for row in rows] + [_failed(rows[1]) | of_op]
+    assert record.of_kernels(rows) == [
+        {
+            "kernel": "some_op",
+            "backend": "cuda",
+            "variant": "tokenfusion (cuda)",
+            "sizes": {"B": 8, "N": 65},
+            "dtype": "float32",
+            "direction": "forward",
+            "microseconds": 2.0,
+            "share_of_copy": 0.4,
+        }
+    ]
+
+
 def test_rows_of_two_runs_become_one_record(tmp_path):
     rows = [_row("eager", None, 65, 1.0), _row("eager", None, 65, 1.0, group="another"), _row("eager", None, 65, 2.0)]
     rows.append(_row("tokenfusion (cuda)", "cuda", 65, 1.0))

@@ -99,10 +99,23 @@ def test_a_file_that_cannot_be_written(path, calls, capsys, monkeypatch, tmp_pat
 
 
 def test_an_interruption_says_what_there_is(path, calls, capsys, monkeypatch):
-    def interrupted(workload):
+    def interrupted(workload, limit):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(search, "_measured", interrupted)
     assert cli.main(["tune", "--calls", str(calls)]) == 130
     captured = capsys.readouterr()
     assert "0 of 1 calls measured" in captured.out and "interrupted" in captured.err
+
+
+def test_what_does_not_fit_memory_is_named(path, calls, capsys, monkeypatch):
+    def hungry(workload, limit):
+        raise MemoryError
+
+    monkeypatch.setattr(search, "_proven", hungry)
+    for command in ("tune", "verify"):
+        assert cli.main([command, "--calls", str(calls)]) == 0
+        text = capsys.readouterr().out
+        assert "Left out" in text and "ran out of memory" in text and "0 " in text
+    (entry,) = files.read(path)
+    assert entry["choice"] is None and "ran out of memory" in entry["skipped"]

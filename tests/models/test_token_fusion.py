@@ -6,7 +6,6 @@ import pickle
 import pytest
 import timm
 import torch
-from sklearn.datasets import load_digits
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -143,7 +142,7 @@ def test_the_cnn_is_frozen_unless_asked(name):
 
 @every_model
 def test_learns_digits(name):
-    digits = load_digits()
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
     x = torch.tensor(digits.images[:96] / 16, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
     x, y = nn.functional.interpolate(x, 32, mode="bilinear"), torch.tensor(digits.target[:96])
     model = small(name, img_size=32, train_cnn=True).train()

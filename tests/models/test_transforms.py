@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import numpy
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -93,6 +92,8 @@ def test_export(key, strict):
 
 @pytest.mark.parametrize("key", _ONE_OF_EACH_FAMILY)
 def test_onnx(key, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     model, images = _model_and_images(key)
     torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])

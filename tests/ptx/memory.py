@@ -38,11 +38,6 @@ class Memory:
         self._start_array, self._end_array = np.array(self._starts), np.array(self._ends)
         self._writable_array = np.array(self._writable)
 
-    @property
-    def storages(self) -> list[tuple[int, int]]:
-        """(first address, bytes) of each, in ascending order."""
-        return [(start, end - start) for start, end in zip(self._starts, self._ends)]
-
     def check(self, addresses: np.ndarray, width: int, threads: np.ndarray, writes=False, aligned=False) -> None:
         """Each access of so many bytes lies inside one storage and is aligned to its width (or known to be aligned)."""
         if not aligned:

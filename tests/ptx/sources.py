@@ -32,6 +32,7 @@ _LIMITS = {  # of csrc/cuda/common/limits.h
     "dynamic_mixing": "dynamic_mixing_cuda_max_reduced",
 }
 _HOST = ROOT / "tests/ptx/cuda"
+_DEPENDENCIES = ROOT / "csrc/cuda", ROOT / "csrc/common", _HOST
 _BUILT = ROOT / "build/ptx"
 _TORCH = Path(torch.__file__).parent
 
@@ -95,7 +96,7 @@ def _digest(operator: str) -> str:
     commands = sorted((path.name, command) for path, command in _sources(operator).items())
     versions = NVCC, torch.__version__, plan.compiler_version(plan.cpp_compiler())
     digest = hashlib.sha256(repr((commands, versions)).encode())
-    for path in sorted(path for folder in (ROOT / "csrc", _HOST) for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for folder in _DEPENDENCIES for path in folder.rglob("*") if path.is_file()):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

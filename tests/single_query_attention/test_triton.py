@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import tokenfusion
 from tests.gradients import check_frozen, with_gradients
-from tests.interpreter import DEVICE, DTYPES
+from tests.interpreter import DEVICE, DTYPES, rounding_as_a_gpu
 from tests.single_query_attention import cases
 from tests.single_query_attention.cases import check, check_common_offset, check_parity
 from tokenfusion.kernels import single_query_attention
@@ -200,6 +200,15 @@ def test_tokens_with_a_large_mean_keep_their_precision():
     check_parity(
         single_query_attention, (query, (tokens.detach() + 1000).requires_grad_(), extra_token, grad), normalize=True
     )
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="for the interpreter; a GPU rounds so by itself")
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("channels, queries", [(32, 3), (96, 3), (192, 6), (1040, 3)])
+def test_float32_on_a_gpu_is_as_exact_as_eager(channels, queries, seed):
+    inputs = make_inputs(2, queries, 41, channels, dtype=torch.float32, extra=True, seed=seed)
+    with rounding_as_a_gpu(seed):
+        check(inputs, normalize=True)
 
 
 def test_elements_beyond_the_range_of_32_bits():

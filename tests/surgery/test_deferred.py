@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 
-import monai.data
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,10 @@ from tests.parity import assert_runs
 
 def cat(up, x, skip):
     return torch.cat((up(x), skip), 1)
+
+
+def meta_tensor(x: torch.Tensor) -> torch.Tensor:
+    return pytest.importorskip("monai.data").MetaTensor(x)
 
 
 def then(use):
@@ -118,7 +121,7 @@ OTHERS = {
     "_foreach": lambda up, x, skip: torch._foreach_mul([up(x), skip], 2),
     "einsum": lambda up, x, skip: torch.einsum("bchw,bdhw->bcd", up(x), skip),
     "nested": lambda up, x, skip: torch.nested.nested_tensor([up(x)[0].detach()]).to_padded_tensor(0.0),
-    "tensor subclass": lambda up, x, skip: torch.cat((up(x), monai.data.MetaTensor(skip)), 1).as_tensor(),
+    "tensor subclass": lambda up, x, skip: torch.cat((up(x), meta_tensor(skip)), 1).as_tensor(),
     "parameter of it": lambda up, x, skip: nn.Parameter(up(x).detach()) * 2,
     "pickled": lambda up, x, skip: pickle.loads(pickle.dumps(up(x).detach())),
     "copied": lambda up, x, skip: (copy.copy(up(x)), copy.deepcopy(up(x).detach())),

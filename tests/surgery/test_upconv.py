@@ -5,10 +5,7 @@ import pickle
 from functools import partial
 
 import pytest
-import segmentation_models_pytorch as smp
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
-from monai.networks import nets
 from torch import nn
 
 import tokenfusion
@@ -188,17 +185,19 @@ def test_compiled():
 
 
 def basic_unet() -> nn.Module:
+    nets = pytest.importorskip("monai.networks.nets")
     return nets.BasicUNet(spatial_dims=2, in_channels=3, out_channels=2, features=(8, 8, 16, 32, 64, 8))
 
 
 def dyn_unet() -> nn.Module:
     kernels = {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]}
-    return nets.DynUNet(spatial_dims=2, in_channels=3, out_channels=2, **kernels)
+    return pytest.importorskip("monai.networks.nets").DynUNet(spatial_dims=2, in_channels=3, out_channels=2, **kernels)
 
 
-def nnu_net(make: type[nn.Module], deep_supervision: bool = True) -> nn.Module:
-    blocks = {"n_blocks_per_stage": 1} if make is ResidualEncoderUNet else {"n_conv_per_stage": 1}
-    return make(
+def nnu_net(name: str, deep_supervision: bool = True) -> nn.Module:
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    blocks = {"n_blocks_per_stage": 1} if name == "ResidualEncoderUNet" else {"n_conv_per_stage": 1}
+    return getattr(unet, name)(
         3,
         3,
         (4, 8, 8),
@@ -219,9 +218,9 @@ def nnu_net(make: type[nn.Module], deep_supervision: bool = True) -> nn.Module:
 MODELS = {
     "MONAI's BasicUNet": (basic_unet, 4),
     "MONAI's DynUNet": (dyn_unet, 2),
-    "nnU-Net": (partial(nnu_net, PlainConvUNet), 2),
-    "nnU-Net, residual": (partial(nnu_net, ResidualEncoderUNet), 2),
-    "nnU-Net, one result": (partial(nnu_net, PlainConvUNet, deep_supervision=False), 2),
+    "nnU-Net": (partial(nnu_net, "PlainConvUNet"), 2),
+    "nnU-Net, residual": (partial(nnu_net, "ResidualEncoderUNet"), 2),
+    "nnU-Net, one result": (partial(nnu_net, "PlainConvUNet", deep_supervision=False), 2),
     "padding": (PaddingUNet, 2),
 }
 
@@ -266,5 +265,6 @@ def test_hooks_in_a_decoder_of_monai(part):
 
 
 def test_unets_of_segmentation_models_pytorch():
+    smp = pytest.importorskip("segmentation_models_pytorch")
     model = smp.Unet("resnet18", encoder_weights=None, decoder_interpolation="nearest")
     assert not tokenfusion.fuse(model).modules  # it up-samples by interpolation

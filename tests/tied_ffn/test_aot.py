@@ -17,19 +17,20 @@ SHAPES += [
     (100, "bfloat16", 128),
     (100, "bfloat16", 384),
 ]
+SHAPES += [(capability, "bfloat16", 384, form) for capability in (80, 90, 100) for form in ("small", "deep")]
 NARROW = ["narrow_forward_kernel"]
 WIDE = ["linear_kernel", "linear_kernel"]
 BACKWARD = ["hidden_backward_kernel", "linear_kernel", "grad_weight_kernel"]
 
 
-def calls(capability: int, dtype: str, channels: int) -> list[dict]:
+def calls(capability: int, dtype: str, channels: int, form: str = "") -> list[dict]:
     """Forward and backward with everything switched on."""
     tensor = functools.partial(aot.tensor, dtype=dtype)
     tokens, features = 12608, 4 * channels
     x, weight = tensor(tokens, channels), tensor(features, channels)
     biases = tensor(features), tensor(channels)
-    forward = [x, weight, *biases, "gelu", False]
-    backward = [x, x, weight, biases[0], tensor(0), "gelu", [True] * 4]
+    forward = [x, weight, *biases, "gelu", False, form]
+    backward = [x, x, weight, biases[0], tensor(0), "gelu", [True] * 4, form]
     return [aot.call(HOST, "run_forward", capability, forward), aot.call(HOST, "run_backward", capability, backward)]
 
 
@@ -40,7 +41,7 @@ def compiled() -> dict[tuple, list[dict]]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_compiles_without_spills(shape, compiled):
-    capability, dtype, channels = shape
+    capability, dtype, channels, *_ = shape
     kernels = compiled[shape]
     assert [kernel["name"] for kernel in kernels] == [*(NARROW if channels <= 128 else WIDE), *BACKWARD]
     for kernel in kernels:

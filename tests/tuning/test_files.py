@@ -6,9 +6,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
-from tokenfusion.kernels import choices
+from tests.parity import assert_runs
+from tokenfusion.kernels import choices, single_query_attention
 from tokenfusion.kernels.choices import Workload
 from tokenfusion.tuning import files, machine
 
@@ -120,6 +122,96 @@ def test_a_full_disk_leaves_the_old_file(path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         files.write(path, [])
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_folder_that_cannot_be_written(path, monkeypatch):
+    files.write(path, ENTRIES)
+
+    def read_only(*arguments, **options):
+        raise OSError(30, "Read-only file system")
+
+    for name in ("tempfile.mkstemp", "os.replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(name, read_only)
+            with pytest.raises(OSError, match="Read-only"):
+                files.write(path, [])
+    assert files.read(path) == ENTRIES and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_that_may_not_be_read_is_ignored(path, monkeypatch):
+    files.write(path, ENTRIES)
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    loaded = files.loaded()
+    assert loaded.table.choices == {} and "Permission denied" in loaded.ignored[0]
+
+
+@pytest.mark.parametrize("choice", ["cpu:of tomorrow", "rocm", ""])
+def test_a_choice_that_nobody_here_knows_changes_nothing(path, choice):
+    files.write(path, [ENTRIES[0] | {"choice": choice}, ENTRY | {"operator": "of_tomorrow", "choice": "cpu"}])
+    tokens = torch.randn(2, 50, 32)
+    with choices.using(files.loaded().table), assert_runs("single_query_attention_cpu"):
+        single_query_attention(tokens[:, :3], tokens)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """What a process sees of a machine with one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(machine, "_driver", lambda: "580.1")
+    return monkeypatch
+
+
+def test_the_table_of_a_gpu(tmp_path, fake_gpu):
+    """Triton's interpreter stands for the kernels, which run for want of such a table by name alone."""
+    fake_gpu.delenv("TOKENFUSION_TUNING")
+    fake_gpu.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = ENTRY | {"sizes": [2, 5, 16, 3], "choice": "triton:split"}
+    assert files.user_path().name == "nvidia-h100-80gb-hbm3.json"
+    files.write(files.user_path(), [small])
+    files.loaded.cache_clear()
+    loaded = files.loaded()
+    files.loaded.cache_clear()
+    assert loaded.path == files.user_path() and loaded.remark is None
+    tokens = torch.randn(2, 5, 16)
+    with choices.using(loaded.table), assert_runs("single_query_attention_triton"):
+        single_query_attention(tokens[:, :3], tokens)
+
+
+@pytest.mark.parametrize(
+    "name, changed, reason",
+    [
+        ("get_device_capability", (10, 0), "compute capability '9.0', here '10.0'"),
+        ("get_device_name", "NVIDIA B200", "device 'nvidia-h100-80gb-hbm3', here 'nvidia-b200'"),
+        ("is_available", False, "device 'nvidia-h100-80gb-hbm3', here 'cpu-"),
+    ],
+)
+def test_the_table_of_another_gpu_is_ignored(path, fake_gpu, name, changed, reason):
+    files.write(path, ENTRIES)
+    fake_gpu.setattr(torch.cuda, name, lambda: changed)
+    loaded = files.loaded()
+    assert loaded.path is None and reason in loaded.ignored[0]
+
+
+def test_another_driver_is_warned_about(path, fake_gpu, caplog):
+    files.write(path, ENTRIES)
+    fake_gpu.setattr(machine, "_driver", lambda: "590.2")
+    fake_gpu.setattr(choices, "_in_force", None)
+    for _ in range(2):
+        assert choices.in_force().choice(WORKLOAD) == "reference"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "driver 580.1, here 590.2" in record.getMessage()
+
+
+@pytest.mark.parametrize("noted", [None, [], "words", {"driver": 7}])
+def test_notes_that_are_none_change_nothing(path, noted):
+    files.write(path, ENTRIES)
+    content = json.loads(path.read_text()) | {"noted": noted}
+    path.write_text(json.dumps(content))
+    assert files.loaded().table.choice(WORKLOAD) == "reference"
 
 
 def test_two_writers_leave_a_whole_file(path):

@@ -130,9 +130,100 @@ def test_an_interruption_keeps_what_was_measured(tmp_path):
     assert {files.workload_of(entry) for entry in files.read(path)} == {TIED, INFERENCE}
 
 
-def test_it_stops_in_time(tmp_path):
-    found = tune(workloads=[INFERENCE, TRAINING, TIED], path=tmp_path / "tuning.json", minutes=1e-6)
-    assert len(found.findings) == 1
+def test_it_stops_in_time(with_implementation, tmp_path):
+    """Between two calls, of a proof or of the timing, whose workload is not finished then."""
+    calls = 0
+
+    def counted(*operands):
+        nonlocal calls
+        calls += 1
+        time.sleep(0.2)
+        return reference(*operands)
+
+    path = tmp_path / "tuning.json"
+    assert tune(workloads=[INFERENCE, TIED], path=path, minutes=0).findings == ()
+    with_implementation("single_query_attention", counted)
+    start = time.monotonic()
+    assert tune(workloads=[INFERENCE, TIED], path=path, minutes=0.5 / 60).findings == ()
+    assert time.monotonic() - start < 5 and 2 <= calls < 5
+    assert files.read(path) == []
+
+
+def test_two_at_once_keep_what_both_have_found(tmp_path):
+    path = tmp_path / "tuning.json"
+
+    def other_process(finding, done, total):
+        if done == 1:
+            tune(workloads=[TIED], path=path)
+
+    tune(workloads=[INFERENCE, TRAINING], path=path, report=other_process)
+    assert {files.workload_of(entry) for entry in files.read(path)} == {INFERENCE, TRAINING, TIED}
+
+
+def test_what_the_file_lacks_comes_first(tmp_path):
+    path, seen = tmp_path / "tuning.json", []
+    tune(workloads=[INFERENCE], path=path)
+    tune(workloads=[INFERENCE, TIED], path=path, report=lambda finding, done, total: seen.append(finding.workload))
+    assert seen == [TIED, INFERENCE]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("backend, dtype", [("reference", torch.float64), ("cpu", torch.float32)])
+def test_what_does_not_fit_memory_is_left_out_and_the_rest_is_measured(monkeypatch, tmp_path, error, backend, dtype):
+    """Whether the exact result does not, or a kernel, which is no fault of it."""
+    operator = OPERATORS["single_query_attention"]
+
+    def hungry(implementation):
+        def run(query, *others):
+            if implementation.backend == backend and query.dtype == dtype:
+                raise error
+            return implementation.run(query, *others)
+
+        return dataclasses.replace(implementation, run=run)
+
+    path = tmp_path / "tuning.json"
+    with monkeypatch.context() as patched:
+        changed = dataclasses.replace(operator, implementations=tuple(map(hungry, operator.implementations)))
+        patched.setitem(OPERATORS, "single_query_attention", changed)
+        skipped, measured = tune(workloads=[INFERENCE, TIED], path=path).findings
+        (proof,) = verify([INFERENCE]).findings
+    assert "ran out of memory" in skipped.skipped and "ran out of memory" in proof.skipped
+    assert skipped.choice is None and skipped.wrong == {} and measured.choice is not None
+    entries = {files.workload_of(entry): entry for entry in files.read(path)}
+    assert "ran out of memory" in entries[INFERENCE]["skipped"] and entries[TIED]["choice"] == measured.choice
+    table = files.table_of(files.read(path))
+    assert table.choice(INFERENCE) is None and not table.refused
+
+
+def test_other_errors_of_the_reference_are_not_hidden(monkeypatch, tmp_path):
+    operator = OPERATORS["single_query_attention"]
+    broken = dataclasses.replace(operator.implementations[-1], run=raises)
+    changed = dataclasses.replace(operator, implementations=(*operator.implementations[:-1], broken))
+    monkeypatch.setitem(OPERATORS, "single_query_attention", changed)
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        tune(workloads=[INFERENCE], path=tmp_path / "tuning.json")
+
+
+def test_what_is_hopeless_is_not_timed_any_longer(with_implementation, tmp_path):
+    calls = 0
+
+    def slow(*operands):
+        nonlocal calls
+        calls += 1
+        time.sleep(0.01)
+        return reference(*operands)
+
+    with_implementation("single_query_attention", slow)
+    (finding,) = tune(workloads=[INFERENCE], path=tmp_path / "tuning.json").findings
+    assert calls == 5 and finding.seconds["cpu:mine"] > 0.01  # two of the proof, one to warm up, two rounds
 
 
 def test_a_path_that_cannot_be_written_is_said_first(tmp_path):

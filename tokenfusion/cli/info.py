@@ -50,6 +50,8 @@ def _tuning(tuning: dict) -> list[tuple[str, str]]:
         rows = [("file", "none; tokenfusion tune makes one for this machine")]
     else:
         rows = [("file", f"{tuning['file']}, {tuning['choices']} choices, digest {tuning['digest']}")]
+    if tuning["remark"] is not None:
+        rows.append(("remark", tuning["remark"]))
     return rows + [("ignored", reason) for reason in tuning["ignored"]]
 
 

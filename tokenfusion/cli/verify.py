@@ -27,7 +27,9 @@ def run(args) -> int:
     show(out, f"{versions}; {facts['isa'] or 'no C++ extension'}")
     if proof.wrong:
         show(out, table("Wrong", *workloads.rows_of_refusals(proof.wrong)))
-    show(
-        out, f"{len(proof.findings)} calls tried on every backend that runs here, {len(proof.wrong)} with a wrong one."
-    )
+    skipped = [finding for finding in proof.findings if finding.skipped is not None]
+    if skipped:
+        show(out, table("Left out", *workloads.rows_of_skipped(skipped)))
+    tried = len(proof.findings) - len(skipped)
+    show(out, f"{tried} calls tried on every backend that runs here, {len(proof.wrong)} with a wrong one.")
     return 1 if proof.wrong else 0

@@ -126,6 +126,10 @@ def rows_of_choices(findings: Sequence) -> tuple[tuple[str, ...], list[tuple[str
     return ("operator", "call", "chosen", "gain", "medians"), rows
 
 
+def rows_of_skipped(findings: Sequence) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    return ("operator", "call", "because"), [(*name(finding.workload), finding.skipped) for finding in findings]
+
+
 def rows_of_refusals(findings: Sequence) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows = [(*name(finding.workload), *each) for finding in findings for each in finding.wrong.items()]
     return ("operator", "call", "refused", "because"), rows

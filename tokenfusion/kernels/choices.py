@@ -34,11 +34,11 @@ class Workloads:
 
     of takes what its implementations' can_run takes, and gives kind and sizes, the dtype and the direction being added
     to the kind; example makes, of words, sizes and a maker of tensors, a call of the kind as `Implementation.run` takes
-    it, of which can_run takes the first `selecting`.
+    it, of which can_run takes the first `selecting`, or all.
     """
 
     names: tuple[str, ...]
-    selecting: int
+    selecting: int | None
     of: Callable[..., tuple[tuple[str, ...], tuple[int, ...]]]
     example: Callable[..., tuple[Any, ...]]
 
@@ -95,6 +95,8 @@ def in_force() -> Table:
         _in_force = loaded.table
         for reason in loaded.ignored:
             _log.warning("a file of `tokenfusion tune` is ignored: %s", reason)
+        if loaded.remark is not None:
+            _log.warning("%s: %s; `tokenfusion tune` measures again", loaded.path, loaded.remark)
     return _in_force
 
 

@@ -165,19 +165,23 @@ class Operator:
             _log_once(self.name, chosen.backend, reasons)
         noted = _noted.get()
         if noted is not None:
-            why_not = {each.backend: each.can_run(*tensors) for each in self.implementations}
+            why_not = {each.backend: each.can_run(*tensors) for each in self.implementations if not each.form}
             workload = None if self.workloads is None else self.workload(*tensors)
-            noted.append(Choice(self.name, chosen.backend, why_not, workload))
+            noted.append(Choice(self.name, chosen.backend, why_not, workload, chosen.form))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that a call of an operator from Python was given to, and for each why it could not have been."""
+    """The backend that a call of an operator from Python was given to, and for each why it could not have been.
+
+    form is that of the `Implementation`.
+    """
 
     operator: str
     backend: str
     why_not: dict[str, str | None]
     workload: Workload | None = None
+    form: str = ""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,27 @@ def own_product_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if _C.takes_bfloat16() else (torch.float32,)
 
 
+@torch.compiler.assume_constant_result
+def own_product_takes(dtype: torch.dtype) -> bool:
+    return dtype in own_product_dtypes()
+
+
+@torch.compiler.assume_constant_result
+def threads() -> int:
+    """Of the CPU kernels."""
+    return torch.get_num_threads()
+
+
+@torch.compiler.assume_constant_result
+def amx_allowed() -> bool:
+    """Whether there are tiles for bfloat16 that the kernels may use."""
+    if _error is not None:
+        return False
+    from tokenfusion import _C
+
+    return _C.amx_allowed()
+
+
 def why_not_cuda() -> str | None:
     """None when the extension holds CUDA kernels and a GPU is here, otherwise the reason."""
     if _cuda_error is not None:

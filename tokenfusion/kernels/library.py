@@ -1,5 +1,6 @@
 """Registration with PyTorch's dispatcher, in the one shape that every operator of the package has."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,6 +23,9 @@ class Form:
     fake: returns empty results with the shapes, strides and dtypes of the real ones.
     flops: of the shapes of the arguments, how many floating-point operations the matrix products take; see
         torch.utils.flop_counter.register_flop_formula.
+
+    Where a backend has forms (see `dispatch.Implementation`), `str form` comes after all these arguments, whose default
+    is the built-in one, and a backward gets that of its forward. It changes nothing here.
     save: keeps in a context what `gradients` takes, as setup_context in torch.library.register_autograd.
     gradients: those of the first arguments, in their order. An operator's takes its context, its backward as a function
         of the arguments in its schema, and the gradients of its results, None for one that has none and never all
@@ -35,18 +39,22 @@ class Form:
     gradients: Callable
 
 
-def define_differentiable(name: str, backends: Sequence[str], forward: Form, backward: Form) -> dict[str, Callable]:
+def define_differentiable(
+    name: str, backends: Sequence[str], forward: Form, backward: Form, with_forms: Sequence[str] = ()
+) -> dict[str, Callable]:
     """Declares tokenfusion::<name>_<backend> and <name>_backward_<backend> for each backend; devices add kernels.
+
+    with_forms: the backends that have forms.
 
     Returns:
         The operators by backend, to be called.
     """
-    return {backend: _define_pair(name, backend, forward, backward) for backend in backends}
+    return {backend: _define_pair(name, backend, forward, backward, backend in with_forms) for backend in backends}
 
 
-def _define_pair(name: str, backend: str, forward: Form, backward: Form) -> Callable:
+def _define_pair(name: str, backend: str, forward: Form, backward: Form, has_forms: bool) -> Callable:
     def save_backward(ctx, inputs, output):
-        *arguments, ctx.needed = inputs
+        *arguments, ctx.needed = inputs[:-1] if has_forms else inputs
         ctx.set_materialize_grads(False)
         backward.save(ctx, arguments, output)
 
@@ -56,16 +64,23 @@ def _define_pair(name: str, backend: str, forward: Form, backward: Form) -> Call
 
     def save_forward(ctx, inputs, output):
         ctx.set_materialize_grads(False)
+        if has_forms:
+            *inputs, ctx.form = inputs
         forward.save(ctx, inputs, output)
 
     def gradients(ctx, *grads):
         absent = all(grad is None for grad in grads)
-        return _of_all_arguments(ctx, () if absent else forward.gradients(ctx, run_backward, *grads))
+        run = functools.partial(_last, run_backward, ctx.form) if has_forms else run_backward
+        return _of_all_arguments(ctx, () if absent else forward.gradients(ctx, run, *grads))
 
     backward_name = f"{name}_backward_{backend}"
-    _define(backward_name, backward, save_backward, second_gradients)
+    _define(backward_name, backward, save_backward, second_gradients, has_forms)
     run_backward = getattr(torch.ops.tokenfusion, backward_name).default
-    return _define(f"{name}_{backend}", forward, save_forward, gradients)
+    return _define(f"{name}_{backend}", forward, save_forward, gradients, has_forms)
+
+
+def _last(function: Callable, last, *arguments):
+    return function(*arguments, last)
 
 
 def _of_all_arguments(ctx, grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
@@ -73,8 +88,8 @@ def _of_all_arguments(ctx, grads: Sequence[torch.Tensor | None]) -> tuple[torch.
     return tuple(grad if wanted else None for grad, wanted in zip_longest(grads, ctx.needs_input_grad))
 
 
-def _define(name: str, form: Form, setup_context: Callable, backward: Callable) -> Callable:
-    call, op = _declare(name, form.schema, form.fake, form.flops)
+def _define(name: str, form: Form, setup_context: Callable, backward: Callable, has_forms: bool) -> Callable:
+    call, op = _declare(name, form.schema, form.fake, form.flops, has_forms)
     differentiate = make_autograd_impl(op, Info(backward, setup_context))
 
     def autograd(keyset, *args):
@@ -86,14 +101,15 @@ def _define(name: str, form: Form, setup_context: Callable, backward: Callable) 
 
 
 def define_without_gradient(
-    name: str, schema: str, *, flops: Callable[..., int], fake: Callable = lambda *args: None
+    name: str, schema: str, *, flops: Callable[..., int], fake: Callable = lambda *args: None, has_forms: bool = False
 ) -> Callable:
     """Declares tokenfusion::name, of which no gradient can be recorded, such as one that writes to its arguments.
 
     Args:
         schema, fake, flops: as of a `Form`.
+        has_forms: as those of the backends `with_forms`.
     """
-    call, op = _declare(name, schema, fake, flops)
+    call, op = _declare(name, schema, fake, flops, has_forms)
 
     def autograd(keyset, *args):
         _refuse_tangents(op, args)
@@ -105,7 +121,11 @@ def define_without_gradient(
     return call
 
 
-def _declare(name: str, schema: str, fake: Callable, flops: Callable[..., int]):
+def _declare(name: str, schema: str, fake: Callable, flops: Callable[..., int], has_forms: bool):
+    if has_forms:
+        count = schema.partition(" -> ")[0].count(",") + 1
+        schema = schema.replace(") -> ", ', str form="") -> ')
+        fake, flops = _of_first(count, fake), _of_first(count, flops)
     LIBRARY.define(name + schema, tags=(torch.Tag.needs_exact_strides,))
     torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
     packet = getattr(torch.ops.tokenfusion, name)
@@ -119,6 +139,10 @@ def _declare(name: str, schema: str, fake: Callable, flops: Callable[..., int]):
             return op(*args)
 
     return call, op
+
+
+def _of_first(count: int, function: Callable) -> Callable:
+    return lambda *arguments: function(*arguments[:count])
 
 
 def _refuse_tangents(op: torch._ops.OpOverload, args: Sequence) -> None:

@@ -45,9 +45,13 @@ def linear(
 
 def kernels_may_run(*tensors: torch.Tensor) -> bool:
     """Whether operators that nothing but eager PyTorch knows may take these tensors: on a CPU, with no gradient."""
+    return not torch.is_grad_enabled() and is_plain_call(*tensors)
+
+
+def is_plain_call(*tensors: torch.Tensor) -> bool:
+    """Whether nothing but eager PyTorch, and autograd, looks at a call of these tensors on a CPU."""
     return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()  # the compiler makes its own choice, with knowledge of what surrounds it
+        not torch.compiler.is_compiling()  # the compiler makes its own choice, with knowledge of what surrounds it
         and dispatch.transform() is None
         and all(
             type(tensor) in _PLAIN

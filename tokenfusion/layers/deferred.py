@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from tokenfusion.kernels import dispatch, upconv_concat
 from tokenfusion.kernels.upconv.concat.op import OPERATOR
+from tokenfusion.kernels.upconv.reference import convolution_gives_wrong_gradient, gradient_as_product
 from tokenfusion.kernels.upconv.shapes import gives_channels_last
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
@@ -126,11 +127,17 @@ class _Node(torch.autograd.Function):
 
 
 def _backward(grad, x, weight, needed):
-    backend = OPERATOR.select(x, weight).backend
-    if backend != "reference":
-        return getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{backend}").default(grad, x, weight, needed)
+    chosen = OPERATOR.select(x, weight)
+    if chosen.backend != "reference":
+        backward = getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{chosen.backend}").default
+        return backward(grad, x, weight, needed, chosen.form)
+    of_x = None
+    if needed[0] and convolution_gives_wrong_gradient(x):
+        of_x, needed = gradient_as_product(grad, weight), (False, *needed[1:])
     sizes, step = [weight.shape[1]], weight.shape[2:]
-    return torch.ops.aten.convolution_backward(grad, x, weight, sizes, step, [0, 0], [1, 1], True, [0, 0], 1, needed)
+    others = [0, 0], [1, 1], True, [0, 0], 1
+    grads = torch.ops.aten.convolution_backward(grad, x, weight, sizes, step, *others, needed)
+    return grads if of_x is None else (of_x, *grads[1:])
 
 
 class _Same(torch.autograd.Function):

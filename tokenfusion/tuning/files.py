@@ -24,12 +24,13 @@ _VARIABLE = "TOKENFUSION_TUNING"
 
 @dataclass(frozen=True)
 class Loaded:
-    """The table in force; where it is from, if anywhere; and why other files are not."""
+    """The table in force; where it is from, if anywhere; why other files are not; and what may have changed since."""
 
     table: Table
     path: Path | None = None
     digest: str = ""
     ignored: tuple[str, ...] = ()
+    remark: str | None = None
 
 
 def user_path() -> Path:
@@ -52,14 +53,14 @@ def loaded() -> Loaded:
     ignored = []
     for path in paths:
         try:
-            entries, digest = _read(path, packaged=path.parent == _PACKAGED)
+            entries, digest, remark = _read(path, packaged=path.parent == _PACKAGED)
         except FileNotFoundError:
             if path == paths[0] and _VARIABLE in os.environ:
                 ignored.append(f"{path}: there is no such file")
         except (OSError, ValueError) as error:
             ignored.append(f"{path}: {error}")
         else:
-            return Loaded(table_of(entries), path, digest, tuple(ignored))
+            return Loaded(table_of(entries), path, digest, tuple(ignored), remark)
     return Loaded(Table({}), ignored=tuple(ignored))
 
 
@@ -119,7 +120,13 @@ def write(path: Path, entries: list[dict]) -> None:
         raise
 
 
-def _read(path: Path, packaged: bool = False) -> tuple[list[dict], str]:
+def _remark(noted) -> str | None:
+    then, now = noted.get("driver") if isinstance(noted, dict) else None, machine.noted().get("driver")
+    return None if then == now else f"measured with driver {then}, here {now}"
+
+
+def _read(path: Path, packaged: bool = False) -> tuple[list[dict], str, str | None]:
+    """The entries, a digest of the file, and a remark on the driver if it is another one than then."""
     data = path.read_bytes()
     try:
         content = json.loads(data)
@@ -136,4 +143,4 @@ def _read(path: Path, packaged: bool = False) -> tuple[list[dict], str]:
         table_of(entries)
     except (KeyError, TypeError):
         raise ValueError("an entry lacks its operator, kind, sizes or choice") from None
-    return entries, hashlib.sha256(data).hexdigest()[:12]
+    return entries, hashlib.sha256(data).hexdigest()[:12], None if packaged else _remark(content.get("noted"))

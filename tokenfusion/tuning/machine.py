@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.metadata
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ def conditions() -> dict[str, str | int]:
 
 def noted() -> dict[str, str]:
     """What is written beside them for people to read."""
-    return {"processor": _processor(), "torch": torch.__version__, "python": platform.python_version()}
+    found = {"processor": _processor(), "torch": torch.__version__, "python": platform.python_version()}
+    return found | {"driver": _driver()} if device() == "cuda" else found
 
 
 @functools.cache
@@ -67,8 +69,18 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
+    lines = _lines("/proc/cpuinfo")
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _driver() -> str:
+    """Of the GPU, as the kernel's module says it."""
+    found = re.search(r"\d+\.\d[\d.]*", "".join(_lines("/proc/driver/nvidia/version")[:1]))
+    return found[0] if found else "unknown"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

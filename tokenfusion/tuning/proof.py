@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tokenfusion import precision
 from tokenfusion.kernels.choices import Workload, Workloads
 from tokenfusion.kernels.dispatch import Implementation, Operator
 from tokenfusion.tuning import parity
@@ -49,7 +50,9 @@ class Call:
     def run(self, implementation: Implementation) -> tuple[torch.Tensor, ...]:
         """The result, and in training the gradients."""
         results = self._forward(implementation)
-        return self._backward(results, self._gradients(results)) if self.maker.trains else results
+        if self.maker.trains:
+            return self._backward(results, self._gradients(results))
+        return tuple(result.clone() for result in results)  # an operand may be where it is written to
 
     def timed(self, implementation: Implementation) -> Callable[[], object]:
         """`run` as often as wanted, with gradients that are there beforehand."""
@@ -87,23 +90,49 @@ def call_of(operator: Operator, workload: Workload, device: str) -> Call:
     return Call(operands, operands[: workloads.selecting], maker)
 
 
-def why_wrong(call: Call, implementation: Implementation, reference: Implementation) -> str | None:
-    """What is wrong with an implementation, or None."""
+@dataclass(frozen=True)
+class Expected:
+    """What the reference gives for a call, and what it gives in float64."""
+
+    eager: tuple[torch.Tensor, ...]
+    exact: tuple[torch.Tensor, ...]
+
+
+def expected(call: Call, reference: Implementation) -> Expected:
+    """All products in IEEE float32, whatever is in force."""
+    with precision.ieee():
+        return Expected(call.run(reference), call.in_float64().run(reference))
+
+
+def why_wrong(call: Call, implementation: Implementation, expected: Expected) -> str | None:
+    """What is wrong with an implementation, or None; all products in IEEE float32, whatever is in force.
+
+    Raises:
+        RuntimeError, MemoryError: there is too little memory for it, which says nothing about its results.
+    """
     try:
-        results = call.run(implementation)
-        again = call.run(implementation)
+        with precision.ieee():
+            results = call.run(implementation)
+            again = call.run(implementation)
     except Exception as error:  # noqa: BLE001  (whatever a broken kernel raises, it is refused)
+        if ran_out_of_memory(error):
+            raise
         return f"{type(error).__name__}: {error}".splitlines()[0]
     if not all(map(_same_bits, results, again)):
         return "it gives other bits when it is called again"
     if not call.maker.intact:
         return "it writes outside of its operands"
-    if implementation is reference:
-        return None
-    found = parity.compare(results, call.run(reference), call.in_float64().run(reference))
+    found = parity.compare(results, expected.eager, expected.exact)
     if not found.passes:
         return f"relative error {found.error:.1e}, allowed {found.allowed:.1e}"
     return None
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """PyTorch's allocator for CPUs raises a RuntimeError like any other."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _in_float64(operand):

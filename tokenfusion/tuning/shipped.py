@@ -1,5 +1,6 @@
 """The calls that `tokenfusion tune` measures where no model is named: those of the four families, at usual sizes."""
 
+import itertools
 from collections.abc import Iterator
 
 from tokenfusion.kernels.choices import Workload
@@ -8,24 +9,30 @@ _DTYPES = ("float32", "bfloat16")
 _TRAINED = "tokens with a gradient"
 
 
-def _workloads() -> Iterator[Workload]:
-    for dtype in _DTYPES:
-        for sizes in ((1, 401, 384, 6), (64, 401, 384, 6), (8, 197, 192, 6), (32, 1024, 768, 12), (1, 20000, 1024, 8)):
-            yield Workload("single_query_attention", (dtype, "inference"), sizes)
-            yield Workload("single_query_attention", (dtype, "training"), sizes)
-        for sizes in ((8, 401, 384, 6), (64, 401, 384, 6)):
-            yield Workload("single_query_attention", (dtype, "training", _TRAINED), sizes)
-        for sizes in ((197, 384, 1536), (3152, 384, 1536), (1576, 768, 3072)):
-            for direction in ("inference", "training"):
-                yield Workload("tied_ffn", (dtype, direction), sizes)
-        for words in ("rows", "columns"):
-            for direction in ("inference", "training"):
-                yield Workload("dynamic_mixing", (dtype, direction, words), (8, 32, 32, 192, 8, 2))
-                yield Workload("dynamic_mixing", (dtype, direction, words), (8, 16, 16, 384, 16, 2))
-        for words in ("contiguous", "channels_last"):
-            for direction in ("inference", "training"):
-                for sizes in ((8, 768, 768, 49), (4, 256, 128, 4096), (2, 64, 32, 16384)):
-                    yield Workload("upconv_concat", (dtype, direction, "k 2", words), sizes)
+def _of(dtype: str) -> Iterator[Workload]:
+    for sizes in ((1, 401, 384, 6), (64, 401, 384, 6), (8, 197, 192, 6), (32, 1024, 768, 12), (1, 20000, 1024, 8)):
+        yield Workload("single_query_attention", (dtype, "inference"), sizes)
+        yield Workload("single_query_attention", (dtype, "training"), sizes)
+    for sizes in ((8, 401, 384, 6), (64, 401, 384, 6)):
+        yield Workload("single_query_attention", (dtype, "training", _TRAINED), sizes)
+    for sizes in ((197, 384, 1536), (3152, 384, 1536), (1576, 768, 3072)):
+        for direction in ("inference", "training"):
+            yield Workload("tied_ffn", (dtype, direction), sizes)
+    for words in ("rows", "columns"):
+        for direction in ("inference", "training"):
+            yield Workload("dynamic_mixing", (dtype, direction, words), (8, 32, 32, 192, 8, 2))
+            yield Workload("dynamic_mixing", (dtype, direction, words), (8, 16, 16, 384, 16, 2))
+    for words in ("contiguous", "channels_last"):
+        for direction in ("inference", "training"):
+            for sizes in ((8, 768, 768, 49), (4, 256, 128, 4096), (2, 64, 32, 16384)):
+                yield Workload("upconv_concat", (dtype, direction, "k 2", words), sizes)
+            for sizes in ((8, 768, 768, 49), (4, 256, 128, 4096)):
+                yield Workload("upconv_add", (dtype, direction, "k 2", words), sizes)
+            for sizes in ((8, 768, 768, 768, 49, 768), (4, 256, 128, 64, 4096, 128)):
+                yield Workload("upconv_concat_project", (dtype, direction, "k 2", words), sizes)
+    for sizes in ((8, 1024, 576, 192, 3), (8, 256, 1152, 384, 3)):
+        yield Workload("gated_sum", (dtype, "inference", "projected"), sizes)
+        yield Workload("gated_sum", (dtype, "training"), sizes)
 
 
-WORKLOADS = tuple(_workloads())
+WORKLOADS = tuple(itertools.chain.from_iterable(zip(*map(_of, _DTYPES), strict=True)))  # in a short time of both

@@ -60,7 +60,7 @@ def _full() -> list[Case]:
     return list(dict.fromkeys((*every, *lengths, *others, *batches)))
 
 
-def _gpu() -> list[Case]:
+def _gpu_full() -> list[Case]:
     """The stages of DynaMixer-S and -L in batches that fill a GPU, one image, and lengths."""
     passes = [(dtype, direction) for dtype in ("bfloat16", "float32") for direction in ("forward", TRAINING)]
     stages = [Case(64, 32, 192, 8), Case(64, 16, 384, 16), Case(64, 32, 256, 8, 8), Case(64, 16, 512, 16, 8)]
@@ -71,7 +71,21 @@ def _gpu() -> list[Case]:
     return [*named, *large, *batches, *lengths]
 
 
-CASES = {"smoke": _SMOKE, "quick": _QUICK, "full": _full(), "gpu": _gpu()}
+_HEADLINE = [Case(64, 32, 192, 8, dtype="bfloat16", direction=direction) for direction in ("forward", TRAINING)]
+_GPU = [
+    *_HEADLINE,
+    *(Case(64, 16, 384, 16, dtype="bfloat16", direction=direction) for direction in ("forward", TRAINING)),
+    Case(64, 32, 192, 8),
+]
+CASES = {
+    "smoke": _SMOKE,
+    "quick": _QUICK,
+    "full": _full(),
+    "headline": _HEADLINE,
+    "gpu": _GPU,
+    "gpu-full": _gpu_full(),
+}
+OF_BLOCK = CASES | {"headline": _HEADLINE[:1], "gpu": _HEADLINE}
 
 
 def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:

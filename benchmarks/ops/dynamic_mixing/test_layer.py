@@ -11,7 +11,7 @@ from benchmarks.ops.dynamic_mixing import cases
 from tokenfusion import layers
 from tokenfusion.models.dynamixer_reference import PlainBlock
 
-CASES = cases.CASES
+CASES = cases.OF_BLOCK
 
 
 def test_layer(case: cases.Case, run, compiles):

@@ -49,7 +49,7 @@ def _full() -> list[Case]:
     return list(dict.fromkeys((*passes, Case(1, 401, 384, 6), *lengths, *widths)))
 
 
-def _gpu() -> list[Case]:
+def _gpu_full() -> list[Case]:
     """A GPU's: CrossViT-15's two branches in batches that fill it, the smaller batches, and lengths for the plots."""
     branches = [Case(256, n, c, 6, *kind) for kind in reversed(_PASSES) for n, c in ((401, 192), (197, 384))]
     batches = [Case(batch, 401, 192, 6, "bfloat16") for batch in (1, 8, 64)]
@@ -57,7 +57,22 @@ def _gpu() -> list[Case]:
     return [*branches, *batches, *lengths]
 
 
-CASES = {"smoke": _SMOKE, "quick": _QUICK, "full": _full(), "gpu": _gpu()}
+_HEADLINE = [Case(256, 401, 192, 6, "bfloat16", direction) for direction in ("forward", TRAINING)]
+_GPU = [
+    *_HEADLINE,
+    *(Case(256, 197, 384, 6, *kind) for kind in _PASSES[2:]),
+    *(Case(256, 401, 192, 6, *kind) for kind in _PASSES[:2]),
+    Case(8, 401, 192, 6, "bfloat16"),
+]
+CASES = {
+    "smoke": _SMOKE,
+    "quick": _QUICK,
+    "full": _full(),
+    "headline": _HEADLINE,
+    "gpu": _GPU,
+    "gpu-full": _gpu_full(),
+}
+OF_BLOCK = CASES | {"headline": _HEADLINE[:1], "gpu": _HEADLINE}
 
 
 def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:

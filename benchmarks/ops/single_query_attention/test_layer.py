@@ -7,7 +7,7 @@ from benchmarks.ops.single_query_attention import cases
 from benchmarks.ops.single_query_attention.layer import cross_attention_block, layer_problem
 from benchmarks.ops.single_query_attention.projected import ProjectedBlock
 
-CASES = cases.CASES
+CASES = cases.OF_BLOCK
 
 
 def test_layer(case: cases.Case, run, compiles):

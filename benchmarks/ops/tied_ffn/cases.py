@@ -40,7 +40,7 @@ def _full() -> list[Case]:
     return list(dict.fromkeys((*_NAMED, *lengths, *widths)))
 
 
-def _gpu() -> list[Case]:
+def _gpu_full() -> list[Case]:
     """64 images of DeiT-S, the narrow layers that a back-to-back kernel is for, and what fills a large GPU."""
     kinds = _KINDS[::-1]
     named = [Case(12608, 384, 1536, *kind) for kind in kinds]
@@ -49,7 +49,21 @@ def _gpu() -> list[Case]:
     return [*named, tanh, *(Case(n, c, 4 * c, *kind) for n, c in sizes for kind in kinds[:2])]
 
 
-CASES = {"smoke": _SMOKE, "quick": _NAMED[1:2], "full": _full(), "gpu": _gpu()}
+_HEADLINE = [Case(12608, 384, 1536, "bfloat16", TRAINING)]
+_GPU = [
+    *_HEADLINE,
+    Case(12608, 384, 1536, "bfloat16"),
+    Case(65536, 96, 384, "bfloat16", TRAINING),
+    Case(12608, 384, 1536),
+]
+CASES = {
+    "smoke": _SMOKE,
+    "quick": _NAMED[1:2],
+    "full": _full(),
+    "headline": _HEADLINE,
+    "gpu": _GPU,
+    "gpu-full": _gpu_full(),
+}
 
 
 def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:

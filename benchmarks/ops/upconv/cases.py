@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.measure.problem import TRAINING, CaseBase, SmallCall
-from tokenfusion.kernels import upconv_concat, upconv_concat_project
+from tokenfusion.kernels import upconv_add, upconv_concat, upconv_concat_project
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -83,10 +83,27 @@ _LARGE_DECODERS = [
 ]
 
 
-def _gpu(*cases: dict, kind: type[Case] = Case) -> list[Case]:
+def _gpu_full(*cases: dict, kind: type[Case] = Case) -> list[Case]:
     """Four times the batch of a CPU's, in bfloat16; the forward pass of the first in float32, too."""
     half = [replace(case, B=4 * case.B, dtype="bfloat16") for case in _both(*cases, kind=kind)]
     return [*half, *(replace(case, dtype="float32") for case in half[:4] if not case.backward)]
+
+
+def _gpu() -> list[Case]:
+    """The headline's two, then both formats, the other operators, backward passes and float32."""
+    unet, late = _LARGE_DECODERS[-1], _LATE | {"B": 64}
+    projected = unet | {"Cp": unet["Cout"]}
+    nhwc, nchw = ({"format": name, "dtype": "bfloat16"} for name in reversed(FORMATS))
+    return [
+        Case(**unet, **nhwc),
+        Case(**projected, **nhwc),
+        Case(**late, **nhwc),
+        Added(**unet, **nhwc),
+        Case(**unet, **nchw),
+        Case(**unet, **nhwc, direction=TRAINING),
+        Case(**projected, **nhwc, direction=TRAINING),
+        Case(**unet, format="nhwc"),
+    ]
 
 
 _SMALL = {"B": 2, "Cin": 16, "Cout": 8, "Cs": 8, "size": 8, "k": 2}
@@ -96,10 +113,12 @@ CASES = {
         *_both(_SMALL, directions=("forward",), kind=Added),
     ],
     "quick": [Case(**_UNET), Case(**_PROJECTED[0]), Added(**_UNET)],
-    "gpu": [
-        *_gpu(_LATE, *_LARGE_DECODERS, _EARLY),
-        *_gpu(*_PROJECTED, *(case | {"Cp": case["Cout"]} for case in _LARGE_DECODERS)),
-        *_gpu(*_ADDED, kind=Added),
+    "headline": _gpu()[:2],
+    "gpu": _gpu(),
+    "gpu-full": [
+        *_gpu_full(_LATE, *_LARGE_DECODERS, _EARLY),
+        *_gpu_full(*_PROJECTED, *(case | {"Cp": case["Cout"]} for case in _LARGE_DECODERS)),
+        *_gpu_full(*_ADDED, kind=Added),
     ],
     "full": [
         *_both(_LATE, _UNET, _EARLY, *_DECODERS),
@@ -134,3 +153,5 @@ def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
             yield SmallCall("upconv_concat_project", label, upconv_concat_project, (*tensors, *project))
         else:
             yield SmallCall("upconv_concat", label, upconv_concat, tensors)
+        if has_skip and not projected:
+            yield SmallCall("upconv_add", label, upconv_add, (*tensors[:3], image(2, 12, 5 * k, 3 * k)))

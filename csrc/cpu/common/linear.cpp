@@ -26,11 +26,12 @@ const c10::TypedOperatorHandle<OneDnnProduct>* onednn_product() {
 
 }  // namespace
 
-Tensor linear(Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+Tensor linear(Library library, Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   // oneDNN's operator reads a bias as contiguous, whatever its strides. In bfloat16 PyTorch's own product is oneDNN's,
   // too. A weight in oneDNN's own order would be a few percent faster, but other numbers of rows than it was made for
   // get oneDNN's reference code, which is slower by orders of magnitude.
-  if (x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() && onednn_product()) {
+  if (library == Library::kOneDnn && x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() &&
+      onednn_product()) {
     const OptionalTensor read = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
     return onednn_product()->call(x, weight, read, "none", c10::List<std::optional<at::Scalar>>(), "");
   }

@@ -1,4 +1,4 @@
-// x W^T + b by whichever of PyTorch's libraries is the faster one for it. The package's `linear` does the same for
+// x W^T + b by one of PyTorch's libraries. The package's `linear` does the same for
 // whole layers in Python, where this extension may be missing.
 #pragma once
 
@@ -6,8 +6,12 @@
 
 namespace tokenfusion {
 
+// Whose product in float32: oneDNN's, where it is there, or BLAS's. In bfloat16 both are oneDNN's.
+enum class Library { kOneDnn, kBlas };
+
 // x: [rows, in]; weight: [out, in], itself or its transpose contiguous. The result [rows, out] is `out`, or a new
 // tensor.
-Tensor linear(Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias = std::nullopt);
+Tensor linear(Library library, Tensor out, const Tensor& x, const Tensor& weight,
+              const OptionalTensor& bias = std::nullopt);
 
 }  // namespace tokenfusion

@@ -59,14 +59,15 @@ void PackedB::multiply(const GemmLines& a, GemmCall call) const {
   kernels_.run(call);
 }
 
-void multiply(const Tensor& out_, const Tensor& a_, const Tensor& b_, bool accumulate) {
+void multiply(const Tensor& out_, const Tensor& a_, const Tensor& b_, Product product, bool accumulate) {
   const bool by_rows = out_.stride(1) == 1 || out_.size(1) == 1, by_columns = out_.stride(0) == 1 || out_.size(0) == 1;
-  if (a_.scalar_type() != at::kFloat || isa() == Isa::kDefault || !(by_rows || by_columns)) {
+  const bool own = product == Product::kOwn && a_.scalar_type() == at::kFloat && isa() != Isa::kDefault;
+  if (!own || !(by_rows || by_columns)) {
     Tensor out = out_;
     accumulate ? at::addmm_out(out, out, a_, b_) : at::mm_out(out, a_, b_);
     return;
   }
-  if (!by_rows) return multiply(out_.t(), b_.t(), a_.t(), accumulate);
+  if (!by_rows) return multiply(out_.t(), b_.t(), a_.t(), product, accumulate);
   const GemmKernels::ForDtype& kernels = gemm_kernels(at::kFloat);
   const Tensor a = with_lines(a_), b = with_lines(b_);
   const int64_t rows = out_.size(0), columns = out_.size(1), depth = a.size(1);

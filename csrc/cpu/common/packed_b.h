@@ -36,8 +36,12 @@ class PackedB {
   Tensor packed_;
 };
 
+// Whose product: in float32 that of gemm.h, whose speed does not depend on the make of the processor, or PyTorch's
+// library's, as in other dtypes.
+enum class Product { kOwn, kLibrary };
+
 // out = a b, or with `accumulate` out += a b, for matrices. Threads share the work, but for a call from within a
-// parallel region. In float32 by the product of gemm.h, whose speed does not depend on the make of the processor.
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
+// parallel region.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, Product product, bool accumulate = false);
 
 }  // namespace tokenfusion

@@ -1,17 +1,10 @@
 // What the kernels use of a GPU: its number types, warp and block collectives, asynchronous copies and tensor cores.
-// Compiled by another compiler than nvcc, the same names come from emulated_device.h, which is on the include path of
-// the tests alone: kernels written with these names and no others run on a CPU.
 #pragma once
-
-#include <math.h>
-#include <stdint.h>
-
-#ifndef __CUDACC__
-#include "emulated_device.h"
-#else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <math.h>
+#include <stdint.h>
 
 #define TF_DEVICE __device__ __forceinline__
 #define TF_HOST_DEVICE __host__ __device__ __forceinline__
@@ -148,4 +141,3 @@ TF_DEVICE float to_tf32(float x) {
 }
 
 }  // namespace tokenfusion
-#endif

@@ -16,6 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 import tokenfusion
+from tokenfusion import precision
 from tokenfusion.cli.compare import facts, images, models, record, tables, timing
 from tokenfusion.cli.display import console, progress_bar
 from tokenfusion.cli.errors import UsageError, first_line
@@ -63,7 +64,8 @@ def _compare(args, photographs: Sequence[images.Photograph], out: Console) -> di
     tables.print_conditions(out, found["conditions"])
 
     with progress_bar("classifying"):
-        exact = _outputs(args, model, pixels.to(args.device), torch.float32)
+        with precision.ieee():
+            exact = _outputs(args, model, pixels.to(args.device), torch.float32)
         pixels = pixels.to(args.device, getattr(torch, args.dtype))
         outputs = _outputs(args, model, pixels, pixels.dtype)
     found["images"] = facts.top(model, photographs, outputs)

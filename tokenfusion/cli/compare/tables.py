@@ -76,6 +76,7 @@ def print_backends(out: Console, chosen: dict[str, facts.Dispatched]) -> None:
         rows = [
             (implementation.backend, _backend_state(implementation, choice))
             for implementation in dispatch.OPERATORS[name].implementations
+            if not implementation.form
         ]
         show(out, table(f"Backends of {name} (asked for: {dispatch.get_backend()})", ("", ""), rows))
 

@@ -15,6 +15,8 @@ from tokenfusion.kernels.library import Form, define_differentiable, second_orde
 
 MAX_TOKENS = 64
 MAX_REDUCED = 16
+MAX_TRITON_WIDTH = 1 << 18  # channels of a segment, whose blocks lie along the second axis of a grid
+_ROWS_PER_TILE = 16, 64  # and of tall ones, as in csrc/cpu/dynamic_mixing.cpp
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -74,12 +76,17 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_KERNELS = define_differentiable("dynamic_mixing", ("cpu", "triton", "cuda"), _FORWARD, _BACKWARD)
+_BACKENDS = "cpu", "triton", "cuda"
+_KERNELS = define_differentiable("dynamic_mixing", _BACKENDS, _FORWARD, _BACKWARD, with_forms=("cpu",))
 
 
 def _run_reference(x, compressed, generate_weight, generate_bias, segments, dim, with_mean):
     mixed = reference.mix(x, compressed, generate_weight, generate_bias, segments=segments, dim=dim)
     return mixed, mixed.mean(dim=(1, 2)) if with_mean else empty_mean(x, with_mean)
+
+
+def _run_tall(*call):
+    return _KERNELS["cpu"](*call, "tall")
 
 
 def _why_not_kernel(x, compressed, segments, dim, dtypes) -> str | None:
@@ -99,8 +106,24 @@ def _cpu_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -
     return extension.why_not_tensor(x) or _why_not_kernel(x, compressed, segments, dim, _CPU_DTYPES)
 
 
+def _tall_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
+    reason = _cpu_can_run(x, compressed, generate_weight, generate_bias, segments, dim)
+    short, tall = (-(-rows // segments) for rows in _ROWS_PER_TILE)
+    differs = short < tall and short * extension.threads() < x.shape[0] * x.shape[3 - dim]
+    return reason or (None if differs else "its tiles are no taller")
+
+
 def _triton_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
-    return triton_support.why_not_tensor(x) or _why_not_kernel(x, compressed, segments, dim, _GPU_DTYPES)
+    return (
+        triton_support.why_not_tensor(x)
+        or _why_not_kernel(x, compressed, segments, dim, _GPU_DTYPES)
+        or _why_not_triton_kernel(x, segments)
+    )
+
+
+def _why_not_triton_kernel(x, segments) -> str | None:
+    width = x.shape[3] // segments
+    return f"D / S = {width} is more than {MAX_TRITON_WIDTH}" if width > MAX_TRITON_WIDTH else None
 
 
 @functools.cache
@@ -138,6 +161,7 @@ OPERATOR = register(
     Implementation("cuda", _KERNELS["cuda"], _cuda_can_run, automatic=False),
     Implementation("triton", _KERNELS["triton"], _triton_can_run, automatic=False),
     Implementation("cpu", _KERNELS["cpu"], _cpu_can_run),
+    Implementation("cpu", _run_tall, _tall_can_run, form="tall"),
     Implementation("reference", _run_reference, lambda *call: None),
     workloads=WORKLOADS,
 )

@@ -17,8 +17,9 @@ from tokenfusion.kernels.checks import (
 )
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.gated_sum import flops, reference
+from tokenfusion.kernels.gated_sum.workloads import WORKLOADS
 from tokenfusion.kernels.library import define_without_gradient
-from tokenfusion.kernels.linear import kernels_may_run, linear
+from tokenfusion.kernels.linear import is_plain_call, kernels_may_run, linear
 
 _LARGE_MATRIX = 1 << 17  # bytes; below, and in bfloat16, PyTorch's products of a whole batch are as fast in backward
 
@@ -36,53 +37,128 @@ _run_kernel_backward = define_without_gradient(
 )
 
 
-def _run_kernel(branches, weights, gates, bias):
-    out = branches[0].new_empty(*branches[0].shape[:2], gates.shape[2])
-    _write_kernel(branches, weights, gates, bias, None, None, out)
-    return out
-
-
-def _run_reference(branches, weights, gates, bias):
-    return reference.of_scaled(branches, reference.scaled(weights, gates), bias)
-
-
-def _cpu_can_run(branches, weights) -> str | None:
-    reason = extension.why_not_tensor(branches[0])
-    if reason is not None:
-        return reason
-    if not kernels_may_run(*branches, *weights):
-        return "the call is compiled or recorded, or its tensors are not plain ones"
-    if branches[0].dtype not in extension.own_product_dtypes():
-        return f"PyTorch's products are faster in {branches[0].dtype}"
-    return None
-
-
-OPERATOR = register(
-    "gated_sum",
-    Implementation("cpu", _run_kernel, _cpu_can_run),
-    Implementation("reference", _run_reference, lambda branches, weights: None),
-    supporting=True,
-)
-
-
 class _GatedSum(torch.autograd.Function):
     """Keeps the branches alone: the scaled weights of a batch can take more memory than its activations."""
 
     @staticmethod
-    def forward(ctx, gates, bias, *tensors):
+    def forward(ctx, by_kernel, backward_by_kernel, gates, bias, *tensors):
         ctx.save_for_backward(gates, *tensors)
-        weights, branches = tensors[: gates.shape[1]], tensors[gates.shape[1] :]
-        return OPERATOR.select(branches, weights).run(branches, weights, gates, bias)
+        ctx.by_kernel = backward_by_kernel
+        branches, weights = _branches_and_weights(gates, tensors)
+        if not by_kernel:
+            return reference.of_scaled(branches, reference.scaled(weights, gates), bias)
+        out = branches[0].new_empty(*branches[0].shape[:2], gates.shape[2])
+        _write_kernel(branches, weights, gates, bias, None, None, out)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         gates, *tensors = ctx.saved_tensors
-        weights, branches = tensors[: gates.shape[1]], tensors[gates.shape[1] :]
-        large = grad.dtype == torch.float32 and weights[0].nbytes >= _LARGE_MATRIX
-        by_kernel = large and OPERATOR.select([grad], weights).backend == "cpu"
+        branches, weights = _branches_and_weights(gates, tensors)
+        by_kernel = ctx.by_kernel and kernels_may_run(grad, *weights)
         gradients = _run_kernel_backward if by_kernel else reference.gradients
         grad_gates, grad_weights, grad_branches = gradients(grad, gates, branches, weights)
-        return grad_gates, grad.sum(1), *grad_weights, *grad_branches
+        return None, None, grad_gates, grad.sum(1), *grad_weights, *grad_branches
+
+
+def _branches_and_weights(gates, tensors) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Of an implementation's last operands, which are the weights of all branches and then the branches."""
+    count = gates.shape[1]
+    return tensors[count:], tensors[:count]
+
+
+def _by_kernel(pays_backward):
+    """An implementation; pays_backward says of the weights whether the kernel makes the gradients, too."""
+
+    def run(gates, bias, proj_weight, proj_bias, out, *tensors):
+        branches, weights = _branches_and_weights(gates, tensors)
+        if out is None:
+            return _GatedSum.apply(True, pays_backward(weights), gates, bias, *tensors)
+        _write_kernel(branches, weights, gates, bias, proj_weight, proj_bias, out)
+        return out
+
+    return run
+
+
+def _run_reference(gates, bias, proj_weight, proj_bias, out, *tensors):
+    if out is None:
+        return _GatedSum.apply(False, False, gates, bias, *tensors)
+    branches, weights = _branches_and_weights(gates, tensors)
+    matrices, add = reference.scaled(weights, gates), torch.Tensor.baddbmm_
+    if proj_weight is None:
+        return out.copy_(reference.of_scaled(branches, matrices, bias, add))
+    if sum(weight.shape[1] for weight in weights) < branches[0].shape[1]:
+        projected = [matrix @ proj_weight.mT for matrix in matrices]  # less work than projecting the tokens
+        return out.copy_(reference.of_scaled(branches, projected, F.linear(bias, proj_weight, proj_bias), add))
+    return out.copy_(linear(reference.of_scaled(branches, matrices, bias, add), proj_weight, proj_bias))
+
+
+def _kernel_can_run(gates, bias, proj_weight, proj_bias, out, *tensors) -> str | None:
+    reason = extension.why_not_tensor(gates)
+    if reason is not None:
+        return reason
+    if not is_plain_call(*tensors):
+        return "the call is compiled or recorded, or its tensors are not plain ones"
+    if gates.dtype not in extension.own_product_dtypes():
+        return f"PyTorch's products are faster in {gates.dtype}"
+    return None
+
+
+def _projecting_pays(gates, proj_weight, tensors) -> bool:
+    """Whether the kernel is likely to be the faster one: of many tokens PyTorch projects the weights instead."""
+    branches, weights = _branches_and_weights(gates, tensors)
+    return proj_weight is None or branches[0].shape[1] < 2 * sum(weight.shape[1] for weight in weights)
+
+
+def _backward_pays(weights) -> bool:
+    return weights[0].dtype == torch.float32 and weights[0].nbytes >= _LARGE_MATRIX
+
+
+def _cpu_can_run(gates, bias, proj_weight, proj_bias, out, *tensors) -> str | None:
+    reason = _kernel_can_run(gates, bias, proj_weight, proj_bias, out, *tensors)
+    if reason is not None or _projecting_pays(gates, proj_weight, tensors):
+        return reason
+    return "of so many tokens PyTorch's products are faster"
+
+
+def _projecting_can_run(gates, bias, proj_weight, proj_bias, out, *tensors) -> str | None:
+    reason = _kernel_can_run(gates, bias, proj_weight, proj_bias, out, *tensors)
+    return reason or _unless(not _projecting_pays(gates, proj_weight, tensors))
+
+
+def _backward_can_run(gates, bias, proj_weight, proj_bias, out, *tensors) -> str | None:
+    reason = _kernel_can_run(gates, bias, proj_weight, proj_bias, out, *tensors)
+    if reason is not None:
+        return reason
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (gates, bias, *tensors))):
+        return "there is no backward pass"
+    if gates.dtype != torch.float32:
+        return f"the kernel's gradients are float32, not {gates.dtype}"
+    return None
+
+
+def _library_backward_can_run(*call) -> str | None:
+    return _backward_can_run(*call) or _unless(_backward_pays(_branches_and_weights(call[0], call[5:])[1]))
+
+
+def _kernel_backward_can_run(*call) -> str | None:
+    return _backward_can_run(*call) or _unless(not _backward_pays(_branches_and_weights(call[0], call[5:])[1]))
+
+
+def _unless(differs: bool) -> str | None:
+    return None if differs else "it is the built-in way"
+
+
+OPERATOR = register(
+    "gated_sum",
+    Implementation("cpu", _by_kernel(_backward_pays), _cpu_can_run),
+    Implementation("cpu", _by_kernel(_backward_pays), _projecting_can_run, form="projecting"),
+    Implementation("cpu", _by_kernel(lambda weights: True), _kernel_backward_can_run, form="own backward"),
+    Implementation("cpu", _by_kernel(lambda weights: False), _library_backward_can_run, form="library backward"),
+    Implementation("reference", _run_reference, lambda *call: None),
+    supporting=True,
+    workloads=WORKLOADS,
+)
 
 
 def _check(branches, weights, biases, gates, proj_weight, proj_bias, out) -> None:
@@ -160,28 +236,16 @@ def gated_sum(
         branches = [branch.flatten(0, 1).unsqueeze(0) for branch in branches]
     bias = reference.gated_bias(biases, gates)
     if out is not None:
-        _write(branches, weights, gates, bias, proj_weight, proj_bias, out)
+        target = out.view(branches[0].shape[0], -1, out.shape[2]) if out.numel() else out
+        _run(gates, bias, proj_weight, proj_bias, target, *weights, *branches)
         return out
     if dispatch.transform() is None:
-        y = _GatedSum.apply(gates, bias, *weights, *branches)
+        y = _run(gates, bias, None, None, None, *weights, *branches)
     else:
-        y = _run_reference(branches, weights, gates, bias)
+        y = reference.of_scaled(branches, reference.scaled(weights, gates), bias)
     y = y.reshape(batch, tokens, y.shape[2])
     return y if proj_weight is None else F.linear(y, proj_weight, proj_bias)
 
 
-def _write(branches, weights, gates, bias, proj_weight, proj_bias, out) -> None:
-    target = out.view(branches[0].shape[0], -1, out.shape[2]) if out.numel() else out
-    tokens, inputs = branches[0].shape[1], sum(weight.shape[1] for weight in weights)
-    pays = proj_weight is None or tokens < 2 * inputs
-    if pays and OPERATOR.select(branches, weights).backend == "cpu":
-        _write_kernel(branches, weights, gates, bias, proj_weight, proj_bias, target)
-        return
-    matrices, add = reference.scaled(weights, gates), torch.Tensor.baddbmm_
-    if proj_weight is None:
-        target.copy_(reference.of_scaled(branches, matrices, bias, add))
-    elif inputs < tokens:  # then projecting the weights is less work than projecting the tokens
-        projected = [matrix @ proj_weight.mT for matrix in matrices]
-        target.copy_(reference.of_scaled(branches, projected, F.linear(bias, proj_weight, proj_bias), add))
-    else:
-        target.copy_(linear(reference.of_scaled(branches, matrices, bias, add), proj_weight, proj_bias))
+def _run(*call) -> torch.Tensor:
+    return OPERATOR.select(*call).run(*call)

@@ -23,6 +23,7 @@ from tokenfusion.kernels.single_query_attention.workloads import WORKLOADS
 _MAX_CHANNELS = 4096
 _MAX_CUDA_CHANNELS = 1024
 MAX_CUDA_QUERIES = 32
+_ITEMS_PER_THREAD = 4  # below which csrc/cpu/single_query_attention.cpp cuts images into parts
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -70,12 +71,13 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_KERNELS = define_differentiable("single_query_attention", ("cpu", "triton", "cuda"), _FORWARD, _BACKWARD)
+_BACKENDS = "cpu", "triton", "cuda"
+_KERNELS = define_differentiable("single_query_attention", _BACKENDS, _FORWARD, _BACKWARD, with_forms=("cpu", "triton"))
 
 
-def _run_on(backend: str):
+def _run_on(backend: str, *form: str):
     def run(*call):
-        return _KERNELS[backend](*call)[0]
+        return _KERNELS[backend](*call, *form)[0]
 
     return run
 
@@ -100,6 +102,22 @@ def _why_not_kernel(query, tokens, dtypes, max_channels=_MAX_CHANNELS) -> str | 
 
 def _cpu_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
     return extension.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _CPU_DTYPES)
+
+
+def _vectors_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
+    reason = _cpu_can_run(query, tokens, extra_token, lengths, offsets)
+    has_tiles = tokens.dtype == torch.bfloat16 and extension.amx_allowed()
+    return reason or (None if has_tiles else "there are no tiles (AMX) for it")
+
+
+def _few_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
+    reason = _cpu_can_run(query, tokens, extra_token, lengths, offsets)
+    cuts = query.shape[0] < _ITEMS_PER_THREAD * extension.threads()
+    return reason or (None if cuts else "no image is cut into parts")
+
+
+def _few_vectors_can_run(*tensors) -> str | None:
+    return _vectors_can_run(*tensors) or _few_can_run(*tensors)
 
 
 def _triton_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
@@ -161,7 +179,11 @@ OPERATOR = register(
     "single_query_attention",
     Implementation("cuda", _run_on("cuda"), _cuda_can_run, automatic=False),
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
+    Implementation("triton", _run_on("triton", "split"), _triton_can_run, automatic=False, form="split"),
     Implementation("cpu", _run_on("cpu"), _cpu_can_run),
+    Implementation("cpu", _run_on("cpu", "vectors"), _vectors_can_run, form="vectors"),
+    Implementation("cpu", _run_on("cpu", "few"), _few_can_run, form="few"),
+    Implementation("cpu", _run_on("cpu", "vectors,few"), _few_vectors_can_run, form="vectors,few"),
     Implementation("reference", _run_reference, lambda query, tokens, extra_token, lengths=None, offsets=None: None),
     workloads=WORKLOADS,
 )

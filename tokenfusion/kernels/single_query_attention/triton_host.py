@@ -8,7 +8,7 @@ import triton
 from tokenfusion.kernels.single_query_attention import triton_kernels, triton_wide_kernels
 from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, statistics_dtype
 
-PROGRAMS_PER_MULTIPROCESSOR = 2
+PROGRAMS_PER_MULTIPROCESSOR = {"": 2, "split": 6}  # by form
 MAX_SPLITS = 32
 MAX_CHANNELS_ON_CHIP = 1024  # whose sums one program holds
 _MULTIPROCESSORS_ELSEWHERE = 132
@@ -46,9 +46,9 @@ def _chunk(channels: int, widest: int) -> int:
     return min(widths, key=lambda width: (triton.cdiv(channels, width) * width, -width))
 
 
-def _splits(batch: int, blocks: int, device: torch.device) -> tuple[int, int]:
+def _splits(batch: int, blocks: int, device: torch.device, form: str = "") -> tuple[int, int]:
     """How many programs share an image's token blocks, and how many blocks each takes; none is left without one."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) // batch
+    wanted = PROGRAMS_PER_MULTIPROCESSOR[form] * _multiprocessors(device) // batch
     blocks_per_split = triton.cdiv(blocks, max(1, min(wanted, MAX_SPLITS, blocks)))
     return triton.cdiv(blocks, blocks_per_split), blocks_per_split
 
@@ -71,12 +71,12 @@ def _layout(query, tokens, extra_token, lengths, offsets):
     )
 
 
-def _plan(query, tokens, extra_token, lengths, offsets, normalize, eps, backward):
+def _plan(query, tokens, extra_token, lengths, offsets, normalize, eps, backward, form=""):
     """(splits, arguments and options that forward_kernel and backward_kernel share)."""
     layout = _layout(query, tokens, extra_token, lengths, offsets)
     channels, rows = layout["C"], layout["N"] + layout["HAS_EXTRA"]
     widest, block_n, num_warps, num_stages = _tile(channels, tokens.element_size(), backward)
-    splits, blocks_per_split = _splits(query.shape[0], triton.cdiv(max(1, rows), block_n), tokens.device)
+    splits, blocks_per_split = _splits(query.shape[0], triton.cdiv(max(1, rows), block_n), tokens.device, form)
     return splits, layout | dict(
         rows_per_split=blocks_per_split * block_n,
         eps=eps,
@@ -93,7 +93,7 @@ def _combine(partial, partial_log_sum_exp, out, log_sum_exp):
     """Sum the splits' partial results in a fixed order; weighted by their log-sum-exp where given."""
     batch, splits, queries, channels = partial.shape
     block_c = 128
-    triton_kernels.combine_kernel[batch, queries, triton.cdiv(channels, block_c)](
+    triton_kernels.combine_kernel[batch * queries, triton.cdiv(channels, block_c)](
         partial,
         partial_log_sum_exp,
         out,
@@ -107,7 +107,7 @@ def _combine(partial, partial_log_sum_exp, out, log_sum_exp):
     )
 
 
-def run_forward(query, tokens, extra_token, lengths, offsets, normalize, eps):
+def run_forward(query, tokens, extra_token, lengths, offsets, normalize, eps, form=""):
     batch, queries, channels = query.shape
     query = query.contiguous()
     extra_token = None if extra_token is None else extra_token.contiguous()
@@ -116,11 +116,11 @@ def run_forward(query, tokens, extra_token, lengths, offsets, normalize, eps):
     if query.numel() == 0:
         return context, log_sum_exp
     if channels > MAX_CHANNELS_ON_CHIP:
-        wide = _Wide(query, tokens, extra_token, lengths, offsets, normalize, eps)
+        wide = _Wide(query, tokens, extra_token, lengths, offsets, normalize, eps, form)
         wide.log_sum_exp(log_sum_exp)
         wide.sum(context, log_sum_exp)
         return context, log_sum_exp
-    splits, plan = _plan(query, tokens, extra_token, lengths, offsets, normalize, eps, backward=False)
+    splits, plan = _plan(query, tokens, extra_token, lengths, offsets, normalize, eps, backward=False, form=form)
     outputs = context, log_sum_exp
     if splits > 1:
         outputs = (
@@ -128,7 +128,7 @@ def run_forward(query, tokens, extra_token, lengths, offsets, normalize, eps):
             query.new_empty(batch, splits, queries, dtype=torch.float32),
         )
     with torch.cuda.device_of(tokens):
-        triton_kernels.forward_kernel[batch, splits, triton.cdiv(queries, plan["BQ"])](
+        triton_kernels.forward_kernel[batch * triton.cdiv(queries, plan["BQ"]), splits](
             query,
             tokens,
             tokens if extra_token is None else extra_token,
@@ -143,17 +143,17 @@ def run_forward(query, tokens, extra_token, lengths, offsets, normalize, eps):
 
 
 def run_backward(
-    grad_context, query, tokens, extra_token, lengths, offsets, context, log_sum_exp, normalize, eps, needed
+    grad_context, query, tokens, extra_token, lengths, offsets, context, log_sum_exp, normalize, eps, needed, form=""
 ):
     batch, queries, channels = query.shape
     grads = empty_gradients(query, tokens, extra_token, needed)
     if query.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
     if channels > MAX_CHANNELS_ON_CHIP:
-        wide = _Wide(query, tokens, extra_token, lengths, offsets, normalize, eps)
+        wide = _Wide(query, tokens, extra_token, lengths, offsets, normalize, eps, form)
         wide.gradients(grad_context.contiguous(), context.contiguous(), log_sum_exp.contiguous(), *grads, needed)
         return grads
-    splits, plan = _plan(query, tokens, extra_token, lengths, offsets, normalize, eps, backward=True)
+    splits, plan = _plan(query, tokens, extra_token, lengths, offsets, normalize, eps, backward=True, form=form)
     query_blocks = range(0, queries, plan["BQ"])
     grad_query, *grad_rows = grads
     if splits > 1 and needed[0]:
@@ -194,14 +194,14 @@ def run_backward(
 class _Wide:
     """A call with more channels than one program holds the sums of: its scores, and what is made of them."""
 
-    def __init__(self, query, tokens, extra_token, lengths, offsets, normalize, eps):
+    def __init__(self, query, tokens, extra_token, lengths, offsets, normalize, eps, form):
         self.query, self.tokens, self.eps = query.contiguous(), tokens, eps
         self.layout = _layout(query, tokens, extra_token, lengths, offsets)
         self.extra_token = tokens if extra_token is None else extra_token.contiguous()
         self.bags = tuple(tokens if each is None else each.contiguous() for each in (lengths, offsets))
         rows = self.layout["N"] + self.layout["HAS_EXTRA"]
         self.batch = query.shape[0]
-        self.splits, _ = _splits(self.batch, triton.cdiv(max(1, rows), _WIDE["BN"]), tokens.device)
+        self.splits, _ = _splits(self.batch, triton.cdiv(max(1, rows), _WIDE["BN"]), tokens.device, form)
         total = tokens.shape[0] * tokens.shape[1] + self.batch * self.layout["HAS_EXTRA"]
         self.scores = query.new_empty(total, query.shape[1], dtype=torch.float32)
         self.normalize = dict(NORMALIZE=normalize)
@@ -211,7 +211,7 @@ class _Wide:
     def _write_scores(self, query, out):
         blocks = triton.cdiv(query.shape[1], _WIDE["BQ"])
         with torch.cuda.device_of(self.tokens):
-            triton_wide_kernels.scores_kernel[self.batch, self.splits, blocks](
+            triton_wide_kernels.scores_kernel[self.batch * blocks, self.splits](
                 query,
                 self.tokens,
                 self.extra_token,
@@ -228,7 +228,7 @@ class _Wide:
         names = ("N", "Q", "HAS_EXTRA", "HAS_LENGTHS", "HAS_OFFSETS")
         block_q = _WIDE["BQ"]
         with torch.cuda.device_of(self.tokens):
-            triton_wide_kernels.log_sum_exp_kernel[self.batch, 1, triton.cdiv(self.query.shape[1], block_q)](
+            triton_wide_kernels.log_sum_exp_kernel[(self.batch * triton.cdiv(self.query.shape[1], block_q),)](
                 self.scores,
                 *self.bags,
                 out,
@@ -246,7 +246,7 @@ class _Wide:
             partial = out.new_empty(self.batch, self.splits, queries, channels, dtype=torch.float32)
         grad_weights, delta, context = backward or (self.scores,) * 3
         with torch.cuda.device_of(self.tokens):
-            triton_wide_kernels.sum_kernel[self.batch, self.splits, blocks](
+            triton_wide_kernels.sum_kernel[self.batch * blocks, self.splits](
                 self.scores,
                 grad_weights,
                 log_sum_exp,
@@ -278,7 +278,7 @@ class _Wide:
         tiles = _WIDE | dict(BC=64, num_stages=1)  # more would spill
         blocks = triton.cdiv(self.layout["C"], tiles["BC"])
         with torch.cuda.device_of(self.tokens):
-            triton_wide_kernels.token_gradients_kernel[self.batch, self.splits, blocks](
+            triton_wide_kernels.token_gradients_kernel[self.batch * blocks, self.splits](
                 self.scores,
                 grad_weights,
                 log_sum_exp,

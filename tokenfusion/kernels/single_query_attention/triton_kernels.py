@@ -1,7 +1,18 @@
-"""Triton kernels of single_query_attention. The C channels are cut into K chunks of BC, held as tuples of blocks."""
+"""Triton kernels of single_query_attention. The C channels are cut into K chunks of BC, held as tuples of blocks.
+
+Images and blocks of queries lie along the first axis of programs, which alone may be longer than 65535; the blocks of
+an image, which read the same tokens, one after the other.
+"""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def split_program(blocks):
+    # (number of the image, number of this program among its blocks)
+    i = tl.program_id(0).to(tl.int64)
+    return i // blocks, i % blocks
 
 
 @triton.jit
@@ -49,6 +60,14 @@ def _center(b_t, b_mean, i_c, C: tl.constexpr):
 
 
 @triton.jit
+def inverse_root(b_x, EXACT: tl.constexpr):
+    b_r = tl.rsqrt(b_x)
+    if EXACT:
+        b_r += 0.5 * b_r * tl.fma(-b_x * b_r, b_r, 1.0)  # a step of Newton's method
+    return b_r
+
+
+@triton.jit
 def _normalize(b_t, m_n, eps, C: tl.constexpr, BC: tl.constexpr):
     b_mean = tl.sum(b_t[0].to(tl.float32), 1)
     for i in tl.static_range(1, len(b_t)):
@@ -62,7 +81,8 @@ def _normalize(b_t, m_n, eps, C: tl.constexpr, BC: tl.constexpr):
         b_var += tl.sum(b_d * b_d, 1)
     b_shift *= 1.0 / C
     b_mean += b_shift
-    b_rstd = tl.where(m_n, tl.rsqrt(b_var * (1.0 / C) - b_shift * b_shift + eps), 0.0)
+    b_var = b_var * (1.0 / C) - b_shift * b_shift
+    b_rstd = tl.where(m_n, inverse_root(b_var + eps, b_t[0].dtype == tl.float32), 0.0)
     b_n = ()
     for i in tl.static_range(len(b_t)):
         b_d = _center(b_t[i], b_mean, i * BC, C)
@@ -71,11 +91,21 @@ def _normalize(b_t, m_n, eps, C: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _dot_queries(b_n, b_q):
+def add_scores(b_s, b_n, b_q, m_n):
+    # [BN, BQ] + [BN, BC] @ [BC, BQ]
+    if b_n.dtype == tl.float32:
+        # a sum of its own for each chunk of the channels: one of all of them would be less exact than eager's;
+        # the choice keeps Triton from making one
+        return b_s + tl.where(m_n[:, None], tl.dot(b_n, b_q, input_precision="ieee"), 0.0)
+    return tl.dot(b_n, b_q, b_s, input_precision="ieee")
+
+
+@triton.jit
+def _dot_queries(b_n, b_q, m_n):
     # K x [BN, BC] @ [BC, BQ] -> [BN, BQ]
     b_s = tl.zeros([b_n[0].shape[0], b_q[0].shape[1]], tl.float32)
     for i in tl.static_range(len(b_n)):
-        b_s = tl.dot(b_n[i], b_q[i], b_s, input_precision="ieee")
+        b_s = add_scores(b_s, b_n[i], b_q[i], m_n)
     return b_s
 
 
@@ -132,10 +162,11 @@ def forward_kernel(
     STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_b, i_q = split_program(tl.cdiv(Q, BQ))
+    i_s = tl.program_id(1)
     tokens += i_b * stride_tb * STRIDE_UNIT
     extra_token += i_b * C
-    o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
+    o_q = i_q * BQ + tl.arange(0, BQ)
     m_q = o_q < Q
 
     b_q = _load_queries(query + i_b * Q * C, o_q, m_q, C, BC)
@@ -157,7 +188,7 @@ def forward_kernel(
         b_n = _load_tokens(p_t, m_n, C, BC)
         if NORMALIZE:
             b_n, _ = _normalize(b_n, m_n, eps, C, BC)
-        b_s = tl.where(m_n[:, None], _dot_queries(b_n, b_q), float("-inf"))
+        b_s = tl.where(m_n[:, None], _dot_queries(b_n, b_q, m_n), float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 0))
         b_scale = tl.exp(b_max - b_new)
         b_p = tl.exp(b_s - b_new[None, :])
@@ -187,7 +218,7 @@ def backward_kernel(
     tokens += i_b * stride_tb * STRIDE_UNIT
     extra_token += i_b * C
     grad_extra_token += i_b * C
-    o_q = first_query + tl.arange(0, BQ)
+    o_q = (first_query + tl.arange(0, BQ)).to(tl.int64)
     m_q = o_q < Q
 
     b_q = _load_queries(query + i_b * Q * C, o_q, m_q, C, BC)
@@ -225,8 +256,8 @@ def backward_kernel(
         b_s = tl.zeros([BN, BQ], tl.float32)
         b_dp = tl.zeros([BN, BQ], tl.float32)
         for i in tl.static_range(len(b_n)):
-            b_s = tl.dot(b_n[i], b_q[i], b_s, input_precision="ieee")
-            b_dp = tl.dot(b_n[i], b_g[i], b_dp, input_precision="ieee")
+            b_s = add_scores(b_s, b_n[i], b_q[i], m_n)
+            b_dp = add_scores(b_dp, b_n[i], b_g[i], m_n)
         b_p = tl.where(m_n[:, None] & m_q[None, :], tl.exp(b_s - b_lse[None, :]), 0.0)
         b_ds = b_p * (b_dp - b_delta[None, :])
         if NEED_QUERY:
@@ -274,7 +305,8 @@ def combine_kernel(
     partial, partial_log_sum_exp, out, log_sum_exp, S, Q,
     C: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_q, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    i_b, i_q = split_program(Q)
+    i_c = tl.program_id(1)
     o_s = tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
     m_s = o_s < S

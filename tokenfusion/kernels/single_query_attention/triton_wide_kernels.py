@@ -7,7 +7,13 @@ their sum. A row is a token, or an image's extra token, which comes before its o
 import triton
 import triton.language as tl
 
-from tokenfusion.kernels.single_query_attention.triton_kernels import _bag, _row_pointers
+from tokenfusion.kernels.single_query_attention.triton_kernels import (
+    _bag,
+    _row_pointers,
+    add_scores,
+    inverse_root,
+    split_program,
+)
 
 
 @triton.jit
@@ -57,7 +63,9 @@ def _statistics(p_t, m_n, eps, C: tl.constexpr, BC: tl.constexpr):
         b_shift += tl.sum(b_d, 1)
         b_var += tl.sum(b_d * b_d, 1)
     b_shift *= 1.0 / C
-    return b_mean + b_shift, tl.where(m_n, tl.rsqrt(b_var * (1.0 / C) - b_shift * b_shift + eps), 0.0)
+    b_var = b_var * (1.0 / C) - b_shift * b_shift
+    is_exact: tl.constexpr = p_t.dtype.element_ty == tl.float32
+    return b_mean + b_shift, tl.where(m_n, inverse_root(b_var + eps, is_exact), 0.0)
 
 
 @triton.jit(do_not_specialize=["N", "Q", "stride_tb", "stride_tn"])
@@ -68,13 +76,13 @@ def scores_kernel(
     STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64)
+    i_b, i_q = split_program(tl.cdiv(Q, BQ))
     i_t, i_r, rows, start, end = _share(lengths, offsets, i_b, N, BN, HAS_EXTRA, HAS_LENGTHS, HAS_OFFSETS)
     tokens += i_b * stride_tb * STRIDE_UNIT
     if HAS_OFFSETS:
         tokens += i_t * stride_tn * STRIDE_UNIT
     extra_token += i_b * C
-    o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
+    o_q = i_q * BQ + tl.arange(0, BQ)
     for i_n in range(start, end, BN):
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < rows
@@ -89,7 +97,7 @@ def scores_kernel(
             if NORMALIZE:
                 b_n = _normalized(b_n, b_mean, b_rstd)
             b_q = _load_queries(query, i_b, o_q, i_c, Q, C, BC)
-            b_s = tl.dot(b_n, tl.trans(b_q), b_s, input_precision="ieee")
+            b_s = add_scores(b_s, b_n, tl.trans(b_q), m_n)
         m_nq = m_n[:, None] & (o_q < Q)[None, :]
         tl.store(scores + (i_r + o_n)[:, None] * Q + o_q[None, :], b_s, mask=m_nq)
 
@@ -100,9 +108,9 @@ def log_sum_exp_kernel(
     BN: tl.constexpr, BQ: tl.constexpr,
     HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64)
+    i_b, i_q = split_program(tl.cdiv(Q, BQ))
     _, i_r, rows, _, _ = _share(lengths, offsets, i_b, N, BN, HAS_EXTRA, HAS_LENGTHS, HAS_OFFSETS)
-    o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
+    o_q = i_q * BQ + tl.arange(0, BQ)
     m_q = o_q < Q
     b_max = tl.full([BQ], float("-inf"), tl.float32)
     b_sum = tl.zeros([BQ], tl.float32)
@@ -142,14 +150,16 @@ def sum_kernel(
     STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    blocks_c: tl.constexpr = (C + BC - 1) // BC
+    i_b, i_qc = split_program(tl.cdiv(Q, BQ) * blocks_c)
+    i_s = tl.program_id(1)
     i_t, i_r, rows, start, end = _share(lengths, offsets, i_b, N, BN, HAS_EXTRA, HAS_LENGTHS, HAS_OFFSETS)
     tokens += i_b * stride_tb * STRIDE_UNIT
     if HAS_OFFSETS:
         tokens += i_t * stride_tn * STRIDE_UNIT
     extra_token += i_b * C
-    i_c = tl.program_id(2) % tl.cdiv(C, BC) * BC
-    o_q = tl.program_id(2) // tl.cdiv(C, BC) * BQ + tl.arange(0, BQ)
+    i_c = i_qc % blocks_c * BC
+    o_q = i_qc // blocks_c * BQ + tl.arange(0, BQ)
     b_o = tl.zeros([BQ, BC], tl.float32)
     b_excess = tl.zeros([BQ], tl.float32)
     for i_n in range(start, end, BN):
@@ -182,7 +192,7 @@ def token_gradients_kernel(
     STRIDE_UNIT: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     NORMALIZE: tl.constexpr, NEED_TOKENS: tl.constexpr, NEED_EXTRA: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64)
+    i_b, i_c = split_program((C + BC - 1) // BC)
     i_t, i_r, rows, start, end = _share(lengths, offsets, i_b, N, BN, HAS_EXTRA, HAS_LENGTHS, HAS_OFFSETS)
     tokens += i_b * stride_tb * STRIDE_UNIT
     if HAS_OFFSETS:
@@ -190,7 +200,7 @@ def token_gradients_kernel(
     grad_tokens += i_t * C
     extra_token += i_b * C
     grad_extra_token += i_b * C
-    i_c = tl.program_id(2) * BC
+    i_c *= BC
     o_c = i_c + tl.arange(0, BC)
     if not NEED_TOKENS:
         end = tl.minimum(end, HAS_EXTRA)
@@ -198,6 +208,7 @@ def token_gradients_kernel(
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < rows
         b_d = tl.zeros([BN, BC], tl.float32)
+        b_e = tl.zeros([BN, BC], tl.float32)  # two products of one loop into one accumulator are wrong on tcgen05
         b_sum = tl.zeros([BN], tl.float32)
         b_slope = tl.zeros([BN], tl.float32)
         for i_q in range(0, Q, BQ):
@@ -209,12 +220,13 @@ def token_gradients_kernel(
             b_q = _load_queries(query, i_b, o_q, i_c, Q, C, BC)
             # [BN, BQ] @ [BQ, BC] -> [BN, BC]
             b_d = tl.dot(b_p.to(b_g.dtype), b_g, b_d, input_precision="ieee")
-            b_d = tl.dot(b_ds.to(b_q.dtype), b_q, b_d, input_precision="ieee")
+            b_e = tl.dot(b_ds.to(b_q.dtype), b_q, b_e, input_precision="ieee")
             if NORMALIZE:
                 b_g_sum = tl.load(grad_sum + i_b * Q + o_q, mask=o_q < Q, other=0.0)
                 b_q_sum = tl.load(query_sum + i_b * Q + o_q, mask=o_q < Q, other=0.0)
                 b_sum += tl.sum(b_p * b_g_sum[None, :] + b_ds * b_q_sum[None, :], 1)
                 b_slope += tl.sum(b_p * b_dp + b_ds * b_s, 1)
+        b_d += b_e
         if NORMALIZE:
             p_t = _row_pointers(tokens, extra_token, o_n, stride_tn, STRIDE_UNIT, HAS_EXTRA)
             b_mean = tl.load(mean + i_r + o_n, mask=m_n, other=0.0)

@@ -13,6 +13,7 @@ from tokenfusion.kernels.tied_ffn.shapes import empty_gradients, empty_outputs
 from tokenfusion.kernels.tied_ffn.workloads import WORKLOADS
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_TRITON_TILES = "small", "deep"  # see _options in triton_host.py
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # hidden is the pre-activation x W^T + bias_in; of size 0 where it is not held and has to be computed again
@@ -59,15 +60,16 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_KERNELS = define_differentiable("tied_ffn", ("cpu", "triton"), _FORWARD, _BACKWARD)
+_BACKENDS = "cpu", "triton"
+_KERNELS = define_differentiable("tied_ffn", _BACKENDS, _FORWARD, _BACKWARD, with_forms=_BACKENDS)
 
 
-def _run_on(backend: str, *, holds: bool = False):
+def _run_on(backend: str, *form: str, holds: bool = False):
     def run(x, weight, bias_in, bias_out, activation, recompute):
         tensors = (x, weight, bias_in, bias_out)
         wanted = holds if recompute == "auto" else not recompute
         hold = wanted and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return _KERNELS[backend](*tensors, activation, hold)[0]
+        return _KERNELS[backend](*tensors, activation, hold, *form)[0]
 
     return run
 
@@ -88,6 +90,16 @@ def _triton_can_run(x, weight, bias_in, bias_out) -> str | None:
     return triton_support.why_not_tensor(x) or _why_not_dtype(x, _TRITON_DTYPES)
 
 
+def _blas_can_run(x, weight, bias_in, bias_out) -> str | None:
+    reason = _cpu_can_run(x, weight, bias_in, bias_out)
+    return reason or (None if x.dtype == torch.float32 else "it differs in float32 alone")
+
+
+def _tiles_can_run(x, weight, bias_in, bias_out) -> str | None:
+    reason = _triton_can_run(x, weight, bias_in, bias_out)
+    return reason or ("there is one size of tiles in float32" if x.dtype == torch.float32 else None)
+
+
 def _holding(can_run):
     def holding_can_run(*tensors) -> str | None:
         trains = any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -100,8 +112,11 @@ OPERATOR = register(
     "tied_ffn",
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
     Implementation("triton", _run_on("triton", holds=True), _holding(_triton_can_run), automatic=False, form="hold"),
+    *(Implementation("triton", _run_on("triton", t), _tiles_can_run, automatic=False, form=t) for t in _TRITON_TILES),
     Implementation("cpu", _run_on("cpu"), _cpu_can_run),
     Implementation("cpu", _run_on("cpu", holds=True), _holding(_cpu_can_run), form="hold"),
+    Implementation("cpu", _run_on("cpu", "blas"), _blas_can_run, form="blas"),
+    Implementation("cpu", _run_on("cpu", "blas", holds=True), _holding(_blas_can_run), form="blas,hold"),
     Implementation("reference", _run_reference, lambda x, weight, bias_in, bias_out: None),
     workloads=WORKLOADS,
 )

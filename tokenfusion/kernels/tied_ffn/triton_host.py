@@ -11,19 +11,26 @@ ROWS_PER_SPLIT = 1024  # tokens of one partial sum of the weight's gradient, at 
 MAX_SPLITS = 16
 
 
-def _options(itemsize: int, accumulators: int = 1) -> dict[str, int]:
-    """Tile sizes in the order rows, columns, depth of a product, and how they run; none spills on sm_80 to sm_100."""
+def _options(itemsize: int, form: str, accumulators: int = 1) -> dict[str, int]:
+    """Tile sizes in the order rows, columns, depth of a product, and how they run; none spills on sm_80 to sm_100.
+
+    Forms: "small" tiles, of which there are more where the tokens are few, and "deep" ones, which wait for memory half
+    as often.
+    """
     if itemsize == 4:
         return {"rows": 32, "columns": 32, "depth": 16, "num_warps": 4, "num_stages": 2}
-    return {"rows": 128 // accumulators, "columns": 128, "depth": 32, "num_warps": 8, "num_stages": 3}
+    if form == "small":
+        return {"rows": 64, "columns": 64, "depth": 64, "num_warps": 4, "num_stages": 3}
+    depth = 64 if form == "deep" else 32
+    return {"rows": 128 // accumulators, "columns": 128, "depth": depth, "num_warps": 8, "num_stages": 3}
 
 
-def _linear(x, weight, bias, out, *, transposed: bool, activation: str = "identity", held=None) -> None:
+def _linear(x, weight, bias, out, form: str, *, transposed: bool, activation: str = "identity", held=None) -> None:
     """out = activation(x weight^T + bias) where transposed, else of x weight + bias; held gets its argument."""
     rows, depth = x.shape
     columns = out.shape[1]
-    tile = _options(x.element_size())
-    triton_kernels.linear_kernel[triton.cdiv(columns, tile["columns"]), triton.cdiv(rows, tile["rows"])](
+    tile = _options(x.element_size(), form)
+    triton_kernels.linear_kernel[(triton.cdiv(columns, tile["columns"]) * triton.cdiv(rows, tile["rows"]),)](
         x,
         weight,
         weight if bias is None else bias,
@@ -48,7 +55,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
-def run_forward(x, weight, bias_in, bias_out, activation, hold):
+def run_forward(x, weight, bias_in, bias_out, activation, hold, form=""):
     bias_in, bias_out = _contiguous(bias_in), _contiguous(bias_out)
     y, hidden = empty_outputs(x, weight, hold)
     if y.numel() == 0:
@@ -81,8 +88,8 @@ def run_forward(x, weight, bias_in, bias_out, activation, hold):
         else:
             activated = x.new_empty(len(rows), features)
             held = hidden.view(-1, features) if hold else None
-            _linear(rows, weight, bias_in, activated, transposed=True, activation=activation, held=held)
-            _linear(activated, weight, bias_out, flat_y, transposed=False)
+            _linear(rows, weight, bias_in, activated, form, transposed=True, activation=activation, held=held)
+            _linear(activated, weight, bias_out, flat_y, form, transposed=False)
     return y, hidden
 
 
@@ -90,7 +97,7 @@ def _contiguous(bias):
     return None if bias is None else bias.contiguous()
 
 
-def run_backward(grad_y, x, weight, bias_in, hidden, activation, needed):
+def run_backward(grad_y, x, weight, bias_in, hidden, activation, needed, form=""):
     bias_in, hidden = _contiguous(bias_in), hidden.contiguous()
     grads = empty_gradients(x, weight, needed)
     if x.numel() == 0:
@@ -101,11 +108,11 @@ def run_backward(grad_y, x, weight, bias_in, hidden, activation, needed):
     activated, grad_hidden = x.new_empty(2, len(rows), features)
     with torch.cuda.device_of(x):
         if any(needed[:3]):
-            _hidden_backward(rows, grad_rows, weight, bias_in, hidden, activated, grad_hidden, activation)
+            _hidden_backward(rows, grad_rows, weight, bias_in, hidden, activated, grad_hidden, activation, form)
         if needed[0]:
-            _linear(grad_hidden, weight, None, grad_x.view(-1, channels), transposed=False)
+            _linear(grad_hidden, weight, None, grad_x.view(-1, channels), form, transposed=False)
         if needed[1]:
-            grad_weight.copy_(_grad_weight(rows, grad_rows, activated, grad_hidden).sum(0))
+            grad_weight.copy_(_grad_weight(rows, grad_rows, activated, grad_hidden, form).sum(0))
         if needed[2]:
             grad_bias_in.copy_(grad_hidden.sum(0, dtype=torch.float32))
         if needed[3]:
@@ -113,12 +120,12 @@ def run_backward(grad_y, x, weight, bias_in, hidden, activation, needed):
     return grads
 
 
-def _hidden_backward(x, grad_y, weight, bias_in, hidden, activated, grad_hidden, activation) -> None:
+def _hidden_backward(x, grad_y, weight, bias_in, hidden, activated, grad_hidden, activation, form) -> None:
     features, channels = weight.shape
     held = hidden.numel() > 0
-    tile = _options(x.element_size(), accumulators=2)
-    grid = triton.cdiv(features, tile["columns"]), triton.cdiv(len(x), tile["rows"])
-    triton_kernels.hidden_backward_kernel[grid](
+    tile = _options(x.element_size(), form, accumulators=2)
+    programs = triton.cdiv(features, tile["columns"]) * triton.cdiv(len(x), tile["rows"])
+    triton_kernels.hidden_backward_kernel[(programs,)](
         x,
         grad_y,
         weight,
@@ -140,15 +147,15 @@ def _hidden_backward(x, grad_y, weight, bias_in, hidden, activated, grad_hidden,
     )
 
 
-def _grad_weight(x, grad_y, activated, grad_hidden) -> torch.Tensor:
+def _grad_weight(x, grad_y, activated, grad_hidden, form) -> torch.Tensor:
     """Partial sums [splits, F, C] over consecutive tokens, in float32."""
     (count, channels), features = x.shape, activated.shape[1]
-    tile = _options(x.element_size())
+    tile = _options(x.element_size(), form)
     rows_per_split = max(ROWS_PER_SPLIT, triton.cdiv(triton.cdiv(count, MAX_SPLITS), tile["depth"]) * tile["depth"])
     splits = triton.cdiv(count, rows_per_split)
     partial = x.new_empty(splits, features, channels, dtype=torch.float32)
-    grid = triton.cdiv(features, tile["rows"]), triton.cdiv(channels, tile["columns"]), splits
-    triton_kernels.grad_weight_kernel[grid](
+    programs = triton.cdiv(features, tile["rows"]) * triton.cdiv(channels, tile["columns"]) * splits
+    triton_kernels.grad_weight_kernel[(programs,)](
         x,
         grad_y,
         activated,

@@ -1,4 +1,8 @@
-"""Triton kernels of tied_ffn. M tokens, F features of the hidden layer, C channels; matrices are contiguous."""
+"""Triton kernels of tied_ffn. M tokens, F features of the hidden layer, C channels; matrices are contiguous.
+
+Programs lie along one axis, which alone may be longer than 65535. The columns of a result go by first: programs that
+run together read the same rows, each of which comes from memory once, and the weight, which stays in the cache.
+"""
 
 import triton
 import triton.language as tl
@@ -35,8 +39,8 @@ def _slope(b_u, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _block(i, SIZE: tl.constexpr, limit):
-    o = i * SIZE + tl.arange(0, SIZE)
-    return o.to(tl.int64), o < limit
+    o = i.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    return o, o < limit
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -46,13 +50,15 @@ def linear_kernel(
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, HOLD: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     # weight is [N, K] where TRANSPOSED, else [K, N]
-    o_m, m_m = _block(tl.program_id(1), BM, M)
-    o_n, m_n = _block(tl.program_id(0), BN, N)
+    i = tl.program_id(0)
+    blocks_n: tl.constexpr = (N + BN - 1) // BN
+    o_m, m_m = _block(i // blocks_n, BM, M)
+    o_n, m_n = _block(i % blocks_n, BN, N)
     stride_k = 1 if TRANSPOSED else N
     stride_n = K if TRANSPOSED else 1
     b_o = tl.zeros([BM, BN], tl.float32)
     for i_k in range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
+        o_k = (i_k + tl.arange(0, BK)).to(tl.int64)
         m_k = o_k < K
         b_x = tl.load(x + o_m[:, None] * K + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_w = tl.load(
@@ -81,7 +87,7 @@ def narrow_forward_kernel(
     b_x = tl.load(x + o_m[:, None] * C + o_c[None, :], mask=m_x, other=0.0)
     b_y = tl.zeros([BM, BC], tl.float32)
     for i_f in range(0, F, BF):
-        o_f = i_f + tl.arange(0, BF)
+        o_f = (i_f + tl.arange(0, BF)).to(tl.int64)
         m_f = o_f < F
         b_w = tl.load(weight + o_f[:, None] * C + o_c[None, :], mask=m_f[:, None] & m_c[None, :], other=0.0)
         # [BM, BC] @ [BC, BF] -> [BM, BF]
@@ -102,8 +108,10 @@ def hidden_backward_kernel(
     HAS_BIAS: tl.constexpr, HELD: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     # u and the gradient of the activated layer from one read of the weight
-    o_m, m_m = _block(tl.program_id(1), BM, M)
-    o_f, m_f = _block(tl.program_id(0), BF, F)
+    i = tl.program_id(0)
+    blocks_f: tl.constexpr = (F + BF - 1) // BF
+    o_m, m_m = _block(i // blocks_f, BM, M)
+    o_f, m_f = _block(i % blocks_f, BF, F)
     b_u = tl.zeros([BM, BF], tl.float32)
     b_g = tl.zeros([BM, BF], tl.float32)
     for i_c in range(0, C, BC):
@@ -125,27 +133,36 @@ def hidden_backward_kernel(
     tl.store(grad_hidden + o_mf, (b_g * _slope(b_u, ACTIVATION)).to(grad_hidden.dtype.element_ty), mask=m_mf)
 
 
+@triton.jit
+def _add_product(
+    b_w, hidden, rows, first, count, o_f, m_f, o_c, m_c, M,
+    F: tl.constexpr, C: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    # a loop of its own for each use of the weight: two products of one loop into one accumulator are wrong on tcgen05
+    for i_m in range(0, count, BM):
+        o_m = first + i_m + tl.arange(0, BM)
+        m_m = o_m < M
+        b_h = tl.load(hidden + o_f[:, None] + o_m[None, :] * F, mask=m_f[:, None] & m_m[None, :], other=0.0)
+        b_r = tl.load(rows + o_m[:, None] * C + o_c[None, :], mask=m_m[:, None] & m_c[None, :], other=0.0)
+        # [BF, BM] @ [BM, BC] -> [BF, BC]
+        b_w = tl.dot(b_h, b_r, b_w, input_precision="ieee")
+    return b_w
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
 def grad_weight_kernel(
     x, grad_y, activated, grad_hidden, partial, M, rows_per_split,
     F: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    # both uses of the weight into one accumulator
-    i_s = tl.program_id(2)
-    o_f, m_f = _block(tl.program_id(0), BF, F)
-    o_c, m_c = _block(tl.program_id(1), BC, C)
+    i = tl.program_id(0)
+    blocks_f: tl.constexpr = (F + BF - 1) // BF
+    blocks_c: tl.constexpr = (C + BC - 1) // BC
+    o_f, m_f = _block(i % blocks_f, BF, F)
+    o_c, m_c = _block(i // blocks_f % blocks_c, BC, C)
+    i_s = (i // blocks_f // blocks_c).to(tl.int64)
+    first = i_s * rows_per_split
     b_w = tl.zeros([BF, BC], tl.float32)
-    for i_m in range(0, rows_per_split, BM):
-        o_m = (i_s * rows_per_split + i_m + tl.arange(0, BM)).to(tl.int64)
-        m_m = o_m < M
-        o_fm = o_f[:, None] + o_m[None, :] * F
-        m_fm = m_f[:, None] & m_m[None, :]
-        o_mc = o_m[:, None] * C + o_c[None, :]
-        m_mc = m_m[:, None] & m_c[None, :]
-        # [BF, BM] @ [BM, BC] -> [BF, BC]
-        b_du = tl.load(grad_hidden + o_fm, mask=m_fm, other=0.0)
-        b_w = tl.dot(b_du, tl.load(x + o_mc, mask=m_mc, other=0.0), b_w, input_precision="ieee")
-        b_a = tl.load(activated + o_fm, mask=m_fm, other=0.0)
-        b_w = tl.dot(b_a, tl.load(grad_y + o_mc, mask=m_mc, other=0.0), b_w, input_precision="ieee")
-    p_w = partial + i_s.to(tl.int64) * F * C + o_f[:, None] * C + o_c[None, :]
+    b_w = _add_product(b_w, grad_hidden, x, first, rows_per_split, o_f, m_f, o_c, m_c, M, F, C, BM)
+    b_w = _add_product(b_w, activated, grad_y, first, rows_per_split, o_f, m_f, o_c, m_c, M, F, C, BM)
+    p_w = partial + i_s * F * C + o_f[:, None] * C + o_c[None, :]
     tl.store(p_w, b_w, mask=m_f[:, None] & m_c[None, :])

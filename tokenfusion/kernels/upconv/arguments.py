@@ -54,9 +54,36 @@ def _why_not_kernel(x: torch.Tensor, weight: torch.Tensor, dtypes: tuple[torch.d
     return None
 
 
-def cpu_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def cpu_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
     return extension.why_not_tensor(x) or _why_not_kernel(x, weight, _CPU_DTYPES)
 
 
-def triton_can_run(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    return triton_support.why_not_tensor(x) or _why_not_kernel(x, weight, _TRITON_DTYPES)
+def _library_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
+    reason = cpu_can_run(x, weight)
+    return reason or (None if extension.own_product_takes(x.dtype) else "every product is the library's")
+
+
+def _tiles_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
+    reason = cpu_can_run(x, weight)
+    return reason or (None if x.dtype == torch.float32 else "it differs in float32 alone")
+
+
+CPU_FORMS = {"library": _library_can_run, "tiles": _tiles_can_run}  # see csrc/cpu/upconv_gemm.h
+
+
+def triton_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
+    return triton_support.why_not_tensor(x) or _why_not_kernel(x, weight, _TRITON_DTYPES) or _why_not_image(x, weight)
+
+
+def _why_not_image(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Kernels count the pixels of an image in 32 bits; there may be more in a batch."""
+    pixels = x.shape[2] * x.shape[3] * weight.shape[2] ** 2
+    return None if pixels < 1 << 31 else f"an image of the result has {pixels} pixels, expected fewer than 2^31"
+
+
+def _deep_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
+    reason = triton_can_run(x, weight)
+    return reason or ("there is one size of tiles in float32" if x.dtype == torch.float32 else None)
+
+
+TRITON_FORMS = {"deep": _deep_can_run}  # see concat/triton_host.py

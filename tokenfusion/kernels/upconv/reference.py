@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from tokenfusion.kernels.checks import symbolic
+from tokenfusion.kernels.dispatch import transform
+from tokenfusion.kernels.upconv.shapes import gives_channels_last, memory_format
 
 
 def upconv_concat(
@@ -25,20 +27,50 @@ def upconv_concat(
     not exist. In the backward pass the gradient of the product is read from its slice of the output's gradient by the
     inverse rearrangement, and the gradient of the skip is the other slice.
     """
-    scale = weight.shape[2]
-    up = F.conv_transpose2d(x, weight, bias, stride=scale if symbolic(scale) else int(scale))
+    trains = torch.is_grad_enabled() and x.requires_grad
+    make_up = _up_as_product if trains and convolution_gives_wrong_gradient(x) else _up
+    up = make_up(x, weight, bias)
     if skip is None:
         return up
     return torch.cat((skip, up) if skip_first else (up, skip), dim=1)
 
 
-def up_as_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _up(x, weight, bias):
+    scale = weight.shape[2]
+    return F.conv_transpose2d(x, weight, bias, stride=scale if symbolic(scale) else int(scale))
+
+
+def convolution_gives_wrong_gradient(x: torch.Tensor) -> bool:
+    """May PyTorch's gradient of x be wrong?
+
+    It is a convolution of the output's gradient. That of oneDNN in PyTorch 2.11 is as wrong as random numbers in
+    bfloat16 on processors with AMX, for fewer than 32 channels where channels x k is a multiple of 32 and not 32. In
+    float16 it is right, and takes many times as long as a product.
+    """
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _up_as_product(x, weight, bias):
+    up = up_as_product(x, weight, bias)
+    if transform() is not None:  # memory formats are nothing to it
+        return up
+    return up.contiguous(memory_format=memory_format(gives_channels_last(x)))
+
+
+def up_as_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The up-convolution as the matrix product above: what second derivatives are taken of.
 
     PyTorch's second derivative of a convolution does not take symbolic sizes.
     """
     up = torch.einsum("bcyx,cdij->bdyixj", x, weight).flatten(4, 5).flatten(2, 3)
-    return up + bias[:, None, None]
+    return up if bias is None else up + bias[:, None, None]
+
+
+def gradient_as_product(grad_up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """That of x, as the product above."""
+    scale = weight.shape[2]
+    patches = grad_up.unflatten(3, (-1, scale)).unflatten(2, (-1, scale))
+    return torch.einsum("bdyixj,cdij->bcyx", patches, weight)
 
 
 def upconv_concat_project(

@@ -7,7 +7,7 @@ from tokenfusion.kernels.checks import autocast, check_floating, check_not_recor
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.library import Form, define_differentiable, define_without_gradient, second_order
 from tokenfusion.kernels.upconv import reference
-from tokenfusion.kernels.upconv.arguments import check_upconv, cpu_can_run, triton_can_run
+from tokenfusion.kernels.upconv.arguments import CPU_FORMS, TRITON_FORMS, check_upconv, cpu_can_run, triton_can_run
 from tokenfusion.kernels.upconv.concat import flops
 from tokenfusion.kernels.upconv.concat.workloads import WORKLOADS
 from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
@@ -60,16 +60,19 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_KERNELS = define_differentiable("upconv_concat", ("cpu", "triton"), _FORWARD, _BACKWARD)
+_BACKENDS = "cpu", "triton"
+_KERNELS = define_differentiable("upconv_concat", _BACKENDS, _FORWARD, _BACKWARD, with_forms=_BACKENDS)
+_WRITE = {
+    backend: define_without_gradient(f"upconv_concat_out_{backend}", _OUT_SCHEMA, flops=flops.forward, has_forms=True)
+    for backend in _KERNELS
+}
 
 
-def _run_on(backend: str):
-    write = define_without_gradient(f"upconv_concat_out_{backend}", _OUT_SCHEMA, flops=flops.forward)
-
+def _run_on(backend: str, *form: str):
     def run(x, weight, bias, skip, skip_first, out):
         if out is None:
-            return _KERNELS[backend](x, weight, bias, skip, skip_first, gives_channels_last(x, skip))
-        write(x, weight, bias, skip, skip_first, out)
+            return _KERNELS[backend](x, weight, bias, skip, skip_first, gives_channels_last(x, skip), *form)
+        _WRITE[backend](x, weight, bias, skip, skip_first, out, *form)
         return out
 
     return run
@@ -83,7 +86,12 @@ def _run_reference(x, weight, bias, skip, skip_first, out):
 OPERATOR = register(
     "upconv_concat",
     Implementation("triton", _run_on("triton"), triton_can_run, automatic=False),
+    *(
+        Implementation("triton", _run_on("triton", form), can_run, automatic=False, form=form)
+        for form, can_run in TRITON_FORMS.items()
+    ),
     Implementation("cpu", _run_on("cpu"), cpu_can_run),
+    *(Implementation("cpu", _run_on("cpu", form), can_run, form=form) for form, can_run in CPU_FORMS.items()),
     Implementation("reference", _run_reference, lambda x, weight: None),
     workloads=WORKLOADS,
 )

@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def coarse_offsets(o_p, height, width, stride_b, stride_y, stride_x):
-    o_p = o_p.to(tl.int64)
+    # o_p is int64
     return o_p // (height * width) * stride_b + o_p // width % height * stride_y + o_p % width * stride_x
 
 
@@ -57,7 +57,7 @@ def forward_kernel(
     i = tl.program_id(0)
     if i < products:
         N: tl.constexpr = C * S * S
-        o_p = i // blocks_n * BP + tl.arange(0, BP)
+        o_p = (i // blocks_n).to(tl.int64) * BP + tl.arange(0, BP)
         o_n = i % blocks_n * BN + tl.arange(0, BN)
         m_p, m_n = o_p < P, o_n < N
         p_x = x + coarse_offsets(o_p, height, width, x_b, x_y, x_x)
@@ -66,7 +66,7 @@ def forward_kernel(
         for i_k in range(0, K, BK):
             o_k = i_k + tl.arange(0, BK)
             m_k = o_k < K
-            b_x = tl.load(p_x[:, None] + o_k[None, :] * x_c, mask=m_p[:, None] & m_k[None, :], other=0.0)
+            b_x = tl.load(p_x[:, None] + o_k[None, :].to(tl.int64) * x_c, mask=m_p[:, None] & m_k[None, :], other=0.0)
             b_w = tl.load(
                 weight + o_k[:, None].to(tl.int64) * w_k + o_w[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0
             )
@@ -93,7 +93,7 @@ def grad_x_kernel(
 ):  # fmt: skip
     N: tl.constexpr = C * S * S
     i = tl.program_id(0)
-    o_p = i // blocks_k * BP + tl.arange(0, BP)
+    o_p = (i // blocks_k).to(tl.int64) * BP + tl.arange(0, BP)
     o_k = i % blocks_k * BN + tl.arange(0, BN)
     m_p, m_k = o_p < P, o_k < K
     p_g = grad_up + coarse_offsets(o_p, height, width, g_b, S * g_y, S * g_x)
@@ -109,7 +109,11 @@ def grad_x_kernel(
         )
         b_d = tl.dot(b_g, b_w, b_d, input_precision="ieee")  # [BP, BK] @ [BK, BN] -> [BP, BN]
     p_d = grad_x + coarse_offsets(o_p, height, width, x_b, x_y, x_x)
-    tl.store(p_d[:, None] + o_k[None, :] * x_c, b_d.to(grad_x.dtype.element_ty), mask=m_p[:, None] & m_k[None, :])
+    tl.store(
+        p_d[:, None] + o_k[None, :].to(tl.int64) * x_c,
+        b_d.to(grad_x.dtype.element_ty),
+        mask=m_p[:, None] & m_k[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["P", "height", "width", "blocks_n", "rows_per_split"])
@@ -122,7 +126,7 @@ def grad_weight_kernel(
 ):  # fmt: skip
     # partial [splits, K, C, S, S], each in the strides of the weight
     N: tl.constexpr = C * S * S
-    i, i_s = tl.program_id(0), tl.program_id(1)
+    i, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_k = i // blocks_n * BP + tl.arange(0, BP)
     o_n = i % blocks_n * BN + tl.arange(0, BN)
     m_k, m_n = o_k < K, o_n < N
@@ -133,9 +137,9 @@ def grad_weight_kernel(
         m_p = o_p < P
         o_x = coarse_offsets(o_p, height, width, x_b, x_y, x_x)
         o_m = coarse_offsets(o_p, height, width, g_b, S * g_y, S * g_x)
-        b_x = tl.load(x + o_x[None, :] + o_k[:, None] * x_c, mask=m_k[:, None] & m_p[None, :], other=0.0)
+        b_x = tl.load(x + o_x[None, :] + o_k[:, None].to(tl.int64) * x_c, mask=m_k[:, None] & m_p[None, :], other=0.0)
         b_g = tl.load(grad_up + o_m[:, None] + o_g[None, :], mask=m_p[:, None] & m_n[None, :], other=0.0)
         b_d = tl.dot(b_x, b_g, b_d, input_precision="ieee")  # [BP, BK] @ [BK, BN] -> [BP, BN]
     _, o_w = column_offsets(o_n, w_c, w_y, w_x, C, S, CHANNELS_LAST)
-    p_d = partial + i_s.to(tl.int64) * K * N + o_k[:, None].to(tl.int64) * w_k + o_w[None, :]
+    p_d = partial + i_s * K * N + o_k[:, None].to(tl.int64) * w_k + o_w[None, :]
     tl.store(p_d, b_d, mask=m_k[:, None] & m_n[None, :])

@@ -1,14 +1,17 @@
 """upconv_concat_project and upconv_add: argument checks, registration, autograd and the public functions."""
 
+from collections.abc import Iterator
+
 import torch
 
 from tokenfusion.kernels import triton_support
 from tokenfusion.kernels.checks import autocast, check_floating, check_rank, check_same, symbolic
-from tokenfusion.kernels.dispatch import Implementation, Operator, register, transform
+from tokenfusion.kernels.dispatch import Implementation, register, transform
 from tokenfusion.kernels.library import Form, define_differentiable, second_order
 from tokenfusion.kernels.upconv import reference
-from tokenfusion.kernels.upconv.arguments import check_upconv, cpu_can_run, triton_can_run
+from tokenfusion.kernels.upconv.arguments import CPU_FORMS, TRITON_FORMS, check_upconv, cpu_can_run, triton_can_run
 from tokenfusion.kernels.upconv.project import flops
+from tokenfusion.kernels.upconv.project.workloads import WORKLOADS, WORKLOADS_OF_ADD
 from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
 
 _TENSORS = "Tensor x, Tensor weight, {}Tensor? skip, Tensor? proj_up, Tensor? proj_skip"
@@ -66,23 +69,74 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_KERNELS = define_differentiable("upconv_concat_project", ("cpu", "triton"), _FORWARD, _BACKWARD)
+_BACKENDS = "cpu", "triton"
+_KERNELS = define_differentiable("upconv_concat_project", _BACKENDS, _FORWARD, _BACKWARD, with_forms=_BACKENDS)
+
+_MULTIPLICATIONS_PER_MOVE = 16  # in the time in which memory takes or gives a number
 
 
-def _run_on(backend: str):
+def _composing_pays(x: torch.Tensor, weight: torch.Tensor, proj_up: torch.Tensor | None) -> bool:
+    """Do P_up U and (P_up U) x take less work than U x and P_up (U x)?
+
+    Multiplications, for each offset (i, j), and P_up U being written, brought into the order of the product and read.
+    Backward, both take twice as much, and U x, which is not kept, is computed again.
+    """
+    if proj_up is None:
+        return False
+    pixels, projected = x.shape[0] * x.shape[2] * x.shape[3], proj_up.shape[0]
+    channels, up_channels = weight.shape[:2]
+    trains = torch.is_grad_enabled() and proj_up.requires_grad
+    passes, again = (3, pixels * channels * up_channels) if trains else (1, 0)
+    composed = channels * up_channels * projected + pixels * channels * projected
+    composed += 3 * _MULTIPLICATIONS_PER_MOVE * channels * projected
+    return passes * composed < passes * pixels * up_channels * (channels + projected) + again
+
+
+def _run_on(backend: str, *form: str, composes: bool | None = None):
+    """composes says whether the weight is multiplied by its projection beforehand; None: where that is less work."""
+
     def run(x, weight, bias, skip, proj_up, proj_skip):
-        return _KERNELS[backend](x, weight, bias, skip, proj_up, proj_skip, gives_channels_last(x, skip))
+        if _composing_pays(x, weight, proj_up) if composes is None else composes:
+            weight, proj_up = reference.compose(weight, proj_up), None
+        return _KERNELS[backend](x, weight, bias, skip, proj_up, proj_skip, gives_channels_last(x, skip), *form)
 
     return run
 
 
-OPERATOR = register(
-    "upconv_concat_project",
-    Implementation("triton", _run_on("triton"), triton_can_run, automatic=False),
-    Implementation("cpu", _run_on("cpu"), cpu_can_run),
-    Implementation("reference", reference.upconv_projected_sum, lambda x, weight: None),
-)
-_ADD = Operator("upconv_add", OPERATOR.implementations)
+def _run_reference(x, weight, bias, skip, proj_up, proj_skip):
+    if _composing_pays(x, weight, proj_up):
+        weight, proj_up = reference.compose(weight, proj_up), None
+    return reference.upconv_projected_sum(x, weight, bias, skip, proj_up, proj_skip)
+
+
+def _otherwise_composed(composes: bool):
+    """Where the built-in rule would not do the same."""
+
+    def can_run(x, weight, bias, skip, proj_up, proj_skip) -> str | None:
+        reason = cpu_can_run(x, weight)
+        differs = proj_up is not None and _composing_pays(x, weight, proj_up) != composes
+        return reason or (None if differs else "it is the built-in way")
+
+    return can_run
+
+
+def _implementations(*more: Implementation) -> Iterator[Implementation]:
+    yield Implementation("triton", _run_on("triton"), triton_can_run, automatic=False)
+    for form, can_run in TRITON_FORMS.items():
+        yield Implementation("triton", _run_on("triton", form), can_run, automatic=False, form=form)
+    yield Implementation("cpu", _run_on("cpu"), cpu_can_run)
+    for form, can_run in CPU_FORMS.items():
+        yield Implementation("cpu", _run_on("cpu", form), can_run, form=form)
+    yield from more
+    yield Implementation("reference", _run_reference, lambda *call: None)
+
+
+_COMPOSING = [
+    Implementation("cpu", _run_on("cpu", composes=composes), _otherwise_composed(composes), form=form)
+    for form, composes in {"composed": True, "apart": False}.items()
+]
+OPERATOR = register("upconv_concat_project", *_implementations(*_COMPOSING), workloads=WORKLOADS)
+_ADD = register("upconv_add", *_implementations(), workloads=WORKLOADS_OF_ADD)
 triton_support.implement(__package__, "upconv_concat_project")
 
 
@@ -103,23 +157,6 @@ def _check_projection(proj_weight, proj_bias, x, weight, skip) -> None:
         check_same("proj_bias", proj_bias, "x", x)
         if proj_bias.shape != proj_weight.shape[:1]:
             raise ValueError(f"proj_bias: got shape {list(proj_bias.shape)}, expected [{proj_weight.shape[0]}]")
-
-
-_MULTIPLICATIONS_PER_MOVE = 16  # in the time in which memory takes or gives a number
-
-
-def _composing_pays(x: torch.Tensor, weight: torch.Tensor, projected: int, trains: bool = False) -> bool:
-    """Do P_up U and (P_up U) x take less work than U x and P_up (U x)?
-
-    Multiplications, for each offset (i, j), and P_up U being written, brought into the order of the product and read.
-    Backward, both take twice as much, and U x, which is not kept, is computed again.
-    """
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    channels, up_channels = weight.shape[:2]
-    passes, again = (3, pixels * channels * up_channels) if trains else (1, 0)
-    composed = channels * up_channels * projected + pixels * channels * projected
-    composed += 3 * _MULTIPLICATIONS_PER_MOVE * channels * projected
-    return passes * composed < passes * pixels * up_channels * (channels + projected) + again
 
 
 def upconv_concat_project(
@@ -166,10 +203,8 @@ def upconv_concat_project(
         bias = bias if proj_bias is None else bias + proj_bias
     else:
         bias = proj_bias
-    trains = torch.is_grad_enabled() and proj_weight.requires_grad
-    if _composing_pays(x, weight, proj_weight.shape[0], trains):
-        weight, proj_up = reference.compose(weight, proj_up), None
-    return OPERATOR.select(x, weight).run(x, weight, bias, skip, proj_up, proj_skip)
+    operands = x, weight, bias, skip, proj_up, proj_skip
+    return OPERATOR.select(*operands).run(*operands)
 
 
 def upconv_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, skip: torch.Tensor) -> torch.Tensor:
@@ -193,4 +228,5 @@ def upconv_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     if skip is None or (not symbolic(skip, weight) and skip.shape[1] != weight.shape[1]):
         got = None if skip is None else list(skip.shape)
         raise ValueError(f"skip: got {got}, expected a tensor of the {weight.shape[1]} channels of weight")
-    return _ADD.select(x, weight).run(x, weight, bias, skip, None, None)
+    operands = x, weight, bias, skip, None, None
+    return _ADD.select(*operands).run(*operands)

@@ -13,13 +13,13 @@ from tokenfusion.kernels.upconv.reference import compose
 from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map
 
 
-def run_forward(x, weight, bias, skip, proj_up, proj_skip, channels_last):
+def run_forward(x, weight, bias, skip, proj_up, proj_skip, channels_last, form=""):
     weight = weight if proj_up is None else compose(weight, proj_up)
     inputs, channels, scale = weight.shape[:3]
     out = empty_map(x, weight, channels, channels_last)
     if x.numel() == 0:
         return out
-    plan, sizes = triton_host.tile(x.element_size()), triton_host.pixel_counts(x)
+    plan, sizes = triton_host.tile(x.element_size(), form), triton_host.pixel_counts(x)
     blocks_c = triton.cdiv(channels, plan["BN"])
     proj_c, proj_k = (0, 0) if proj_skip is None else proj_skip.stride()
     with torch.cuda.device_of(x):
@@ -47,12 +47,12 @@ def run_forward(x, weight, bias, skip, proj_up, proj_skip, channels_last):
     return out
 
 
-def run_backward(grad_out, x, weight, skip, proj_up, proj_skip, needed):
+def run_backward(grad_out, x, weight, skip, proj_up, proj_skip, needed, form=""):
     need_x, need_weight, need_bias, need_skip, need_proj_up, need_proj_skip = needed
     none = x.new_empty(0)
     composed = weight if proj_up is None else compose(weight, proj_up)
     grad_x, grad_composed, grad_bias = triton_host.run_backward(
-        grad_out, x, composed, [need_x, need_weight or need_proj_up, need_bias]
+        grad_out, x, composed, [need_x, need_weight or need_proj_up, need_bias], form
     )
     grad_weight = grad_composed if need_weight else none
     grad_skip = grad_proj_up = grad_proj_skip = none

@@ -16,9 +16,9 @@ def forward_kernel(
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, PROJECTS: tl.constexpr,
 ):  # fmt: skip
-    i, i_s = tl.program_id(0), tl.program_id(1)
+    i, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_y, i_x = i_s // S, i_s % S
-    o_p = i // blocks_c * BP + tl.arange(0, BP)
+    o_p = (i // blocks_c).to(tl.int64) * BP + tl.arange(0, BP)
     o_c = i % blocks_c * BN + tl.arange(0, BN)
     m_p, m_c = o_p < P, o_c < C
     m_pc = m_p[:, None] & m_c[None, :]
@@ -28,8 +28,8 @@ def forward_kernel(
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < K
-        b_x = tl.load(p_x[:, None] + o_k[None, :] * x_c, mask=m_p[:, None] & m_k[None, :], other=0.0)
-        o_w = o_k[:, None].to(tl.int64) * w_k + o_c[None, :] * w_c
+        b_x = tl.load(p_x[:, None] + o_k[None, :].to(tl.int64) * x_c, mask=m_p[:, None] & m_k[None, :], other=0.0)
+        o_w = o_k[:, None].to(tl.int64) * w_k + o_c[None, :].to(tl.int64) * w_c
         b_w = tl.load(weight + o_w, mask=m_k[:, None] & m_c[None, :], other=0.0)
         b_o = tl.dot(b_x, b_w, b_o, input_precision="ieee")  # [BP, BK] @ [BK, BN] -> [BP, BN]
     if HAS_SKIP:
@@ -38,14 +38,18 @@ def forward_kernel(
             for i_k in range(0, SKIP, BK):
                 o_k = i_k + tl.arange(0, BK)
                 m_k = o_k < SKIP
-                b_s = tl.load(p_s[:, None] + o_k[None, :] * skip_c, mask=m_p[:, None] & m_k[None, :], other=0.0)
+                b_s = tl.load(
+                    p_s[:, None] + o_k[None, :].to(tl.int64) * skip_c, mask=m_p[:, None] & m_k[None, :], other=0.0
+                )
                 b_p = tl.load(
-                    proj_skip + o_k[:, None] * p_k + o_c[None, :] * p_c, mask=m_k[:, None] & m_c[None, :], other=0.0
+                    proj_skip + o_k[:, None].to(tl.int64) * p_k + o_c[None, :].to(tl.int64) * p_c,
+                    mask=m_k[:, None] & m_c[None, :],
+                    other=0.0,
                 )
                 b_o = tl.dot(b_s, b_p, b_o, input_precision="ieee")  # [BP, BK] @ [BK, BN] -> [BP, BN]
         else:
-            b_o += tl.load(p_s[:, None] + o_c[None, :] * skip_c, mask=m_pc, other=0.0).to(tl.float32)
+            b_o += tl.load(p_s[:, None] + o_c[None, :].to(tl.int64) * skip_c, mask=m_pc, other=0.0).to(tl.float32)
     if HAS_BIAS:
         b_o += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     p_o = out + coarse_offsets(o_p, height, width, out_b, S * out_y, S * out_x) + i_y * out_y + i_x * out_x
-    tl.store(p_o[:, None] + o_c[None, :] * out_c, b_o.to(out.dtype.element_ty), mask=m_pc)
+    tl.store(p_o[:, None] + o_c[None, :].to(tl.int64) * out_c, b_o.to(out.dtype.element_ty), mask=m_pc)
