@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-_MOST = 16  # blocks, of each index of axes that are taken apart
+_MOST = 16  # blocks, of all indices of axes that are taken apart, or of kinds that alternate
 _SAMPLES = 2
 _PROBES = 32
 _SAME = 0.02
@@ -28,7 +28,8 @@ def strata(grid: Grid, measure: Measure) -> Iterator[tuple[T, float]]:
     """What some blocks come to, and what it is to be multiplied by, for parts of the grid whose blocks do the same.
 
     Blocks are numbered with x running fastest. An axis of few indices is taken apart. Where a first and a last part of
-    a grid of one axis differ, since one launch does two things, the place where the second begins is searched for.
+    a grid of one axis differ, since one launch does two things, the place where the second begins is searched for; of
+    kinds that alternate, more blocks are run.
     """
     few, taken_apart = [], 1
     for axis in sorted(range(3), key=grid.__getitem__):
@@ -61,9 +62,14 @@ def _two_parts(count: int, measure: Measure) -> Iterator[tuple[T, float]]:
     if max(costs) - min(costs) <= _SAME * max(costs):
         yield counts, count / len(samples)
         return
-    *_, first, last = costs
-    mixed = "blocks of more than two kinds, or kinds that alternate"
-    assert abs(first - last) > _SAME * max(first, last), mixed
+    second = _where_the_second_begins(count, *costs[-2:], measure)
+    for start, size in ((0, count),) if second is None else ((0, second), (second, count - second)):
+        samples = [start + i for i in spread(size, _MOST if second is None else _SAMPLES)]
+        yield measure(samples, [])[0], size / len(samples)
+
+
+def _where_the_second_begins(count: int, first: float, last: float, measure: Measure) -> int | None:
+    """None where the blocks are not of two kinds in a row."""
 
     def like_first(cost: float) -> bool:
         return abs(cost - first) < abs(cost - last)
@@ -73,9 +79,8 @@ def _two_parts(count: int, measure: Measure) -> Iterator[tuple[T, float]]:
         step = -(-(high - low) // _PROBES)
         probes = list(range(low + step, high, step))
         same = [like_first(cost) for cost in measure([], probes)[1]]
-        assert same == sorted(same, reverse=True), mixed
+        if same != sorted(same, reverse=True):
+            return None
         low = max([low, *(probe for probe, is_same in zip(probes, same, strict=True) if is_same)])
         high = min([high, *(probe for probe, is_same in zip(probes, same, strict=True) if not is_same)])
-    for start, size in ((0, high), (high, count - high)):
-        samples = [start + i for i in spread(size, _SAMPLES)]
-        yield measure(samples, [])[0], size / len(samples)
+    return None if abs(first - last) <= _SAME * max(first, last) else high

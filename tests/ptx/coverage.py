@@ -59,25 +59,33 @@ def _lines(launch: Launch, capabilities) -> Iterator[str]:
         yield f"{launch.kernel}: {name}={value:d}" if isinstance(value, int) else f"{launch.kernel}: {name}={value}"
 
 
+def _forms(operator: str) -> list[str]:
+    """Those of the operator's Triton kernels."""
+    from tokenfusion.kernels.dispatch import OPERATORS
+
+    return [each.form for each in OPERATORS[operator].implementations if each.backend == "triton"]
+
+
 def _attention(tensor) -> None:
     from tokenfusion.kernels.single_query_attention import triton_host as host
 
-    def call(batch, queries, tokens, channels, extra=True, bags=(False, False), normalize=True, needed=(True,) * 3):
+    def call(
+        batch, queries, tokens, channels, extra=True, bags=(False, False), normalize=True, needed=(True,) * 3, form=""
+    ):
         query, x = tensor(batch, queries, channels), tensor(batch, tokens, channels)
         extra_token = tensor(batch, channels) if extra else tensor(0)
         given = [tensor(batch + i, of="int64") if there else None for i, there in enumerate(bags)]
         operands = query, x, extra_token if extra else None, *given
-        context, lse = host.run_forward(*operands, normalize, 1e-6)
-        host.run_backward(
-            context, *operands, context, lse, normalize, 1e-6, [needed[0], needed[1], extra and needed[2]]
-        )
+        context, lse = host.run_forward(*operands, normalize, 1e-6, form)
+        needed = [needed[0], needed[1], extra and needed[2]]
+        host.run_backward(context, *operands, context, lse, normalize, 1e-6, needed, form)
 
     for channels in (*range(8, host.MAX_CHANNELS_ON_CHIP + 1, 8), 2048, 4096):
         for queries in (4, 24, 64):
             call(256, queries, 401, channels)
     for tokens in (1, 40, 70, 230, 450, 900):
-        for channels in (192, 2048):
-            call(1, 4, tokens, channels)
+        for channels, form in itertools.product((192, 2048), _forms("single_query_attention")):
+            call(1, 4, tokens, channels, form=form)
     flags = (False, True)
     for channels, extra, lengths, offsets, normalize in itertools.product((192, 2048), *[flags] * 4):
         call(2, 4, 40, channels, extra, (lengths, offsets), normalize)
@@ -91,14 +99,15 @@ def _tied_ffn(tensor) -> None:
     from tokenfusion.kernels.tied_ffn import reference
     from tokenfusion.kernels.tied_ffn import triton_host as host
 
-    def call(channels, activation="gelu", bias=True, hold=False):
+    def call(channels, activation="gelu", bias=True, hold=False, form=""):
         x, weight = tensor(100, channels), tensor(4 * channels, channels)
         biases = (tensor(4 * channels), tensor(channels)) if bias else (None, None)
-        _, hidden = host.run_forward(x, weight, *biases, activation, hold)
-        host.run_backward(x, x, weight, biases[0], hidden, activation, [True] * 4)
+        _, hidden = host.run_forward(x, weight, *biases, activation, hold, form)
+        host.run_backward(x, x, weight, biases[0], hidden, activation, [True] * 4, form)
 
-    for channels in (*range(1, host.NARROW + 9), 384, 768, 1024):
-        call(channels)
+    sizes = *range(1, host.NARROW + 9), 384, 768, 1024
+    for channels, form in itertools.product(sizes, _forms("tied_ffn")):
+        call(channels, form=form)
     flags = (False, True)
     for channels, *options in itertools.product((96, 384), reference.ACTIVATIONS, flags, flags):
         call(channels, *options)
@@ -123,18 +132,18 @@ def _upconv(tensor) -> None:
     from tokenfusion.kernels.upconv.concat import triton_host as concat
     from tokenfusion.kernels.upconv.project import triton_host as project
 
-    for channels, scale, skipped, last, bias in itertools.product(
-        (8, 96, 768), (2, 4, 8, 16, 32), (0, 8), (False, True), (False, True)
+    for form, channels, scale, skipped, last, bias in itertools.product(
+        _forms("upconv_concat"), (8, 96, 768), (2, 4, 8, 16, 32), (0, 8), (False, True), (False, True)
     ):
         layout = torch.channels_last if last else torch.contiguous_format
         x, weight = tensor(2, channels, 7, 7).contiguous(memory_format=layout), tensor(channels, 8, scale, scale)
         skip = tensor(2, skipped, 7 * scale, 7 * scale) if skipped else None
         given_bias = tensor(8) if bias else None
-        out = concat.run_forward(x, weight, given_bias, skip, False, last)
-        concat.run_backward(out[:, :8], x, weight, [True] * 3)
+        out = concat.run_forward(x, weight, given_bias, skip, False, last, form)
+        concat.run_backward(out[:, :8], x, weight, [True] * 3, form)
         for projects in (False, True) if skipped else (False,):
             proj_skip = tensor(8, skipped) if projects else None
-            project.run_forward(x, weight, given_bias, skip, None, proj_skip, last)
+            project.run_forward(x, weight, given_bias, skip, None, proj_skip, last, form)
 
 
 def main() -> None:

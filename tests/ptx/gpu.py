@@ -48,7 +48,7 @@ class Gpu:
 
     multiprocessors, shared_bytes (that a block may have at most): what the host asks of the device. edit: what is done
     to a kernel's PTX, given its name, before it runs. interpret: whether it runs; kernels that do not leave all as it
-    is. late, order, approximate, observers: of tests.ptx.launch.launch. launches: what the host launched.
+    is. late, order, approximate, blocks, observers: of tests.ptx.launch.launch. launches: what the host launched.
     """
 
     operator: str
@@ -60,6 +60,7 @@ class Gpu:
     late: bool = True
     order: Order | int = Order.ROUND_ROBIN
     approximate: bool = False
+    blocks: Sequence[tuple[int, int, int]] | None = None
     observers: Sequence[Observer] = ()
     launches: list[Launch] = field(default_factory=list)
 
@@ -106,9 +107,9 @@ class Gpu:
         return 0
 
     def _interpret(self, code: Kernel, found: Launch) -> None:
-        how = dict(late=self.late, order=self.order, approximate=self.approximate, observers=self.observers)
-        memory = self._memory(found.arguments)
-        launch(code, found.arguments, found.grid, found.block, memory=memory, shared=found.shared_bytes, **how)
+        names = ("late", "order", "approximate", "blocks", "observers")
+        how = {name: getattr(self, name) for name in names} | dict(shared=found.shared_bytes)
+        launch(code, found.arguments, found.grid, found.block, memory=self._memory(found.arguments), **how)
 
     def _kernel(self, name: str) -> Kernel:
         if self.edit is None:

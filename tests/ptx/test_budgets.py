@@ -26,7 +26,7 @@ def compilers() -> dict[str, str]:
     return {"triton": importlib.metadata.version("triton")} | ({"nvcc": NVCC.version} if NVCC else {})
 
 
-@pytest.mark.parametrize("name", map(with_marks, SMALL_CASES))
+@pytest.mark.parametrize("name", [with_marks(case) for case in SMALL_CASES])
 def test_budgets_are_held(worker, name):
     pytest.importorskip("triton")
     compiler = "nvcc" if " cuda " in name else "triton"

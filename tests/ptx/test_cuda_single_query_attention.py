@@ -12,6 +12,7 @@ import torch
 from tests.gradients import check_frozen, with_gradients
 from tests.parity import assert_parity
 from tests.ptx.gpu import Gpu, Launch
+from tests.ptx.observe import Observer
 from tests.ptx.schedule import Order
 from tests.ptx.sources import MARKS, check_same_code, program
 from tests.sass import ELEMENTS
@@ -315,6 +316,29 @@ def test_large_scores_do_not_overflow():
         query[1] *= 1e10
         got, want = attend(query, x, extra_token), reference.single_query_attention(query, x, extra_token)
     torch.testing.assert_close(got, want)
+
+
+class Copies(Observer):
+    """Counts asynchronous copies."""
+
+    count = 0
+
+    def accessed(self, instruction, space, addresses, width, threads):
+        if instruction.opcode == "cp" and space == "global":
+            self.count += len(threads)
+
+
+@pytest.mark.parametrize("rows", [20_000_003, 2**30 - 1])
+def test_blocks_share_any_number_of_rows(rows):
+    copies = Copies()
+    splits = -(-rows // 8192)
+    chosen = 1, splits - 2, splits - 1
+    with gpu(blocks=[(n, 0, 0) for n in chosen], observers=[copies], interpret=lambda name: "combine" not in name):
+        query, token = torch.zeros(2, 1, 1, 16, dtype=torch.bfloat16)
+        attend(query, token.expand(1, rows, 16))
+    tiles = -(-rows // 16)
+    ends = [(tiles * n // splits, tiles * (n + 1) // splits) for n in chosen]
+    assert copies.count == sum(min(16 * end, rows) - 16 * first for first, end in ends) * 2  # 16 bytes each
 
 
 def test_elements_beyond_the_range_of_32_bits():

@@ -13,7 +13,8 @@ import torch
 class Call:
     """`operator` names a function below.
 
-    host: what is set in the operator's host, such as fewer splits; tile_of: channels whose tile the host takes.
+    host: what is set in the operator's host, such as fewer splits; tile_of: channels whose tile the host takes;
+    form: one of the forms that the host knows (see `dispatch.Implementation`).
     """
 
     operator: str
@@ -21,10 +22,11 @@ class Call:
     arguments: dict = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     tile_of: int = 0
+    form: str = ""
 
     def __str__(self) -> str:
         said = [f"{name}={value}" for name, value in (self.arguments | self.host).items()]
-        said += [f"tile_of={self.tile_of}"] if self.tile_of else []
+        said += [f"{name}={value}" for name, value in (("tile_of", self.tile_of), ("form", self.form)) if value]
         return " ".join([self.operator, *said, self.dtype]).replace("'", "")
 
 
@@ -72,17 +74,23 @@ def _run(call: Call) -> None:
     import tokenfusion
 
     function = globals()[f"_{call.operator}"]
-    host = importlib.import_module(f"tokenfusion.kernels.{_HOSTS.get(call.operator, call.operator)}.triton_host")
+    folder = _HOSTS.get(call.operator) or _HOSTS.get(call.arguments.get("op"), call.operator)
+    host = importlib.import_module(f"tokenfusion.kernels.{folder}.triton_host")
     changed = dict(call.host)
     if call.tile_of:
         tile = host._tile
         changed["_tile"] = lambda channels, *others: tile(call.tile_of, *others)
+    if call.form:
+        changed |= {
+            name: functools.partial(getattr(host, name), form=call.form) for name in ("run_forward", "run_backward")
+        }
     with tokenfusion.backend("triton"), mock.patch.dict(vars(host), changed):
         function(dtype=getattr(torch, call.dtype), **call.arguments)
 
 
 _HOSTS = {name: "single_query_attention" for name in ("attended", "padded", "packed")}
-_HOSTS |= {"mixing_and_mean": "dynamic_mixing", "upconv": "upconv.concat"}
+_HOSTS |= {"mixing_and_mean": "dynamic_mixing"}
+_HOSTS |= {"concat": "upconv.concat", "project": "upconv.project", "add": "upconv.project"}
 
 
 def _single_query_attention(*, normalize=True, first=0, needed=(True, True, True), **sizes):

@@ -33,6 +33,10 @@ def _tied(channels: int, features: int, tokens: int, **options) -> dict:
     return dict(operator="tied_ffn", arguments=sizes | options, host=dict(ROWS_PER_SPLIT=64))
 
 
+def _in_form(form: str, *calls: dict) -> list[dict]:
+    return [call | dict(form=form) for call in calls]
+
+
 def _mixing(length: int, channels: int, segments: int, reduced: int, operator="dynamic_mixing", dim=1, lines=2) -> dict:
     height, width = (length, lines) if dim == 1 else (lines, length)
     sizes = dict(batch=1, height=height, width=width, channels=channels)
@@ -50,6 +54,11 @@ def _with(call: dict, host: dict | None = None, **arguments) -> dict:
 
 
 _SMALL_BLOCKS = dict(tokens=40)
+_UPCONVS = [
+    _upconv(op, (96, 40, 24), (7, 7), formats=f, batch=2, projected=48)
+    for op in ("concat", "project")
+    for f in ("nchw", "nhwc")
+]
 _16_BITS = {
     "single_query_attention": [
         *(_attention(c, q) for c in (48, 64, 96, 128) for q in (6, 24)),
@@ -58,7 +67,9 @@ _16_BITS = {
         *(_attention(c, 12, 40, of, "attended") for c, of in {64: 832, 96: 800, 128: 896, 256: 1024}.items()),
     ],
     "wide": [_attention(1280, 16, **_SMALL_BLOCKS)],
-    "tied_ffn": [_tied(c, 100, 70) for c in (16, 32, 64, 96)] + [_tied(384, 256, 150)],
+    "tied_ffn": [_tied(c, 100, 70) for c in (16, 32, 64, 96)]
+    + [_tied(384, 256, 150)]
+    + [call for form in ("small", "deep") for call in _in_form(form, _tied(384, 256, 150))],
     "dynamic_mixing": [
         _mixing(32, 192, 8, 2),
         _mixing(16, 384, 16, 2, "mixing_and_mean"),
@@ -68,11 +79,7 @@ _16_BITS = {
         _mixing(7, 72, 3, 2),
         _mixing(64, 48, 4, 1),
     ],
-    "upconv": [
-        _upconv(op, (96, 40, 24), (7, 7), formats=f, batch=2, projected=48)
-        for op in ("concat", "project")
-        for f in ("nchw", "nhwc")
-    ],
+    "upconv": [*_UPCONVS, *_in_form("deep", *_UPCONVS)],
 }
 _32_BITS = {
     "single_query_attention": [
