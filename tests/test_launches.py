@@ -107,7 +107,7 @@ def many_splits(monkeypatch) -> None:
     """So that no program has more than some steps."""
     monkeypatch.setattr(tied_ffn, "MAX_SPLITS", 1 << 30)
     monkeypatch.setattr(single_query_attention, "MAX_SPLITS", 1 << 13)
-    monkeypatch.setattr(single_query_attention, "PROGRAMS_PER_MULTIPROCESSOR", 1 << 16)
+    monkeypatch.setitem(single_query_attention.PROGRAMS_PER_MULTIPROCESSOR, "", 1 << 16)
     monkeypatch.setattr(dynamic_mixing, "WEIGHT_SPLITS", 1 << 15)
     monkeypatch.setattr(upconv, "_MAX_SPLITS", 1 << 30)
     monkeypatch.setattr(upconv, "_PROGRAMS", 1 << 23)

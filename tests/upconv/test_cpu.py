@@ -80,11 +80,12 @@ def test_both_orders_of_the_projection(composes, projected, dtype, formats, monk
 
 def test_composing_is_chosen_by_the_work():
     weight, few, many = torch.empty(64, 32, 2, 2), torch.empty(1, 64, 2, 2), torch.empty(8, 64, 32, 32)
-    assert not project_op._composing_pays(few, weight, 32)
-    assert project_op._composing_pays(many, weight, 32)
-    equal = torch.empty(16, 768, 7, 7), torch.empty(768, 768, 2, 2), 768
-    assert not project_op._composing_pays(*equal)
-    assert project_op._composing_pays(*equal, trains=True)
+    proj_up = torch.empty(32, 32)
+    assert not project_op._composing_pays(few, weight, proj_up)
+    assert project_op._composing_pays(many, weight, proj_up)
+    x, weight, proj_up = torch.empty(16, 768, 7, 7), torch.empty(768, 768, 2, 2), torch.empty(768, 768)
+    assert not project_op._composing_pays(x, weight, proj_up)
+    assert project_op._composing_pays(x, weight, proj_up.requires_grad_())
 
 
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])

@@ -27,7 +27,7 @@ def upconv_concat(
     not exist. In the backward pass the gradient of the product is read from its slice of the output's gradient by the
     inverse rearrangement, and the gradient of the skip is the other slice.
     """
-    trains = torch.is_grad_enabled() and x.requires_grad
+    trains = not symbolic(x) and torch.is_grad_enabled() and x.requires_grad
     make_up = _up_as_product if trains and convolution_gives_wrong_gradient(x) else _up
     up = make_up(x, weight, bias)
     if skip is None:
