@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.gpu_check.journaled import ROWS
 from benchmarks.gpu_check.program import gpu_kernels
-from benchmarks.measure import entries, environment, harness, problem
+from benchmarks.measure import entries, environment, harness, problem, timing
 from benchmarks.report import record, summary, table
 from benchmarks.report.live import Live
 from tokenfusion import precision
@@ -44,6 +44,8 @@ def pytest_configure(config):
     config.option.showcapture = "no"  # torch.compile's trace would fill screens
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method:DeprecationWarning")  # its compiler's
     config.stash[_ROWS] = []
+    if config.option.profile == "smoke":
+        timing.most_bytes = 4 << 20
     problem.without.update(tuple(kernel.split(",")) for kernel in config.option.without)
 
 

@@ -1,16 +1,15 @@
-"""CUDA files compiled for GPUs that are not here, and what tests want to know of the result."""
+"""PTX compiled for GPUs that are not here, and what tests want to know of the result."""
 
 import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.test_install import plan
 
 NVCC = plan.find_nvcc()
@@ -39,17 +38,14 @@ class Function:
         return [text for _, text in self.instructions if re.search(pattern, text)]
 
 
-def compile_all(names: Iterable[str], folder: Path) -> dict[tuple[str, int], dict[str, Function]]:
-    """(name, compute capability) -> the functions of csrc/cuda/<name>.cu by mangled name; all compiled side by side."""
+def assemble(files: Mapping[tuple[str, int], Path], folder: Path) -> dict[tuple[str, int], dict[str, Function]]:
+    """Of each (name, compute capability) the functions by mangled name; files are of PTX, all compiled side by side."""
     running = {}
-    for name in names:
-        for capability in CAPABILITIES:
-            cubin = folder / f"{name}{capability}.cubin"
-            flags = [*plan.NVCC_FLAGS, f"-arch=sm_{capability}", "-cubin", "-Xptxas", "-v"]
-            source = str(ROOT / f"csrc/cuda/{name}.cu")
-            command = [f"{NVCC.home}/bin/nvcc", "-std=c++17", *flags, source, "-o", str(cubin)]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            running[name, capability] = process, cubin
+    for (name, capability), path in files.items():
+        cubin = folder / f"{name}{capability}.cubin"
+        command = [f"{NVCC.home}/bin/ptxas", "-v", f"-arch=sm_{capability}", str(path), "-o", str(cubin)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running[name, capability] = process, cubin
     results = {}
     for key, (process, cubin) in running.items():
         log, _ = process.communicate()

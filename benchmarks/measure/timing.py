@@ -19,7 +19,7 @@ import torch
 MOST_CALLS = 100  # of a sample
 _CACHES = 3  # sizes of the last-level cache that a ring spans
 _UNKNOWN_CACHE = 32 << 20
-_MOST_BYTES = 256 << 20  # of a CPU's ring
+most_bytes = 256 << 20  # of a CPU's ring
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -36,7 +36,7 @@ def cache_bytes() -> int:
 def ring_bytes() -> int:
     """Size of all sets of a ring together, at least."""
     wanted = _CACHES * cache_bytes()
-    return wanted if torch.cuda.is_available() else min(wanted, _MOST_BYTES)
+    return wanted if torch.cuda.is_available() else min(wanted, most_bytes)
 
 
 def policy() -> str:

@@ -47,7 +47,7 @@ _SWEEP = [case for batch in _BATCHES for case in _passes(_FIRST, batch)]
 _ALL = [model for models in FAMILIES.values() for model in models if model != "crossvit_tiny_240"]
 
 CASES = {
-    "smoke": [Case("crossvit_tiny_240", 2), Case("crossvit_tiny_240", 2, "bfloat16", TRAINING)],
+    "smoke": [Case("crossvit_tiny_240", 2), Case("crossvit_tiny_240", 2, direction=TRAINING)],
     "quick": [Case(_FIRST, 4), *(Case(model, 1) for model in _OTHERS[1:])],
     "full": list(dict.fromkeys([*_SWEEP, *(case for m in _ALL for b in (1, 8, 16, 64) for case in _passes(m, b))])),
     "gpu": [*_SWEEP[:2], *_passes("dynamixer_s", 64, ("bfloat16",))[:1]],

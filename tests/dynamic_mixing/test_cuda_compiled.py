@@ -5,9 +5,10 @@ import re
 import pytest
 
 from tests import sass
+from tests.ptx.sources import MARKS, program
 from tests.sass import CAPABILITIES, ELEMENTS
 
-pytestmark = sass.MARKS
+pytestmark = [*sass.MARKS, *MARKS]
 
 KERNELS = {"forward": 1, "grad_x": 2, "grad_compressed": 2, "grad_weight": 2}  # name: instantiations per dtype
 TWO_BLOCKS = 64  # registers with which a multiprocessor takes two blocks
@@ -16,9 +17,11 @@ TWO_BLOCKS = 64  # registers with which a multiprocessor takes two blocks
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[int, dict[str, sass.Function]]:
     """Compute capability -> kernels."""
-    names = ("dynamic_mixing_forward", "dynamic_mixing_backward")
-    results = sass.compile_all(names, tmp_path_factory.mktemp("cubins"))
-    return {c: {k: f for name in names for k, f in results[name, c].items()} for c in CAPABILITIES}
+    kernels = {c: {} for c in CAPABILITIES}
+    functions = sass.assemble(program("dynamic_mixing").files, tmp_path_factory.mktemp("cubins"))
+    for (_, capability), of in functions.items():
+        kernels[capability] |= of
+    return kernels
 
 
 @pytest.mark.parametrize("element", ELEMENTS, ids=ELEMENTS.get)

@@ -39,10 +39,15 @@ _TORCH = Path(torch.__file__).parent
 
 @dataclass(frozen=True)
 class Program:
-    """An operator's host, and the PTX of its kernels: compute capability -> mangled name -> a module of that kernel."""
+    """An operator's host, and the PTX of its kernels.
+
+    files: (name of the source, compute capability) -> its PTX; modules: compute capability -> mangled name -> a module
+    of that kernel alone.
+    """
 
     operator: str
     host: ctypes.CDLL
+    files: dict[tuple[str, int], Path]
     modules: dict[int, dict[str, str]]
 
     @functools.cached_property
@@ -62,9 +67,12 @@ def program(operator: str) -> Program:
                 for old in filter(Path.is_dir, folder.parent.iterdir()):
                     shutil.rmtree(old)
                 _compile(operator, folder)
-    texts = {c: [path.read_text() for path in folder.glob(f"*.compute_{c}.ptx")] for c in CAPABILITIES}
-    modules = {c: {n: m for text in of for n, m in _split(text).items()} for c, of in texts.items()}
-    return Program(operator, ctypes.CDLL(str(folder / "host.so")), modules)
+    names = [path.stem for path in _sources(operator) if path.suffix == ".cu"]
+    files = {(name, c): folder / f"{name}.compute_{c}.ptx" for name in names for c in CAPABILITIES}
+    modules = {c: {} for c in CAPABILITIES}
+    for (_, capability), path in files.items():
+        modules[capability] |= _split(path.read_text())
+    return Program(operator, ctypes.CDLL(str(folder / "host.so")), files, modules)
 
 
 @functools.cache

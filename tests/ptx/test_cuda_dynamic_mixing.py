@@ -95,8 +95,8 @@ OF_16_BITS = [
     Case(32, 256, 8, 8),
     Case(17, 16, 4, 16, dim=2),  # more inputs than a block takes
     Case(17, 40, 1, 16),
-    Case(40, 7, 1, 8, lines=1),
-    Case(40, 40, 1, 8, lines=1),
+    Case(33, 7, 1, 8, lines=1),
+    Case(33, 40, 1, 8, lines=1),
     Case(17, 180, 2, 1, dim=2, kilobytes=99),  # a segment does not fit into shared memory
     Case(48, 102, 1, 1, kilobytes=163, lines=1),
 ]
@@ -106,7 +106,7 @@ OF_32_BITS = [
     Case(20, 16, 4, 14, dim=2),
     Case(20, 40, 1, 14),
     Case(40, 7, 1, 7, lines=1),
-    Case(40, 40, 1, 7, lines=1),
+    Case(40, 33, 1, 7, lines=1),
 ]
 CASES = [
     *((dtype, case) for dtype in DTYPES for case in IN_EVERY_DTYPE),

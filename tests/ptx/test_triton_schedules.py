@@ -12,15 +12,15 @@ WAYS = {
     "reversed": dict(order=Order.REVERSED),
     "random, approximate": dict(order=7, approximate=True),
 }
-CALLS = [
-    (group, *call)
-    for group in matrix.GROUPS
-    for dtype, capability in matrix.OTHERS.items()
+CALLS = [  # every kernel in every way, in a dtype that changes from kernel to kernel
+    (way, group, *call)
+    for i, group in enumerate(matrix.GROUPS)
+    for j, way in enumerate(WAYS)
+    for dtype, capability in [list(matrix.OTHERS.items())[(i + j) % len(matrix.OTHERS)]]
     for call in matrix.once(group, dtype, capability)
 ]
 
 
-@pytest.mark.parametrize("group, call, capability", CALLS, ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way, group, call, capability", CALLS, ids=str)
 def test_parity(way, group, call, capability, run):
     run(group, call, capability, **WAYS[way])

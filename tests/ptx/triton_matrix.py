@@ -54,6 +54,7 @@ def _with(call: dict, host: dict | None = None, **arguments) -> dict:
 
 
 _SMALL_BLOCKS = dict(tokens=40)
+_WIDE = dict(MAX_CHANNELS_ON_CHIP=0)  # few channels as many are taken
 _UPCONVS = [
     _upconv(op, (96, 40, 24), (7, 7), formats=f, batch=2, projected=48)
     for op in ("concat", "project")
@@ -66,7 +67,7 @@ _16_BITS = {
         *(_attention(c, 12, 40, of) for c, of in {48: 272, 64: 448, 96: 288, 128: 384, 256: 768}.items()),
         *(_attention(c, 12, 40, of, "attended") for c, of in {64: 832, 96: 800, 128: 896, 256: 1024}.items()),
     ],
-    "wide": [_attention(1280, 16, **_SMALL_BLOCKS)],
+    "wide": [_with(_attention(400, 16, **_SMALL_BLOCKS), _WIDE)],
     "tied_ffn": [_tied(c, 100, 70) for c in (16, 32, 64, 96)]
     + [_tied(384, 256, 150)]
     + [call for form in ("small", "deep") for call in _in_form(form, _tied(384, 256, 150))],
@@ -87,7 +88,7 @@ _32_BITS = {
         *(_attention(c, q, 40, of) for c, of in {48: 208, 64: 256, 96: 224}.items() for q in (6, 24)),
         *(_attention(c, 12, 40, of) for c, of in {48: 272, 64: 448, 96: 288, 128: 768}.items()),
     ],
-    "wide": [_attention(1280, 16, **_SMALL_BLOCKS)],
+    "wide": [_with(_attention(400, 16, **_SMALL_BLOCKS), _WIDE)],
     "tied_ffn": [_tied(c, 40, 40) for c in (16, 32, 64, 96)] + [_tied(160, 72, 70)],
     "dynamic_mixing": [
         _mixing(32, 96, 4, 2),
@@ -102,14 +103,13 @@ _32_BITS = {
 }
 _ONCE = {
     "single_query_attention": [_with(_attention(192, tokens=100), dict(MAX_SPLITS=2))],
-    "wide": [_attention(1152, 4, **_SMALL_BLOCKS)],
+    "wide": [_with(_attention(272, 4, **_SMALL_BLOCKS), _WIDE)],
     "tied_ffn": [_tied(96, 100, 70), _tied(136, 72, 70)],
     "dynamic_mixing": [_mixing(16, 96, 4, 2)],
     "upconv": [_upconv("concat", (48, 20, 12), (5, 5)), _upconv("project", (48, 20, 12), (5, 5), projected=24)],
 }
 _BAGS = dict(bags=(40, 0, 17), queries=3, channels=24)
 _PADDED = dict(lengths=(33, 0, 70), queries=3, tokens=70, channels=24)
-_WIDE = dict(MAX_CHANNELS_ON_CHIP=0)
 
 
 def _bags(extra: bool, operator: str = "packed", **options) -> dict:

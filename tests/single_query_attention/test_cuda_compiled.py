@@ -5,9 +5,10 @@ import re
 import pytest
 
 from tests import sass
+from tests.ptx.sources import MARKS, program
 from tests.sass import CAPABILITIES, ELEMENTS
 
-pytestmark = sass.MARKS
+pytestmark = [*sass.MARKS, *MARKS]
 
 DIRECTIONS = ("forward", "backward")
 QUERY_TILES = (1, 2, 4)
@@ -27,9 +28,8 @@ def _main_loop(instructions: list[tuple[int, str]]) -> list[str]:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[tuple[str, int], dict[str, sass.Function]]:
     """(direction, compute capability) -> its kernels."""
-    names = {f"single_query_attention_{direction}": direction for direction in DIRECTIONS}
-    results = sass.compile_all(names, tmp_path_factory.mktemp("cubins"))
-    return {(names[name], capability): functions for (name, capability), functions in results.items()}
+    results = sass.assemble(program("single_query_attention").files, tmp_path_factory.mktemp("cubins"))
+    return {(name.rpartition("_")[2], capability): functions for (name, capability), functions in results.items()}
 
 
 def _name(names, direction: str, element: str, query_tiles: int) -> str:

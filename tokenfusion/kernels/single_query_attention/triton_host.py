@@ -11,6 +11,7 @@ from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, s
 PROGRAMS_PER_MULTIPROCESSOR = {"": 2, "split": 6}  # by form
 MAX_SPLITS = 32
 MAX_CHANNELS_ON_CHIP = 1024  # whose sums one program holds
+_CHUNKS_ENOUGH = 8
 _MULTIPROCESSORS_ELSEWHERE = 132
 _WIDE = dict(BC=128, BN=32, BQ=16, num_warps=4, num_stages=2)
 
@@ -41,8 +42,12 @@ def _query_block(queries: int, channels: int) -> int:
 
 
 def _chunk(channels: int, widest: int) -> int:
-    """The power of two from widest / 8 (at least 16) to `widest` that pads C least; of equals the widest."""
+    """The power of two from widest / 8 (at least 16) to `widest` that pads C least; of equals the widest.
+
+    Kernels unroll the chunks, and take minutes to compile where more than a few are padded less.
+    """
     widths = [width for width in (16, 32, 64, 128, 256) if widest <= 8 * width and width <= widest]
+    widths = [width for width in widths if channels <= _CHUNKS_ENOUGH * width] or [widest]
     return min(widths, key=lambda width: (triton.cdiv(channels, width) * width, -width))
 
 
