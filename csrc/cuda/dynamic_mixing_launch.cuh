@@ -22,7 +22,7 @@ cudaError_t launch(Function function, const Params& p, Kernel kernel, cudaStream
     error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   const Plan plan = make_plan(p, kernel, sizeof(T), most_bytes);
-  error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);  // of any call
   if (error != cudaSuccess) return error;
   function<<<int(plan.blocks), kThreads, plan.shared_bytes, stream>>>(p, plan);
   return cudaGetLastError();

@@ -24,22 +24,35 @@ constexpr int64_t kBlocksPerMultiprocessor = 2;
 constexpr int64_t kMinRowsPerBlock = 64;    // a block does not pay for less
 constexpr int64_t kMaxRowsPerBlock = 8192;  // a longer sum would lose precision
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxTokens = int64_t(1) << 34;  // of which 32 bits count the tiles
 
 OptionalTensor with_aligned_rows(const OptionalTensor& small) {
   if (!small || has_aligned_rows(*small)) return small;
   return small->clone(at::MemoryFormat::Contiguous);
 }
 
-// Blocks that share an image's rows: more than one where the images are too few to fill the GPU.
+OptionalTensor contiguous(const OptionalTensor& tensor) {
+  if (!tensor) return tensor;
+  return tensor->contiguous();
+}
+
+// Blocks that share an image's rows: more than one where the images are too few to fill the GPU. Of packed images, the
+// mean number of rows decides.
 int64_t count_splits(int64_t batch, int64_t rows, int device) {
   const int64_t blocks = kBlocksPerMultiprocessor * attribute(cudaDevAttrMultiProcessorCount, device);
   return std::max(
       {int64_t(1), std::min(blocks / batch, rows / kMinRowsPerBlock), at::ceil_div(rows, kMaxRowsPerBlock)});
 }
 
-// The tensors hold at least one element each.
+Integers integers(const OptionalTensor& tensor) {
+  if (!tensor) return {};
+  return {tensor->const_data_ptr(), tensor->scalar_type() == at::kLong};
+}
+
+// The query holds at least one element.
 SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
-                                       bool normalize, double eps) {
+                                       const OptionalTensor& lengths, const OptionalTensor& offsets, bool normalize,
+                                       double eps) {
   TORCH_CHECK_VALUE(has_aligned_rows(tokens), "tokens: got strides ", tokens.strides(), " and address ",
                     tokens.const_data_ptr(),
                     ", expected a contiguous innermost dimension and rows aligned to 16 bytes");
@@ -48,50 +61,47 @@ SingleQueryAttentionParams make_params(const Tensor& query, const Tensor& tokens
   TORCH_CHECK_VALUE(tokens.size(2) % 16 == 0 && tokens.size(2) <= most, "tokens: got C = ", tokens.size(2),
                     ", expected a multiple of 16 up to ", most, " for Q = ", query.size(1));
   SingleQueryAttentionParams p{};
-  const int64_t rows = tokens.size(1) + extra_token.has_value(),
-                splits = count_splits(tokens.size(0), rows, tokens.get_device());
-  TORCH_CHECK_VALUE(rows < kMaxBlocks / 2 && tokens.size(0) * std::max(splits, query.size(1)) <= kMaxBlocks,
+  const int64_t batch = query.size(0), length = offsets ? at::ceil_div(tokens.size(1), batch) : tokens.size(1),
+                splits = count_splits(batch, length + extra_token.has_value(), tokens.get_device());
+  TORCH_CHECK_VALUE(batch * std::max(splits, query.size(1)) <= kMaxBlocks && tokens.size(1) < kMaxTokens,
                     "tokens: got shape ", tokens.sizes(), ", expected fewer tokens or a smaller batch");
   p.query = query.const_data_ptr();
   p.query_batch_stride = query.stride(0);
   p.query_stride = query.stride(1);
   p.tokens = tokens.const_data_ptr();
-  p.tokens_batch_stride = tokens.stride(0);
+  p.tokens_batch_stride = offsets ? 0 : tokens.stride(0);
   p.tokens_stride = tokens.stride(1);
   if (extra_token) {
     p.extra_token = extra_token->const_data_ptr();
     p.extra_token_stride = extra_token->stride(0);
   }
-  p.batch = tokens.size(0);
-  p.rows = rows;
+  p.lengths = integers(lengths);
+  p.offsets = integers(offsets);
+  p.length = tokens.size(1);
+  p.batch = batch;
   p.channels = tokens.size(2);
   p.queries = query.size(1);
   p.splits = splits;
+  p.per_channel = 1.0f / p.channels;
   p.normalize = normalize;
   p.eps = eps;
   return p;
 }
 
-void check_operands(const Tensor& query, const Tensor& tokens, const OptionalTensor& extra_token,
-                    const OptionalTensor& lengths, const OptionalTensor& offsets) {
-  single_query_attention::check_operands(query, tokens, extra_token, lengths, offsets);
-  for (const auto& [name, given] : {std::pair("lengths", &lengths), std::pair("offsets", &offsets)})
-    TORCH_CHECK_NOT_IMPLEMENTED(!*given, name, ": got a tensor, expected None: this backend does not take them yet");
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, const OptionalTensor& extra_token_,
-                                   const OptionalTensor& lengths, const OptionalTensor& offsets, bool normalize,
+                                   const OptionalTensor& lengths_, const OptionalTensor& offsets_, bool normalize,
                                    double eps) {
-  check_operands(query_, tokens, extra_token_, lengths, offsets);
+  single_query_attention::check_operands(query_, tokens, extra_token_, lengths_, offsets_);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Dtype dtype = dtype_of("tokens", tokens);
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = with_aligned_rows(extra_token_);
+  const OptionalTensor lengths = contiguous(lengths_), offsets = contiguous(offsets_);
   const auto float32 = query.options().dtype(at::kFloat);
   Tensor context = at::empty(query.sizes(), query.options());
   Tensor log_sum_exp = at::empty({query.size(0), query.size(1)}, float32);
   if (context.numel() == 0) return {context, log_sum_exp};
-  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, normalize, eps);
+  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, lengths, offsets, normalize, eps);
   p.context = context.data_ptr();
   p.log_sum_exp = log_sum_exp.data_ptr<float>();
   Tensor partial;  // contexts, maxima, sums
@@ -107,16 +117,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const Tensor& query_, const Tensor& tokens,
-                                            const OptionalTensor& extra_token_, const OptionalTensor& lengths,
-                                            const OptionalTensor& offsets, const Tensor& context_,
+                                            const OptionalTensor& extra_token_, const OptionalTensor& lengths_,
+                                            const OptionalTensor& offsets_, const Tensor& context_,
                                             const Tensor& log_sum_exp_, bool normalize, double eps,
                                             std::array<bool, 3> needed) {
-  check_operands(query_, tokens, extra_token_, lengths, offsets);
+  single_query_attention::check_operands(query_, tokens, extra_token_, lengths_, offsets_);
   single_query_attention::check_results(grad_context_, context_, log_sum_exp_, query_);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Dtype dtype = dtype_of("tokens", tokens);
   const Tensor query = with_contiguous_rows(query_);
   const OptionalTensor extra_token = with_aligned_rows(extra_token_);
+  const OptionalTensor lengths = contiguous(lengths_), offsets = contiguous(offsets_);
   const Tensor grad_context = grad_context_.contiguous(), context = context_.contiguous();
   const Tensor log_sum_exp = log_sum_exp_.contiguous();
   Tensor grad_query = empty_gradient(needed[0], query);
@@ -126,7 +137,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
     for (const Tensor& grad : {grad_query, grad_tokens, grad_extra_token}) grad.zero_();
     return {grad_query, grad_tokens, grad_extra_token};
   }
-  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, normalize, eps);
+  if (lengths || offsets) grad_tokens.zero_();  // of what takes no part
+  SingleQueryAttentionParams p = make_params(query, tokens, extra_token, lengths, offsets, normalize, eps);
   p.context = context.data_ptr();
   p.log_sum_exp = log_sum_exp.data_ptr<float>();
   p.grad_context = grad_context.const_data_ptr();
@@ -150,9 +162,9 @@ int64_t single_query_attention_cuda_max_channels(int64_t queries, int64_t itemsi
   typedef SingleQueryAttentionPlan Plan;
   if (queries > Plan::kMaxQueries) return 0;
   const int64_t available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, int(device));
-  int64_t channels = Plan::kSlab * Plan::max_warps(Plan::query_tiles_for(int(queries)), int(itemsize));
+  int64_t channels = Plan::max_channels(Plan::query_tiles_for(int(queries)), int(itemsize));
   while (channels > 0 && single_query_attention_shared_bytes(int(channels), int(queries), int(itemsize)) > available)
-    channels -= Plan::kSlab;
+    channels -= Plan::kUnit;
   return channels;
 }
 

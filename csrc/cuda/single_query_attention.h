@@ -5,17 +5,27 @@
 
 namespace tokenfusion {
 
+// Whole numbers of either width, or none.
+struct Integers {
+  const void* data;
+  int32_t is_long;
+};
+
 // Strides are in elements; the innermost dimension of every tensor is contiguous. Rows are numbered with the extra
 // token, where there is one, as row 0. Rows of tokens and of the extra token are aligned to 16 bytes.
 struct SingleQueryAttentionParams {
   const void* query;  // [batch, queries, channels]
   int64_t query_batch_stride, query_stride;
-  const void* tokens;  // [batch, rows without the extra one, channels]
+  const void* tokens;  // [batch, length, channels], or [1, length, channels] where there are offsets
   int64_t tokens_batch_stride, tokens_stride;
   const void* extra_token;  // [batch, channels] or null
   int64_t extra_token_stride;
-  int32_t batch, rows, channels, queries;
-  int32_t splits;  // blocks that share an image's rows
+  Integers lengths;  // [batch]: how many of an image's tokens count
+  Integers offsets;  // [batch + 1]: where each image's tokens are
+  int64_t length;
+  int32_t batch, channels, queries;
+  int32_t splits;     // blocks that share an image's rows
+  float per_channel;  // 1 / channels
   int32_t normalize;
   float eps;
 
@@ -29,23 +39,29 @@ struct SingleQueryAttentionParams {
   const void* grad_context;   // [batch, queries, channels], contiguous
   void* grad_query;           // contiguous, or null
   float* partial_grad_query;  // with splits > 1: [batch, splits, queries, channels]
-  void* grad_tokens;          // contiguous, or null
+  void* grad_tokens;          // contiguous, or null; rows that do not count are not written
   void* grad_extra_token;     // contiguous, or null
 };
 
 // How a block is made up: `groups` groups of `warps` warps. A group takes every groups-th tile of its block's rows; a
-// warp of it has kSlab of the channels; `stages` tiles are in flight or in use.
+// warp of it has `units` times 16 of the channels; `stages` tiles are in flight or in use.
 struct SingleQueryAttentionPlan {
-  static constexpr int kSlab = 64, kTile = 16, kMaxQueries = 32;
+  static constexpr int kTile = 16, kUnit = 16, kMaxQueries = 32;
 
-  int warps, groups, stages;
+  int warps, groups, stages, units;
   int64_t shared_bytes;
 
   // Tiles of 8 queries that a kernel is made for.
   static constexpr int query_tiles_for(int queries) { return queries <= 8 ? 1 : queries <= 16 ? 2 : 4; }
-  // Warps for which the registers suffice.
-  static constexpr int max_warps(int query_tiles, int itemsize) {
-    return query_tiles == 1 ? 16 : query_tiles == 2 ? (itemsize == 4 ? 12 : 16) : 8;
+  // A warp's units for which the registers suffice. In float32, more do where nothing guards them, as every warp has as
+  // many (is_full).
+  static constexpr int max_units(int query_tiles, int itemsize, bool is_full) {
+    if (itemsize == 4) return query_tiles == 1 ? 12 : query_tiles == 2 ? (is_full ? 8 : 6) : (is_full ? 4 : 3);
+    return query_tiles < 4 ? 12 : 6;
+  }
+  static constexpr int kMaxWarps = 8;
+  static constexpr int max_channels(int query_tiles, int itemsize) {
+    return kUnit * max_units(query_tiles, itemsize, false) * kMaxWarps;
   }
 
   int threads() const { return 32 * warps * groups; }

@@ -6,124 +6,159 @@
 namespace tokenfusion {
 namespace single_query_attention {
 
-template <typename T, int kQueryTiles>
-struct Backward : Kernel<T, kQueryTiles, true> {
-  typedef Kernel<T, kQueryTiles, true> Base;
+template <typename T, int kQueryTiles, bool kFull>
+struct Backward : Kernel<T, kQueryTiles, kFull, true> {
+  typedef Kernel<T, kQueryTiles, kFull, true> Base;
   typedef typename Base::M M;
-  typedef typename Base::Memory Memory;
-  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::s, Base::split, Base::thread, Base::units,
+  typedef typename Base::Rows Rows;
+  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::rows, Base::s, Base::split, Base::units,
       Base::warp, Base::warps;
-  using Base::kQueries, Base::kRowsAtOnce, Base::kRowVectors, Base::kVector, Base::Base;
+  using Base::kMaxUnits, Base::kOperands, Base::kProducts, Base::kQueries, Base::kVector, Base::Base;
 
-  static TF_DEVICE int grad_row(int q) { return q / 8 * 16 + q % 8; }
-  static TF_DEVICE int operand_row(int q) { return grad_row(q) + 8; }  // that of the query
+  // Of queries 8 i + lane % 4 * 2 (+ 1), over this lane's rows alone.
+  float correction[kQueryTiles][2] = {}, excess[kQueryTiles][2] = {};
 
   TF_DEVICE void begin() {
+    if (thread_index() == 0) *s.first_token = rows.first;
     const T* const grad_context = static_cast<const T*>(p.grad_context) + this->query_row(0) * p.channels;
     const T* const context = static_cast<const T*>(p.context) + this->query_row(0) * p.channels;
     this->fill_operands(grad_context, p.channels, 0, 2);
     this->fill_operands(static_cast<const T*>(p.query) + image * p.query_batch_stride, p.query_stride, 8, 2);
-    for (int q = group * warps + warp; q < p.queries; q += warps * groups) {
+    for (int q = group * warps + warp; q < kQueries; q += warps * groups) {
       float delta = 0;
-      for (int c = lane; c < p.channels; c += 32)
-        delta += to_float(grad_context[q * p.channels + c]) * to_float(context[q * p.channels + c]);
-      delta = sum_lanes<32>(delta);
-      if (lane == 0) s.delta[q] = delta, s.log_sum_exp[q] = p.log_sum_exp[this->query_row(q)];
+      if (q < p.queries)
+        for (int c = lane; c < p.channels; c += 32)
+          delta += to_float(grad_context[q * p.channels + c]) * to_float(context[q * p.channels + c]);
+      delta = sum_warp(delta);
+      if (lane == q)  // one lane for all queries would have the compiler tear the warp apart before the sum
+        s.delta[q] = delta, s.log_sum_exp[q] = q < p.queries ? p.log_sum_exp[this->query_row(q)] : kInfinity;
     }
-    for (int q = thread; q < kQueries; q += 32 * warps) s.correction[q] = s.excess[q] = 0;
   }
 
-  // Weights and gradients of the scores; each query is weighed by 16 lanes, one a row.
-  TF_DEVICE void weigh(int tile, const T* shift) {
-    const int row = lane % 16;
-    const typename Base::Row r = this->make_row(tile, row);
-    float mean = 0, slope = 0;
-    for (int pair = warp; pair < kQueries / 2; pair += warps) {
-      const int q = 2 * pair + lane / 16, of_grad = grad_row(q), of_query = operand_row(q);
-      const bool there = r.there && q < p.queries;
-      const float score = this->full_score(r, of_query, of_query, row);
-      const float grad_weight = this->full_score(r, of_grad, of_grad, row);
-      const float weight = there ? expf(score - s.log_sum_exp[q]) : 0;
-      // a lone token has weight 1 whatever its score
-      const float grad_score = there && p.rows > 1 ? weight * (grad_weight - s.delta[q]) : 0;
-      mean += weight * s.operand_sum[of_grad] + grad_score * s.operand_sum[of_query];
-      slope += weight * grad_weight + grad_score * score;
-      s.pairs[row * Memory::kPairPitch + of_grad] = from_float<T>(weight);
-      s.pairs[row * Memory::kPairPitch + of_query] = from_float<T>(grad_score);
-      const float rounded = this->store_weight(r, q, row, grad_score);
-      const float correction = sum_lanes<16>(rounded * r.rest);
-      const float excess = sum_lanes<16>(r.there ? rounded / r.rstd : 0);
-      if (row == 0) {
-        s.correction[q] += correction, s.excess[q] += excess;
-        s.scale[2 * q] = 1, s.scale[2 * q + 1] = r.largest_rstd;
+  static TF_DEVICE float exponential(float x) { return Base::kIsFloat ? expf(x) : exp2_approximate(x * 1.44269504f); }
+
+  TF_DEVICE void step(int tile, T* slab) {
+    float score[kProducts][4];  // for every 8 queries, gradients of their weights, then their scores
+    const Rows r = this->multiply(tile, slab, score);
+    float mean[2] = {}, slope[2] = {};
+    float scaled[kQueryTiles][4];
+    typename M::A pairs[kQueryTiles];
+#pragma unroll
+    for (int i = 0; i < kQueryTiles; ++i) {
+      const int q = 8 * i + lane % 4 * 2;
+      float weight[4], grad_score[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int e = k % 2, row = k / 2;
+        weight[k] = r.there[row] ? exponential(score[2 * i + 1][k] - s.log_sum_exp[q + e]) : 0;
+        // a lone token has weight 1 whatever its score
+        grad_score[k] = r.there[row] && rows.rows > 1 ? weight[k] * (score[2 * i][k] - s.delta[q + e]) : 0;
+        const float* const operand_sum = s.operand_sum + warps * kOperands + 16 * i + lane % 4 * 2 + e;
+        mean[row] += weight[k] * operand_sum[0] + grad_score[k] * operand_sum[8];
+        slope[row] += weight[k] * score[2 * i][k] + grad_score[k] * score[2 * i + 1][k];
+        scaled[i][k] = grad_score[k] * r.rstd[row];
       }
+      pairs[i] = M::from_products(weight, grad_score);
     }
-    if (!p.normalize) return;
-    mean += shuffle_xor(mean, 16), slope += shuffle_xor(slope, 16);
-    if (lane < 16) {
-      s.row_sums[2 * warp * kTile + row] = mean, s.row_sums[(2 * warp + 1) * kTile + row] = slope;
-      if (warp == 0) s.rstd[row] = r.rstd, s.mean[row] = to_float(shift[row]) + r.rest;
+    if (p.grad_query != nullptr) {
+      const float scale = Base::round_to_elements(scaled);
+      float deviation[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) deviation[i] = r.rstd[i] > 0 ? 1 / r.rstd[i] : 0;
+      typename M::B weights[kQueryTiles];
+#pragma unroll
+      for (int i = 0; i < kQueryTiles; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float rounded = scaled[i][k] * scale;
+          correction[i][k % 2] += rounded * r.rest[k / 2];
+          excess[i][k % 2] += rounded * deviation[k / 2];
+        }
+        weights[i] = M::from_transposed_product(scaled[i]);
+      }
+      this->accumulate(slab, r, weights, scale);
+    }
+    if (p.grad_tokens != nullptr || p.grad_extra_token != nullptr) {
+      if (!p.normalize) {
+        mean[0] = mean[1] = slope[0] = slope[1] = 0;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          mean[i] = sum_quad(mean[i]) * p.per_channel;
+          slope[i] = sum_quad(slope[i]) * p.per_channel * r.rstd[i];
+        }
+      }
+      form_gradients(slab, r, pairs, mean, slope);
+      write_gradients(tile, slab);
     }
   }
 
   // With dn = sum_q p_q grad_context_q + ds_q query_q, the gradient of a token is rstd (dn - mean(dn) - n mean(dn n)),
   // whose means come from sums over the queries that are known already. It takes the token's place in the tile, from
   // where it is stored in vectors.
-  TF_DEVICE void write_gradients(int tile, T* tokens) {
-    if (p.grad_tokens == nullptr && p.grad_extra_token == nullptr) return;
-    const int row = lane / 4, column = lane % 4 * 2;
-    float rstd[2], centre[2], mean[2] = {}, slope[2] = {};
-    if (p.normalize) {
+  TF_DEVICE void form_gradients(T* slab, const Rows& r, const typename M::A (&pairs)[kQueryTiles],
+                                const float (&mean)[2], const float (&slope)[2]) {
+    typename M::SplitA split_pairs[kQueryTiles];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        for (int w = 0; w < warps && w < Base::kWeighingWarps; ++w) {
-          mean[i] += s.row_sums[2 * w * kTile + row + 8 * i];
-          slope[i] += s.row_sums[(2 * w + 1) * kTile + row + 8 * i];
-        }
-        rstd[i] = s.rstd[row + 8 * i], centre[i] = s.mean[row + 8 * i];
-        mean[i] *= this->per_channel, slope[i] *= rstd[i] * this->per_channel;
-      }
+    for (int i = 0; i < kQueryTiles; ++i) split_pairs[i] = M::split(pairs[i]);
+    const T* const operands = s.operands + this->first_channel();
+    constexpr bool kFloat = Base::kIsFloat;  // where t - shift has digits that t * factor would lose
+    float factor[2], summand[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      factor[i] = -r.rstd[i] * slope[i];
+      summand[i] = -r.rstd[i] * mean[i] - factor[i] * (kFloat ? r.rest[i] : r.shift[i] + r.rest[i]);
     }
-    typename M::A pairs[kQueryTiles];
+    warp_barrier();  // all lanes have read the tile
 #pragma unroll
-    for (int i = 0; i < kQueryTiles; ++i) pairs[i] = M::load_a(s.pairs + 16 * i, Memory::kPairPitch);
-    warp_barrier();
-#pragma unroll
-    for (int u = 0; u < 2 * kUnits; ++u) {
-      if (u < 2 * units) {
-        typename M::Product product;
+    for (int u = 0; u < 2 * kMaxUnits; ++u) {
+      if (this->has(u / 2)) {
+        typename M::FiniteProduct product;
 #pragma unroll
         for (int i = 0; i < kQueryTiles; ++i)
-          product.add(pairs[i], M::load_b(s.operands + 16 * i * s.pitch + warp * kSlab + 8 * u, s.pitch));
+          product.add(split_pairs[i], M::load_b_of_products(operands + 16 * i * s.pitch + 8 * u, s.pitch));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          T* const token = tokens + (row + j / 2 * 8) * s.pitch + 8 * u + column + j % 2;
-          float grad = product[j];
-          if (p.normalize) {
-            const int i = j / 2;
-            grad = rstd[i] * (grad - mean[i] - (to_float(*token) - centre[i]) * slope[i]);
+        for (int i = 0; i < 2; ++i) {
+          Two<T>* const pair = reinterpret_cast<Two<T>*>(slab + (lane / 4 + 8 * i) * s.pitch + 8 * u + lane % 4 * 2);
+          const Two<T> token = *pair;
+          float grad[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            grad[e] = product[2 * i + e];
+            const float t = to_float(token.x[e]);
+            grad[e] = r.rstd[i] * grad[e] + (factor[i] * (kFloat ? t - r.shift[i] : t) + summand[i]);
           }
-          *token = from_float<T>(grad);
+          store_two(pair->x, grad[0], grad[1]);
         }
       }
     }
     warp_barrier();
-    const int part = lane % kRowVectors * kVector;
-    if (part >= 16 * units) return;
+  }
+
+  TF_DEVICE void write_gradients(int tile, const T* slab) {
+    const int channels = kUnit * units, column = lane % 8 * kVector;
     const bool has_extra = p.extra_token != nullptr;
-    const int64_t rows = p.rows - has_extra;
 #pragma unroll
-    for (int i = 0; i < kTile; i += kRowsAtOnce) {
-      const int j = tile * kTile + i + lane / kRowVectors;
+    for (int i = 0; i < kTile; i += 4) {
+      const int64_t j = int64_t(tile) * kTile + i + lane / 8;
       const bool is_extra = has_extra && j == 0;
       T* const grads = static_cast<T*>(is_extra ? p.grad_extra_token : p.grad_tokens);
-      if (j < p.rows && grads != nullptr) {
-        const int64_t to = is_extra ? image : image * rows + (j - has_extra);
-        const T* const from = tokens + (i + lane / kRowVectors) * s.pitch + part;
-        *reinterpret_cast<Vector16*>(grads + to * p.channels + warp * kSlab + part) =
-            *reinterpret_cast<const Vector16*>(from);
+      if (j < rows.rows && grads != nullptr) {
+        T* const to =
+            grads + (is_extra ? image : *s.first_token + j - has_extra) * p.channels + this->first_channel() + column;
+        const T* const from = slab + (i + lane / 8) * s.pitch + column;
+#pragma unroll
+        for (int k = 0; k < kMaxUnits * kUnit; k += 8 * kVector)
+          if (kFull && k / kUnit + 8 * kVector / kUnit <= kMaxUnits || column + k < channels)
+            *reinterpret_cast<Vector16*>(to + k) = *reinterpret_cast<const Vector16*>(from + k);
       }
     }
+  }
+
+  TF_DEVICE void write_results() {
+    this->write_result(correction);
+    this->sum_all_rows(excess);
+    if (warp == 0) this->write_queries(s.excess, excess);
   }
 
   // The score gradients sum to zero but for rounding, whose share of the query's gradient goes here.
@@ -135,19 +170,18 @@ struct Backward : Kernel<T, kQueryTiles, true> {
       const T* const context = static_cast<const T*>(p.context) + this->query_row(q) * p.channels;
       const int64_t row = p.splits == 1 ? this->query_row(q) : this->partial_row(q);
       for (int c = 4 * lane; c < p.channels; c += 128) {
-        float sums[4];
+        float grad[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[i] = -excess * to_float(context[c + i]);
+        for (int i = 0; i < 4; ++i) grad[i] = -excess * to_float(context[c + i]);
         for (int g = -group; g < groups - group; ++g) {
-          const float correction = s.of_group(s.correction, g)[q];
           const float* const from = s.of_group(s.result, g) + q * s.result_pitch + c;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[i] += from[i] - correction;
+          for (int i = 0; i < 4; ++i) grad[i] += from[i];
         }
         if (p.splits == 1) {
-          store_four(static_cast<T*>(p.grad_query) + row * p.channels + c, sums, 1);
+          store_four(static_cast<T*>(p.grad_query) + row * p.channels + c, grad, 1);
         } else {
-          store_four(p.partial_grad_query + row * p.channels + c, sums, 1);
+          store_four(p.partial_grad_query + row * p.channels + c, grad, 1);
         }
       }
     }

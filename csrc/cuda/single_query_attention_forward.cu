@@ -4,11 +4,11 @@
 namespace tokenfusion {
 namespace single_query_attention {
 
-template <typename T, int kQueryTiles>
-__global__ void __launch_bounds__(kMaxThreads<T, kQueryTiles>)
+template <typename T, int kQueryTiles, bool kFull>
+__global__ void __launch_bounds__(kMaxThreads)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) char memory[];
-  Forward<T, kQueryTiles> block(p, plan, memory);
+  Forward<T, kQueryTiles, kFull> block(p, plan, memory);
   block.run(block);
 }
 
@@ -21,10 +21,10 @@ __global__ void combine_forward_kernel(const __grid_constant__ Params p) {
 
 cudaError_t run_single_query_attention_forward(const SingleQueryAttentionParams& p, Dtype dtype, cudaStream_t stream) {
   using namespace single_query_attention;
-  return with_variant(dtype, p.queries, [&](auto variant) {
+  return with_variant(dtype, p.queries, p.channels, [&](auto variant) {
     typedef decltype(variant) V;
     typedef typename V::Element T;
-    const cudaError_t error = launch<V, false>(forward_kernel<T, V::query_tiles>, p, stream);
+    const cudaError_t error = launch<V, false>(forward_kernel<T, V::query_tiles, V::full>, p, stream);
     if (error != cudaSuccess || p.splits == 1) return error;
     combine_forward_kernel<T><<<p.batch * p.queries, kCombineThreads, 0, stream>>>(p);
     return cudaGetLastError();

@@ -6,73 +6,110 @@
 namespace tokenfusion {
 namespace single_query_attention {
 
-template <typename T, int kQueryTiles>
-struct Forward : Kernel<T, kQueryTiles, false> {
-  typedef Kernel<T, kQueryTiles, false> Base;
-  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::s, Base::split, Base::thread, Base::warp,
-      Base::warps;
-  using Base::kQueries, Base::Base;
+template <typename T, int kQueryTiles, bool kFull>
+struct Forward : Kernel<T, kQueryTiles, kFull, false> {
+  typedef Kernel<T, kQueryTiles, kFull, false> Base;
+  typedef typename Base::M M;
+  typedef typename Base::Rows Rows;
+  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::rows, Base::s, Base::split, Base::sums,
+      Base::units, Base::warp, Base::warps;
+  using Base::kMaxUnits, Base::kQueries;
+
+  // The online softmax of queries 8 i + lane % 4 * 2 (+ 1): totals and corrections over this lane's rows alone.
+  float maximum[kQueryTiles][2], total[kQueryTiles][2] = {}, correction[kQueryTiles][2] = {};
+
+  TF_DEVICE Forward(const Params& params, const Plan& plan, char* memory) : Base(params, plan, memory) {
+#pragma unroll
+    for (int i = 0; i < kQueryTiles; ++i) maximum[i][0] = maximum[i][1] = -kInfinity;
+  }
 
   TF_DEVICE void begin() {
     this->fill_operands(static_cast<const T*>(p.query) + image * p.query_batch_stride, p.query_stride, 0, 1);
-    for (int q = thread; q < kQueries; q += 32 * warps) {
-      s.maximum[q] = -kInfinity;
-      s.total[q] = s.correction[q] = 0;
-    }
   }
 
-  // Online softmax; each query is weighed by 16 lanes, one a row.
-  TF_DEVICE void weigh(int tile, const T*) {
-    const int row = lane % 16;
-    const typename Base::Row r = this->make_row(tile, row);
-    for (int pair = warp; pair < kQueries / 2; pair += warps) {
-      const int q = 2 * pair + lane / 16;
-      const float score = r.there ? this->full_score(r, q, q, row) : -kInfinity;
-      const float before = s.maximum[q], maximum = fmaxf(before, max_lanes<16>(score));
-      const float origin = maximum == -kInfinity ? 0 : maximum;
-      const float keep = maximum == before ? 1 : expf(before - origin);
-      const float weight = expf(score - origin);
-      const float rounded = this->store_weight(r, q, row, weight);
-      const float total = sum_lanes<16>(weight), correction = sum_lanes<16>(rounded * r.rest);
-      warp_barrier();  // all lanes have read what one writes
-      if (row == 0) {
-        s.maximum[q] = maximum;
-        s.total[q] = s.total[q] * keep + total;
-        s.correction[q] = s.correction[q] * keep + correction;
-        s.scale[2 * q] = keep, s.scale[2 * q + 1] = r.largest_rstd;
+  static TF_DEVICE float origin(float maximum) { return maximum == -kInfinity ? 0 : maximum; }
+  static TF_DEVICE float exponential(float x) { return Base::kIsFloat ? expf(x) : exp2_approximate(x * 1.44269504f); }
+
+  TF_DEVICE void step(int tile, const T* slab) {
+    float score[kQueryTiles][4];
+    const Rows r = this->multiply(tile, slab, score);
+    bool grows = false;
+#pragma unroll
+    for (int i = 0; i < kQueryTiles; ++i)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (!r.there[k / 2]) score[i][k] = -kInfinity;
+        grows = grows || score[i][k] > maximum[i][k % 2];
+      }
+    if (any_lane(grows)) raise(score);
+#pragma unroll
+    for (int i = 0; i < kQueryTiles; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float weight = exponential(score[i][k] - origin(maximum[i][k % 2]));
+        total[i][k % 2] += weight;
+        score[i][k] = weight * r.rstd[k / 2];
+      }
+    }
+    const float scale = Base::round_to_elements(score);
+    typename M::B weights[kQueryTiles];
+#pragma unroll
+    for (int i = 0; i < kQueryTiles; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) correction[i][k % 2] += score[i][k] * scale * r.rest[k / 2];
+      weights[i] = M::from_transposed_product(score[i]);
+    }
+    this->accumulate(slab, r, weights, scale);
+  }
+
+  // To the largest score so far.
+  TF_DEVICE void raise(const float (&score)[kQueryTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < kQueryTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float raised = fmaxf(maximum[i][e], max_rows(fmaxf(score[i][e], score[i][2 + e])));
+        const float keep = raised == maximum[i][e] ? 1 : exponential(maximum[i][e] - origin(raised));
+        maximum[i][e] = raised, total[i][e] *= keep, correction[i][e] *= keep;
+#pragma unroll
+        for (int u = 0; u < kMaxUnits; ++u) sums[u][i][e] *= keep, sums[u][i][2 + e] *= keep;
       }
     }
   }
 
-  TF_DEVICE void write_gradients(int, T*) {}
+  TF_DEVICE void write_results() {
+    this->write_result(correction);
+    this->sum_all_rows(total);
+    if (warp == 0) this->write_queries(s.maximum, maximum), this->write_queries(s.total, total);
+  }
 
   TF_DEVICE void finish() {
     for (int q = group * warps + warp; q < p.queries; q += warps * groups) {
-      float maximum = -kInfinity, total = 0;
-      for (int g = -group; g < groups - group; ++g) maximum = fmaxf(maximum, s.of_group(s.maximum, g)[q]);
-      const float origin = maximum == -kInfinity ? 0 : maximum;
+      float largest = -kInfinity, all = 0;
+      for (int g = -group; g < groups - group; ++g) largest = fmaxf(largest, s.of_group(s.maximum, g)[q]);
       for (int g = -group; g < groups - group; ++g)
-        total += s.of_group(s.total, g)[q] * expf(s.of_group(s.maximum, g)[q] - origin);
+        all += s.of_group(s.total, g)[q] * expf(s.of_group(s.maximum, g)[q] - origin(largest));
       const int64_t row = p.splits == 1 ? this->query_row(q) : this->partial_row(q);
+      const float share = rows.rows > 0 ? 1 / all : 0;
       for (int c = 4 * lane; c < p.channels; c += 128) {
-        float sums[4] = {};
+        float context[4] = {};
         for (int g = -group; g < groups - group; ++g) {
-          const float weight = expf(s.of_group(s.maximum, g)[q] - origin), correction = s.of_group(s.correction, g)[q];
+          const float weight = expf(s.of_group(s.maximum, g)[q] - origin(largest));
           const float* const from = s.of_group(s.result, g) + q * s.result_pitch + c;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[i] += weight * (from[i] - correction);
+          for (int i = 0; i < 4; ++i) context[i] += weight * from[i];
         }
         if (p.splits == 1) {
-          store_four(static_cast<T*>(p.context) + row * p.channels + c, sums, 1 / total);
+          store_four(static_cast<T*>(p.context) + row * p.channels + c, context, share);
         } else {
-          store_four(p.partial_context + row * p.channels + c, sums, 1);
+          store_four(p.partial_context + row * p.channels + c, context, 1);
         }
       }
       if (lane == 0) {
         if (p.splits == 1) {
-          p.log_sum_exp[row] = maximum + logf(total);
+          p.log_sum_exp[row] = largest + logf(all);
         } else {
-          p.partial_max[row] = maximum, p.partial_sum[row] = total;
+          p.partial_max[row] = largest, p.partial_sum[row] = all;
         }
       }
     }
@@ -89,6 +126,7 @@ TF_DEVICE void combine_forward(const Params& p) {
   const float origin = maximum == -kInfinity ? 0 : maximum;
   for (int i = 0; i < p.splits; ++i)
     total += p.partial_sum[first + i * p.queries] * expf(p.partial_max[first + i * p.queries] - origin);
+  const float share = bag(p, int(image)).rows > 0 ? 1 / total : 0;
   for (int c = 4 * thread_index(); c < p.channels; c += 4 * block_threads()) {
     float sums[4] = {};
     for (int i = 0; i < p.splits; ++i) {
@@ -99,7 +137,7 @@ TF_DEVICE void combine_forward(const Params& p) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[j] += weight * part[j];
     }
-    store_four(static_cast<T*>(p.context) + int64_t(block_index()) * p.channels + c, sums, 1 / total);
+    store_four(static_cast<T*>(p.context) + int64_t(block_index()) * p.channels + c, sums, share);
   }
   if (thread_index() == 0) p.log_sum_exp[block_index()] = maximum + logf(total);
 }

@@ -9,8 +9,7 @@ namespace single_query_attention {
 
 constexpr int kCombineThreads = 128;
 
-template <typename T, int kQueryTiles>
-constexpr int kMaxThreads = 32 * Plan::max_warps(kQueryTiles, sizeof(T));
+constexpr int kMaxThreads = 32 * Plan::kMaxWarps;
 
 template <typename V, bool kBackward, typename Function>
 cudaError_t launch(Function kernel, const Params& p, cudaStream_t stream) {
@@ -19,8 +18,8 @@ cudaError_t launch(Function kernel, const Params& p, cudaStream_t stream) {
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  const Plan plan = make_plan<typename V::Element, V::query_tiles, kBackward>(p, most_bytes);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes));
+  const Plan plan = make_plan<V, kBackward>(p, most_bytes);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);  // of any call
   if (error != cudaSuccess) return error;
   kernel<<<p.batch * p.splits, plan.threads(), plan.shared_bytes, stream>>>(p, plan);
   return cudaGetLastError();

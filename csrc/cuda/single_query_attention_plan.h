@@ -1,6 +1,7 @@
 // How the kernels of single_query_attention are cut up into blocks, and what lies in a block's shared memory.
 #pragma once
 
+#include "common/mma.cuh"
 #include "common/with_dtype.cuh"
 #include "single_query_attention.h"
 
@@ -10,60 +11,48 @@ namespace single_query_attention {
 typedef SingleQueryAttentionParams Params;
 typedef SingleQueryAttentionPlan Plan;
 
-constexpr int kTile = Plan::kTile, kSlab = Plan::kSlab;
-constexpr int kUnits = kSlab / 16;  // steps of the products over a warp's channels
-
-TF_HOST_DEVICE int count_tiles(const Params& p) { return (p.rows + kTile - 1) / kTile; }
-// The first tile of the rows that block `split` of an image takes; that of the next one ends them. 32 bits hold it.
-TF_HOST_DEVICE int first_tile_of(const Params& p, int split) {
-  const int each = count_tiles(p) / p.splits, left = count_tiles(p) % p.splits;
-  return each * split + (split < left ? split : left);
-}
+constexpr int kTile = Plan::kTile, kUnit = Plan::kUnit;
 
 // The shared memory of a block and, in it, of one of its groups.
 template <typename T, int kQueryTiles, bool kBackward>
 struct Shared {
   static constexpr int kQueries = 8 * kQueryTiles;
   static constexpr int kOperands = kBackward ? 2 * kQueries : kQueries;
-  static constexpr int kScores = kOperands + 2;  // a row's scores, its sum and its sum of squares
+  static constexpr int kPieces = kBackward ? 1 : Matrix<T>::kPieces;  // more would not fit beside what else there is
   static constexpr int kPad = 16 / sizeof(T);
-  static constexpr int kScorePitch =
-      sizeof(T) == 4 ? kTile + 1 : kTile + 4;  // + 4: no two lanes of a product in a bank
-  static constexpr int kWeightPitch = kTile + kPad;
-  static constexpr int kPairPitch = 16 * kQueryTiles + kPad;
+  static constexpr int kParts = kOperands / 8 + 2;  // products, sums and squares, shifts
 
   int pitch, result_pitch;
   int64_t group_bytes;
 
-  T* operands;         // [kOperands, pitch]; backward: for every 8 queries, 8 rows of grad_context, then 8 of query
-  float* operand_sum;  // [kOperands]
+  T* operands;  // [kPieces, kOperands, pitch]; backward: for every 8 queries, 8 rows of grad_context, then 8 of query
+  float* operand_sum;          // [warps + 1, kOperands], over a warp's channels, and over all of them
   float *delta, *log_sum_exp;  // [kQueries]
+  int64_t* first_token;        // of the image, where a register would be needed
 
-  T* tiles;                       // [stages, kTile, pitch]
-  float* result;                  // [kQueries, result_pitch], in the place of the tiles at the end
-  float* scores;                  // [warps, kScores, kScorePitch]
-  T* weights;                     // [kQueries, kWeightPitch]
-  float* scale;                   // [kQueries, 2]: what the sum so far and the tile's share are multiplied by
-  T* shift;                       // [2, kTile]
-  float *maximum, *total;         // [kQueries], of the online softmax
-  float *correction, *excess;     // [kQueries]
-  T* pairs;                       // [kTile, kPairPitch]: for every 8 queries, 8 weights, then 8 gradients of scores
-  float *row_sums, *rstd, *mean;  // [warps, 2, kTile], [kTile]
+  T* tiles;                // [stages, kTile, pitch]
+  float* result;           // [kQueries, result_pitch], in the place of the tiles at the end
+  Four<float>* parts;      // [2, warps, kParts, 32]: what the warps of a group tell each other
+  T* shift;                // [warps, kTile]
+  float *maximum, *total;  // [kQueries], at the end
+  float* excess;           // [kQueries], at the end
 
   // Lays out the memory of a block with these groups, for one group's threads; returns the size.
-  TF_HOST_DEVICE int64_t layout(char* memory, int warps, int groups, int stages, int group) {
-    pitch = kSlab * warps + kPad, result_pitch = kSlab * warps + 4;
+  TF_HOST_DEVICE int64_t layout(char* memory, const Plan& plan, int group) {
+    const int channels = kUnit * plan.units * plan.warps;
+    pitch = (channels + 2 * kPad - 1) / (2 * kPad) * (2 * kPad) + kPad, result_pitch = channels + 4;
     char* next = memory;
-    take(next, operands, kOperands * pitch);
-    take(next, operand_sum, kOperands);
+    take(next, operands, kPieces * kOperands * pitch);
+    take(next, operand_sum, (plan.warps + 1) * kOperands);
     take(next, delta, kBackward ? kQueries : 0);
     take(next, log_sum_exp, kBackward ? kQueries : 0);
+    take(next, first_token, kBackward);
     char* const first = next;
-    layout_group(next, warps, stages);
+    layout_group(next, plan);
     group_bytes = next - first;
     next = first + group * group_bytes;
-    layout_group(next, warps, stages);
-    return first - memory + groups * group_bytes;
+    layout_group(next, plan);
+    return first - memory + plan.groups * group_bytes;
   }
 
   // The same array of another group.
@@ -73,22 +62,15 @@ struct Shared {
   }
 
  private:
-  TF_HOST_DEVICE void layout_group(char*& next, int warps, int stages) {
-    const int tile_bytes = stages * kTile * pitch * int(sizeof(T)), result_bytes = kQueries * result_pitch * 4;
+  TF_HOST_DEVICE void layout_group(char*& next, const Plan& plan) {
+    const int tile_bytes = plan.stages * kTile * pitch * int(sizeof(T)), result_bytes = kQueries * result_pitch * 4;
     tiles = reinterpret_cast<T*>(next);
     take(next, result, (tile_bytes > result_bytes ? tile_bytes : result_bytes) / 4);
-    take(next, scores, warps * kScores * kScorePitch);
-    take(next, weights, kQueries * kWeightPitch);
-    take(next, scale, 2 * kQueries);
-    take(next, shift, 2 * kTile);
+    take(next, parts, plan.warps > 1 ? 2 * plan.warps * kParts * 32 : 0);
+    take(next, shift, plan.warps * kTile);
     take(next, maximum, kBackward ? 0 : kQueries);
     take(next, total, kBackward ? 0 : kQueries);
-    take(next, correction, kQueries);
     take(next, excess, kBackward ? kQueries : 0);
-    take(next, pairs, kBackward ? kTile * kPairPitch : 0);
-    take(next, row_sums, kBackward ? warps * 2 * kTile : 0);
-    take(next, rstd, kBackward ? kTile : 0);
-    take(next, mean, kBackward ? kTile : 0);
   }
 
   template <typename U>
@@ -98,25 +80,35 @@ struct Shared {
   }
 };
 
+template <typename T, int n, bool is_full>
+struct Variant {
+  typedef T Element;
+  static constexpr int query_tiles = n;
+  static constexpr bool full = is_full;
+  static constexpr int max_units = Plan::max_units(n, sizeof(T), is_full);
+};
+
 // The block for these sizes, in at most `most_bytes` of shared memory where that is possible, and such that a
-// multiprocessor takes two where its registers do.
-template <typename T, int kQueryTiles, bool kBackward>
+// multiprocessor takes two.
+template <typename V, bool kBackward>
 Plan make_plan(const Params& p, int64_t most_bytes) {
-  constexpr int kWarpsEnough = 8, kStagesEnough = 4, kTwoBlocksThreads = 256;
-  constexpr int64_t kTwoBlocksBytes = 100 << 10;
-  constexpr int kMaxWarps = Plan::max_warps(kQueryTiles, sizeof(T));
-  const int tiles = count_tiles(p) / p.splits;
+  constexpr int kWarpsEnough = 4, kStagesEnough = 4;
+  constexpr int64_t kTwoBlocksBytes = 112 << 10;
+  const int units = (p.channels + kUnit - 1) / kUnit;
+  const int64_t tiles = (p.length + (p.extra_token != nullptr) + kTile - 1) / kTile / p.splits;
   Plan plan;
-  plan.warps = (p.channels + kSlab - 1) / kSlab;
-  plan.groups = (kWarpsEnough < kMaxWarps ? kWarpsEnough : kMaxWarps) / plan.warps;
-  if (plan.groups > tiles) plan.groups = tiles;
+  constexpr int kMaxUnits = V::max_units;
+  plan.warps = (units + kMaxUnits - 1) / kMaxUnits;
+  plan.units = (units + plan.warps - 1) / plan.warps;
+  plan.groups = kWarpsEnough / plan.warps;
+  if (plan.groups > tiles) plan.groups = int(tiles);
   if (plan.groups < 1) plan.groups = 1;
   plan.stages = kStagesEnough;
   for (;;) {
-    Shared<T, kQueryTiles, kBackward> shared;
-    plan.shared_bytes = shared.layout(nullptr, plan.warps, plan.groups, plan.stages, 0);
-    const bool alone = plan.stages == 2 || plan.threads() > kTwoBlocksThreads;
-    if (plan.shared_bytes <= most_bytes && (alone || plan.shared_bytes <= kTwoBlocksBytes)) return plan;
+    Shared<typename V::Element, V::query_tiles, kBackward> shared;
+    plan.shared_bytes = shared.layout(nullptr, plan, 0);
+    const int64_t most = plan.stages == 2 || most_bytes < kTwoBlocksBytes ? most_bytes : kTwoBlocksBytes;
+    if (plan.shared_bytes <= most) return plan;
     if (plan.stages > 2)
       --plan.stages;
     else if (plan.groups > 1)
@@ -126,24 +118,24 @@ Plan make_plan(const Params& p, int64_t most_bytes) {
   }
 }
 
-template <typename T, int n>
-struct Variant {
-  typedef T Element;
-  static constexpr int query_tiles = n;
-};
-
-// f(Variant) for the dtype and the number of queries.
+// f(Variant) for the dtype and the sizes.
+template <typename T, int n, typename F>
+auto with_channels(int channels, F f) {
+  typedef Variant<T, n, true> Full;
+  if (channels % (kUnit * Full::max_units) == 0) return f(Full());
+  return f(Variant<T, n, false>());
+}
 template <typename F>
-auto with_variant(Dtype dtype, int queries, F f) {
+auto with_variant(Dtype dtype, int queries, int channels, F f) {
   return with_dtype(dtype, [&](auto element) {
     typedef decltype(element) T;
     switch (Plan::query_tiles_for(queries)) {
       case 1:
-        return f(Variant<T, 1>());
+        return with_channels<T, 1>(channels, f);
       case 2:
-        return f(Variant<T, 2>());
+        return with_channels<T, 2>(channels, f);
       default:
-        return f(Variant<T, 4>());
+        return with_channels<T, 4>(channels, f);
     }
   });
 }

@@ -6,9 +6,10 @@ from tests.ptx.worker import Worker
 
 
 @pytest.fixture(scope="session")
-def worker(request):
-    """Keeps the kernels that it compiled in pytest's cache, for other workers and later runs."""
-    with Worker(request.config.cache.mkdir("triton_ptx")) as worker:
+def worker(request, tmp_path_factory):
+    """Keeps the kernels that it compiled in pytest's cache, if there is one, for other workers and later runs."""
+    cache = getattr(request.config, "cache", None)
+    with Worker(cache.mkdir("triton_ptx") if cache else tmp_path_factory.mktemp("triton_ptx")) as worker:
         yield worker
 
 

@@ -16,6 +16,8 @@ from tests.ptx.observe import Observer
 from tests.ptx.schedule import Order
 from tests.ptx.sources import MARKS, check_same_code, program
 from tests.sass import ELEMENTS
+from tests.single_query_attention import test_lengths as padded
+from tests.single_query_attention import test_packed as packed
 from tests.single_query_attention.cases import check_parity, make_inputs
 from tokenfusion.kernels.single_query_attention import reference
 
@@ -30,8 +32,15 @@ def gpu(**device) -> Gpu:
     return Gpu("single_query_attention", **device)
 
 
-def attend(query, tokens, extra_token=None, *, normalize=False, eps=1e-6):
-    return torch.ops.tokenfusion.single_query_attention_cuda(query, tokens, extra_token, None, None, normalize, eps)[0]
+def attend(query, tokens, extra_token=None, *, lengths=None, offsets=None, normalize=False, eps=1e-6):
+    operands = query, tokens, extra_token, lengths, offsets
+    return torch.ops.tokenfusion.single_query_attention_cuda(*operands, normalize, eps)[0]
+
+
+def attend_packed(query, values, extra_token, *, bags, lengths=None, **options):
+    offsets = packed.offsets_of(bags, values, torch.int32 if len(bags) % 2 else torch.int64)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    return attend(query, values[None], extra_token, lengths=lengths, offsets=offsets, **options)
 
 
 @dataclass(frozen=True)
@@ -54,70 +63,83 @@ class Case:
 
 
 HALF = [
-    Case(3, 44, 16, 99),
-    Case(1, 76, 272, 99, extra=False),
-    Case(8, 60, 592, 99, normalize=False),
-    Case(6, 44, 656, 99),
-    Case(5, 124, 144, 99),
-    Case(9, 44, 16, 99),
-    Case(16, 76, 272, 99, normalize=False),
-    Case(12, 124, 16, 99, extra=False),
-    Case(11, 60, 80, 99),
-    Case(10, 60, 400, 99),
-    Case(13, 44, 464, 99, extra=False),
-    Case(32, 44, 16, 99),
-    Case(17, 124, 16, 163, normalize=False),
-    Case(20, 44, 208, 99, extra=False),
-    Case(31, 76, 272, 163),
-    Case(18, 124, 144),
-    Case(24, 111, 16, 99),
-    Case(25, 16, 16, 99, extra=False),
+    Case(3, 15, 16),
+    Case(8, 700, 16, extra=False),
+    Case(6, 13, 192),
+    Case(5, 150, 192, normalize=False),
+    Case(1, 16, 208, extra=False),
+    Case(7, 60, 208, 99),
+    Case(2, 11, 384, 99),
+    Case(4, 100, 384, 99),
+    Case(16, 16, 16, 99, extra=False),
+    Case(9, 44, 16, normalize=False),
+    Case(12, 15, 192, 99),
+    Case(11, 44, 192, 99, extra=False),
+    Case(10, 14, 208),
+    Case(13, 60, 272, 99),
+    Case(15, 16, 384, 99, extra=False),
+    Case(14, 32, 384, 99, normalize=False, extra=False),
+    Case(32, 11, 16, 99, normalize=False),
+    Case(17, 124, 16),
+    Case(20, 15, 96, 99, extra=False),
+    Case(31, 44, 96, 99),
+    Case(18, 12, 144, 99),
+    Case(24, 50, 144, 163),
+    Case(25, 16, 192, 99, extra=False),
+    Case(19, 31, 192, 163),
+    Case(30, 44, 144, 99, normalize=False),
 ]
 FLOAT = [
-    Case(3, 44, 16, 99),
-    Case(6, 44, 80, 99, extra=False),
-    Case(1, 76, 80, 99),
-    Case(8, 60, 272, 99, normalize=False),
-    Case(7, 60, 336, 99),
-    Case(4, 44, 400, 99, extra=False),
-    Case(5, 76, 528),
-    Case(9, 44, 16, 99),
-    Case(16, 76, 16, 99, normalize=False),
-    Case(12, 60, 16, 99, extra=False),
-    Case(11, 44, 208, 99),
-    Case(10, 60, 272, 99),
-    Case(13, 60, 528),
-    Case(15, 44, 336, 163, extra=False),
-    Case(32, 44, 16, 99),
-    Case(17, 76, 16, 163, normalize=False),
-    Case(20, 44, 80, 99, extra=False),
-    Case(31, 44, 272, 163),
-    Case(14, 16, 16, 99, extra=False),
-    Case(18, 16, 16, 99, extra=False),
-    Case(19, 32, 16, 163, extra=False),
-    Case(21, 16, 208, extra=False),
+    Case(3, 15, 16, 99),
+    Case(6, 500, 16, extra=False),
+    Case(1, 12, 192, 99),
+    Case(8, 60, 192, 99, normalize=False),
+    Case(7, 11, 208, 99),
+    Case(4, 44, 208, 99, extra=False),
+    Case(5, 16, 384, 99, extra=False),
+    Case(2, 30, 384, 163),
+    Case(9, 16, 16, 99, extra=False),
+    Case(16, 76, 16, normalize=False),
+    Case(12, 12, 128, 99),
+    Case(11, 44, 128, 99),
+    Case(10, 13, 208, 99),
+    Case(13, 60, 144, 99, extra=False),
+    Case(15, 9, 256, 99, normalize=False),
+    Case(14, 31, 256, 163),
+    Case(32, 12, 16, 99),
+    Case(17, 76, 16, normalize=False),
+    Case(20, 13, 64, 99, extra=False),
+    Case(31, 44, 64, 99),
+    Case(18, 12, 80, 99),
+    Case(21, 20, 80, 99),
+    Case(25, 11, 128, 99, normalize=False),
+    Case(19, 31, 128, 163),
 ]
 CASES = [
     *((DTYPES[1 + i % 2], case) for i, case in enumerate(HALF)),
     *((torch.float32, case) for case in FLOAT),
     *((dtype, Case(5, 200, 80, multiprocessors=2)) for dtype in DTYPES),  # three blocks share an image
+    *((dtype, Case(2, 40, 1536 if dtype.itemsize == 2 else 768)) for dtype in DTYPES),
 ]
 
 
 def kernel_of(mangled: str) -> str:
-    found = re.search(r"\d(combine_)?(forward|backward)_kernelI(.*?)(?:Li(\d)E)?E", mangled)
-    form = "joins splits" if found[1] else f"up to {8 * int(found[4])} queries"
+    found = re.search(r"\d(combine_)?(forward|backward)_kernelI(.*?)(?:Li(\d)ELb(\d)E)?E", mangled)
+    channels = "full" if found[5] == "1" else "any"
+    form = "joins splits" if found[1] else f"up to {8 * int(found[4])} queries, {channels} channels"
     return f"{found[2]} {ELEMENTS[found[3]]} {form}"
 
 
 def plans_of(launches: Iterable[Launch]) -> set[str]:
-    """What differs between runs of a kernel: whether a block has several groups of warps, and the stages."""
+    """What differs between runs: of each kernel, the groups in a block and the warps in a group; and the stages."""
     found = set()
     for each in launches:
         kernel = re.sub("b?float16", "16 bits", kernel_of(each.kernel))  # both have the same plans
         if "joins" not in kernel:
-            _, groups, stages = np.frombuffer(each.arguments[1], np.int32, 3)  # of SingleQueryAttentionPlan
-            found.add(f"{kernel}, {'several groups' if groups > 1 else 'one group'}, {stages} stages")
+            warps, groups, stages = np.frombuffer(each.arguments[1], np.int32, 3)  # of SingleQueryAttentionPlan
+            found.add(f"{' '.join(kernel.split()[:2])}, {stages} stages")
+            groups, warps = ("one" if count == 1 else "several" for count in (groups, warps))
+            found.add(f"{kernel}, {groups} groups of {warps} warps")
     return found
 
 
@@ -133,7 +155,8 @@ def possible_plans() -> set[str]:
     found = set()
     for shared_bytes, queries, dtype in itertools.product(SHARED_BYTES, (8, 16, 32), DTYPES[:2]):
         with gpu(shared_bytes=shared_bytes, interpret=False) as device:
-            for channels in range(16, device.limit_for(queries, dtype) + 1, 64):
+            most = device.limit_for(queries, dtype)
+            for channels in sorted({*range(16, most + 1, 64), *range(64, most + 1, 64), *range(96, most + 1, 96)}):
                 for tokens in (16, 32, 48, 64, 112):
                     launch(*(torch.zeros(1, n, channels, dtype=dtype) for n in (queries, tokens)))
         found |= plans_of(device.launches)
@@ -171,6 +194,34 @@ def test_any_number_of_tokens(tokens, dtype):
         check_parity(attend, make_inputs(2, 3, tokens, 32, dtype=dtype, extra=tokens % 2 == 1), normalize=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize, extra", [(False, False), (True, True)])
+def test_bags_in_one_padded_batch(dtype, normalize, extra):
+    with gpu(multiprocessors=4):  # two blocks share a bag
+        inputs = make_inputs(7, 3, 130, 32, dtype=dtype, extra=extra)
+        padded.check_bags(attend, inputs, [0, 1, 16, 17, 100, 129, 130], normalize=normalize)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize, extra", [(False, True), (True, False)])
+@pytest.mark.parametrize("bags, lengths", [(packed.BAGS, None), ([0, 0], None), ([30, 0, 300, 2], [30, 0, 296, 0])])
+def test_bags_one_after_the_other(dtype, normalize, extra, bags, lengths):
+    with gpu(multiprocessors=4):
+        inputs = packed.make_inputs(bags, 3, 32, dtype=dtype, extra=extra)
+        packed.check_bags(attend_packed, inputs, bags=bags, lengths=lengths, normalize=normalize)
+
+
+def test_what_lies_beyond_a_bag_is_not_read():
+    with gpu(multiprocessors=4):
+        inputs = make_inputs(3, 2, 80, 16, dtype=torch.bfloat16)
+        clean = with_gradients(attend, inputs, lengths=torch.tensor([0, 33, 80]), normalize=True)
+        poisoned = inputs[1].detach().clone()
+        poisoned[0], poisoned[1, 33:] = torch.nan, torch.nan
+        inputs = inputs[0], poisoned.requires_grad_(), *inputs[2:]
+        got = with_gradients(attend, inputs, lengths=torch.tensor([0, 33, 80]), normalize=True)
+    assert all(torch.equal(a, b) for a, b in zip(clean, got, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_a_block_fits_wherever_the_host_says_so(dtype):
     for shared_bytes, queries in itertools.product(SHARED_BYTES, (8, 16, 32)):
@@ -178,7 +229,7 @@ def test_a_block_fits_wherever_the_host_says_so(dtype):
             widest = device.limit_for(queries, dtype)
             for channels in range(64, widest + 1, 64):
                 launch(*(torch.zeros(1, n, channels, dtype=dtype) for n in (queries, 400)))
-            assert widest >= 192
+            assert widest >= 144
             with pytest.raises(ValueError, match=f"expected a multiple of 16 up to {widest}"):
                 launch(*(torch.zeros(1, n, widest + 16, dtype=dtype) for n in (queries, 40)))
 
@@ -269,14 +320,26 @@ def _constant(results):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_of_any_mean_scale_and_spread(dtype):
     with gpu():
-        query, x, extra_token, grad = make_inputs(6, 3, 50, 64, dtype=dtype, extra=True)
+        query, x, extra_token, grad = make_inputs(8, 3, 50, 64, dtype=dtype, extra=True)
         x = x.detach()
-        for i, (mean, scale) in enumerate([(1000, 1), (0, 100), (0, 0.01), (-300, 30)]):
+        for i, (mean, scale) in enumerate([(1000, 1), (0, 100), (0, 0.01), (-300, 30), (0, 1), (0, 1), (0, 8000)]):
             x[i] = x[i] * scale + mean
         x[4, 5:9] = 0
         x[5, 20] = 3
-        x[4:, 7, 0], x[4:, 11, 63] = 60, -60
+        x[4:6, 7, 0], x[4:6, 11, 63] = 60, -60
+        x[6, ::3] = 0  # whose 1 / deviation is 10^7 times the others'
+        x[7, 4], x[7, 4, 63] = 40000, -40000  # whose distance to the mean is no float16
         check_each_image((query, x.requires_grad_(), extra_token, grad), normalize=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_of_infinite_variance_counts_as_none(dtype):
+    with gpu():
+        query, x, extra_token, grad = make_inputs(1, 3, 20, 64, dtype=dtype)
+        x = x.detach()
+        x[0, 4, 5] = 1e20
+        results = with_gradients(attend, (query, x.requires_grad_(), extra_token, grad), normalize=True)
+    assert all(result.isfinite().all() for result in results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -328,7 +391,7 @@ class Copies(Observer):
             self.count += len(threads)
 
 
-@pytest.mark.parametrize("rows", [20_000_003, 2**30 - 2])
+@pytest.mark.parametrize("rows", [20_000_003, 2**32 + 5])
 def test_blocks_share_any_number_of_rows(rows):
     copies = Copies()
     splits = -(-rows // 8192)
@@ -336,9 +399,9 @@ def test_blocks_share_any_number_of_rows(rows):
     with gpu(blocks=[(n, 0, 0) for n in chosen], observers=[copies], interpret=lambda name: "combine" not in name):
         query, token = torch.zeros(2, 1, 1, 16, dtype=torch.bfloat16)
         attend(query, token.expand(1, rows, 16))
-    each, left = divmod(-(-rows // 16), splits)
-    ends = [16 * (each * n + min(n, left)) for n in range(splits + 1)]
-    assert copies.count == sum(min(ends[n + 1], rows) - ends[n] for n in chosen) * 2  # 16 bytes each
+    tiles = -(-rows // 16)
+    ends = [(tiles * n // splits, tiles * (n + 1) // splits) for n in chosen]
+    assert copies.count == sum(min(16 * end, rows) - 16 * first for first, end in ends) * 2  # 16 bytes each
 
 
 def test_elements_beyond_the_range_of_32_bits():

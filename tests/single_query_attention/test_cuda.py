@@ -5,6 +5,8 @@ import torch
 
 from tests.gradients import check_repeats, with_gradients
 from tests.parity import assert_trains
+from tests.single_query_attention import test_lengths as padded
+from tests.single_query_attention import test_packed as packed
 from tests.single_query_attention.cases import check, make_inputs
 from tokenfusion.kernels import extension, single_query_attention
 from tokenfusion.kernels.single_query_attention import op
@@ -46,6 +48,16 @@ def test_any_channels_and_queries(channels, queries, dtype):
 @pytest.mark.parametrize("batch", [1, 2, 33, 300])
 def test_batches_split_over_tokens_or_not(batch, dtype):
     check(inputs_on_gpu(batch, 3, 577, 96, dtype=dtype, extra=True), normalize=True)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extra", [False, True])
+def test_bags_of_any_length(extra, dtype):
+    lengths = [0, 1, 16, 17, 100, 1999, 2000]
+    padded.check(inputs_on_gpu(7, 3, 2000, 192, dtype=dtype, extra=extra), lengths, "cuda", normalize=True)
+    inputs = packed.make_inputs(lengths, 3, 192, dtype=dtype, extra=extra, device="cuda")
+    packed.check(inputs, "cuda", bags=lengths, normalize=True)
 
 
 @on_gpu

@@ -32,20 +32,21 @@ def compiled(tmp_path_factory) -> dict[tuple[str, int], dict[str, sass.Function]
     return {(name.rpartition("_")[2], capability): functions for (name, capability), functions in results.items()}
 
 
-def _name(names, direction: str, element: str, query_tiles: int) -> str:
-    wanted = f"{len(direction) + 7}{direction}_kernelI{element}Li{query_tiles}E"
+def _name(names, direction: str, element: str, query_tiles: int, full: bool) -> str:
+    wanted = f"{len(direction) + 7}{direction}_kernelI{element}Li{query_tiles}ELb{int(full)}E"
     (name,) = [name for name in names if wanted in name]
     return name
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("query_tiles", QUERY_TILES)
 @pytest.mark.parametrize("element", ELEMENTS, ids=ELEMENTS.get)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_no_spills_and_wide_loads_in_the_main_loop(compiled, direction, capability, element, query_tiles):
+def test_no_spills_and_wide_loads_in_the_main_loop(compiled, direction, capability, element, query_tiles, full):
     functions = compiled[direction, capability]
-    kernel = functions[_name(functions, direction, element, query_tiles)]
-    print(direction, capability, ELEMENTS[element], query_tiles, kernel.registers)
+    kernel = functions[_name(functions, direction, element, query_tiles, full)]
+    print(direction, capability, ELEMENTS[element], query_tiles, full, kernel.registers)
     assert kernel.spilled == 0, kernel.spilled
     assert kernel.registers <= 255, kernel.registers
     loop = _main_loop(kernel.instructions)
@@ -60,6 +61,6 @@ def test_no_spills_and_wide_loads_in_the_main_loop(compiled, direction, capabili
 
 def test_nothing_is_atomic_or_spilled(compiled):
     for key, functions in compiled.items():
-        assert len(functions) == len(ELEMENTS) * (len(QUERY_TILES) + 1), key  # and one that combines the splits
+        assert len(functions) == len(ELEMENTS) * (2 * len(QUERY_TILES) + 1), key  # and one that combines the splits
         for name, function in functions.items():
             sass.assert_nothing_is_atomic_or_spilled(function, (key, name))

@@ -30,16 +30,20 @@ def each_alone(inputs, lengths, **options):
     return whole
 
 
-def check(inputs, lengths, backend, **options):
+def check_bags(function, inputs, lengths, **options):
     given = torch.tensor(lengths, dtype=torch.int32 if len(lengths) % 2 else torch.int64, device=inputs[1].device)
-    with assert_runs(*kernels_of(backend)):
-        actual = with_gradients(single_query_attention, inputs, lengths=given, **options)
+    actual = with_gradients(function, inputs, lengths=given, **options)
     unfused, exact = each_alone(inputs, lengths, **options), each_alone(in_float64(inputs), lengths, **options)
     names = [n for n, t in zip(("context", "query", "tokens", "extra_token"), (1, *inputs[:3])) if t is not None]
     for name, *tensors in zip(names, actual, unfused, exact, strict=True):
         assert_parity(*tensors, name=name, summands=max(inputs[1].shape[1:]))
     for i, length in enumerate(lengths):
         assert not actual[2][i, length:].any()
+
+
+def check(inputs, lengths, backend, **options):
+    with assert_runs(*kernels_of(backend)):
+        check_bags(single_query_attention, inputs, lengths, **options)
 
 
 @pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)

@@ -54,9 +54,8 @@ def each_alone(query, values, extra_token, *, bags, lengths=None, **options):
     return torch.cat(contexts)
 
 
-def check(inputs, backend, **options):
-    with assert_runs(*kernels_of(backend)):
-        actual = with_gradients(attend, inputs, **options)
+def check_bags(function, inputs, **options):
+    actual = with_gradients(function, inputs, **options)
     unfused, exact = (
         with_gradients(each_alone, inputs, **options),
         with_gradients(each_alone, in_float64(inputs), **options),
@@ -64,6 +63,11 @@ def check(inputs, backend, **options):
     names = [n for n, t in zip(("context", "query", "values", "extra_token"), (1, *inputs[:3])) if t is not None]
     for name, *tensors in zip(names, actual, unfused, exact, strict=True):
         assert_parity(*tensors, name=name, summands=max(inputs[1].shape))
+
+
+def check(inputs, backend, **options):
+    with assert_runs(*kernels_of(backend)):
+        check_bags(attend, inputs, **options)
 
 
 @pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)

@@ -33,6 +33,22 @@ TF_DEVICE BFloat16 from_float(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Two numbers next to each other, the first in the lower half.
+template <typename T>
+TF_DEVICE uint32_t pack(float x, float y);
+template <>
+TF_DEVICE uint32_t pack<Half>(float x, float y) {
+  uint32_t d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(y), "f"(x));
+  return d;
+}
+template <>
+TF_DEVICE uint32_t pack<BFloat16>(float x, float y) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(y), "f"(x));
+  return d;
+}
+
 // a - b of two packed numbers.
 template <typename T>
 TF_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b);
@@ -57,6 +73,17 @@ TF_DEVICE int block_index() { return blockIdx.x; }
 TF_DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 TF_DEVICE void warp_barrier() { __syncwarp(); }
 TF_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+TF_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+TF_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+
+// 2^x with an error of 2 ulp.
+TF_DEVICE float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+TF_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 struct alignas(16) Vector16 {
   uint32_t x[4];
@@ -90,6 +117,12 @@ TF_DEVICE void load_matrices(uint32_t (&m)[4], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 }
+TF_DEVICE void load_matrices(uint32_t (&m)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(m[0]), "=r"(m[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
 TF_DEVICE void load_matrices_transposed(uint32_t (&m)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -101,6 +134,13 @@ TF_DEVICE void load_matrices_transposed(uint32_t (&m)[2], const void* row) {
                : "=r"(m[0]), "=r"(m[1])
                : "r"(shared_address(row))
                : "memory");
+}
+
+// The transpose of a matrix of 8 x 8 16-bit numbers, of which lane 4 r + c has elements (r, 2 c) and (r, 2 c + 1).
+TF_DEVICE uint32_t transpose_matrix(uint32_t m) {
+  uint32_t t;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(m));
+  return t;
 }
 
 // c [16, 8] += a [16, 16] b [16, 8], each lane's share of the operands as PTX lays them down for mma.m16n8k16.

@@ -8,7 +8,13 @@ namespace tokenfusion {
 
 constexpr float kInfinity = INFINITY;
 
-TF_DEVICE int lane_index() { return thread_index() % 32; }
+TF_DEVICE int lane_index() { return unsigned(thread_index()) % 32; }  // known to have no sign
+
+// The sum over the four lanes of a row.
+TF_DEVICE float sum_quad(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
 
 template <typename T>
 TF_DEVICE uint32_t load_pair(const T* p) {
@@ -24,6 +30,16 @@ struct alignas(4 * sizeof(T)) Four {
   T x[4];
 };
 
+template <typename T>
+TF_DEVICE Two<T> unpack(uint32_t x) {
+  return *reinterpret_cast<const Two<T>*>(&x);
+}
+
+template <typename T>
+constexpr bool kIsHalf = false;
+template <>
+constexpr bool kIsHalf<Half> = true;
+
 // Half and BFloat16: products are exact and are summed in float32.
 template <typename T>
 struct Matrix {
@@ -36,6 +52,13 @@ struct Matrix {
     uint32_t x[2];
   };
 
+  // Operands as products take them; where an element is split into several numbers they lie kPieces times in memory.
+  static constexpr int kPieces = 1;
+  typedef A SplitA;
+  typedef B SplitB;
+  static TF_DEVICE const A& split(const A& a) { return a; }
+  static TF_DEVICE const B& split(const B& b) { return b; }
+
   // a x b; this lane has (row, column), (row, column + 1), (row + 8, column) and (row + 8, column + 1) of it, where row
   // is lane / 4 and column is 2 (lane % 4).
   struct Product {
@@ -44,24 +67,35 @@ struct Matrix {
     TF_DEVICE void add(const A& a, const B& b) { multiply_add<T>(x, a.x, b.x[0], b.x[1]); }
     TF_DEVICE float operator[](int i) const { return x[i]; }
   };
+  typedef Product FiniteProduct;
 
-  // Sums over the columns of a, and of their squares.
+  // Sums over the columns of a, for rows lane / 4 and lane / 4 + 8, in all four lanes of a row.
   struct RowSums {
-    float sum[4] = {}, upper[4] = {}, lower[4] = {};
+    float x[4] = {};
 
     TF_DEVICE void add(const A& a) {
-      constexpr uint32_t kOnes = kIsHalf ? 0x3C003C00u : 0x3F803F80u;
-      multiply_add<T>(sum, a.x, kOnes, kOnes);
-      multiply_add<T>(upper, a.x, a.x[0], a.x[2]);  // a a^T, whose diagonal has the squares
+      constexpr uint32_t kOnes = kIsHalf<T> ? 0x3C003C00u : 0x3F803F80u;
+      multiply_add<T>(x, a.x, kOnes, kOnes);
+    }
+    TF_DEVICE void finish(float (&sums)[2]) { sums[0] = x[0], sums[1] = x[2]; }
+  };
+
+  // The same of squares, which are on the diagonal of a a^T.
+  struct RowSquares {
+    float upper[4] = {}, lower[4] = {};
+
+    TF_DEVICE void add(const A& a) {
+      multiply_add<T>(upper, a.x, a.x[0], a.x[2]);
       multiply_add<T>(lower, a.x, a.x[1], a.x[3]);
     }
-
-    // Those of rows lane / 4 and lane / 4 + 8, in the lanes for which holds_row_sums().
-    TF_DEVICE void finish(float (&sums)[2], float (&squares)[2]) {
-      const bool odd = lane_index() / 4 % 2;
-      sums[0] = sum[0], sums[1] = sum[2];
-      squares[0] = odd ? upper[1] : upper[0], squares[1] = odd ? lower[3] : lower[2];
+    TF_DEVICE void finish(float (&squares)[2]) {
+      const int row = lane_index() / 4, from = 4 * row + row / 2;
+      squares[0] = shuffle_from(from_column(upper[0], upper[1]), from);
+      squares[1] = shuffle_from(from_column(lower[2], lower[3]), from);
     }
+
+   private:
+    static TF_DEVICE float from_column(float even, float odd) { return lane_index() / 4 % 2 ? odd : even; }
   };
 
   // 16 bytes of each of four lanes, which give the columns of a and the rows of b for kVectorSteps products, in an
@@ -107,14 +141,49 @@ struct Matrix {
     return b;
   }
   static TF_DEVICE B load_b_transposed(const T* rows, int pitch) {
-    const T* const row = rows + lane_index() / 4 * pitch + lane_index() % 4 * 2;
-    return {load_pair(row), load_pair(row + 8)};
+    const int i = lane_index();
+    B b;
+    load_matrices(b.x, rows + i % 8 * pitch + i / 8 % 2 * 8);
+    return b;
   }
 
-  // a[m][k] -= shift[m]
-  static TF_DEVICE void shift_rows(A& a, const T* shift) {
-    const uint16_t* const bits = reinterpret_cast<const uint16_t*>(shift) + lane_index() / 4;
-    const uint32_t upper = bits[0] * 0x10001u, lower = bits[8] * 0x10001u;
+  // Products next to each other, [16, 8] each, as the left operand of another product, and its right operand.
+  static TF_DEVICE A from_products(const float (&first)[4], const float (&second)[4]) {
+    return {{pack<T>(first[0], first[1]), pack<T>(first[2], first[3]), pack<T>(second[0], second[1]),
+             pack<T>(second[2], second[3])}};
+  }
+  static TF_DEVICE B load_b_of_products(const T* rows, int pitch) { return load_b(rows, pitch); }
+  // A product [16, 8], transposed, as the right operand of another.
+  static TF_DEVICE B from_transposed_product(const float (&x)[4]) {
+    return {{transpose_matrix(pack<T>(x[0], x[1])), transpose_matrix(pack<T>(x[2], x[3]))}};
+  }
+
+  // The variance about `mean` of the four elements of row lane / 4 + 8 i that this lane has.
+  static TF_DEVICE float variance_of_own(const A& a, int i, float mean) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const Two<T> two = unpack<T>(a.x[i + 2 * k]);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sum += (to_float(two.x[e]) - mean) * (to_float(two.x[e]) - mean);
+    }
+    return sum / 4;
+  }
+
+  // The largest size of an element less shift, of those of row lane / 4 + 8 i that this lane has.
+  static TF_DEVICE float largest_shifted(const A& a, int i, float shift) {
+    float largest = 0;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const Two<T> two = unpack<T>(subtract_pairs<T>(a.x[i + 2 * k], pack<T>(shift, shift)));
+      largest = fmaxf(largest, fmaxf(fabsf(to_float(two.x[0])), fabsf(to_float(two.x[1]))));
+    }
+    return largest;
+  }
+
+  // a[m][k] -= shift[m], for this lane's two rows
+  static TF_DEVICE void shift_rows(A& a, const float (&shift)[2]) {
+    const uint32_t upper = pack<T>(shift[0], shift[0]), lower = pack<T>(shift[1], shift[1]);
     a.x[0] = subtract_pairs<T>(a.x[0], upper), a.x[1] = subtract_pairs<T>(a.x[1], lower);
     a.x[2] = subtract_pairs<T>(a.x[2], upper), a.x[3] = subtract_pairs<T>(a.x[3], lower);
   }
@@ -124,17 +193,6 @@ struct Matrix {
     a.x[0] = subtract_pairs<T>(a.x[0], left), a.x[1] = subtract_pairs<T>(a.x[1], left);
     a.x[2] = subtract_pairs<T>(a.x[2], right), a.x[3] = subtract_pairs<T>(a.x[3], right);
   }
-
- private:
-  template <typename U, typename V>
-  struct Same {
-    static constexpr bool value = false;
-  };
-  template <typename U>
-  struct Same<U, U> {
-    static constexpr bool value = true;
-  };
-  static constexpr bool kIsHalf = Same<T, Half>::value;
 };
 
 // float: each number is the sum of two of TF32, and the product of the two smaller ones is left out.
@@ -147,48 +205,87 @@ struct Matrix<float> {
     float x[4];
   };
 
+  static constexpr int kPieces = 2;
+  struct SplitA {
+    float high[8], low[8];
+  };
+  struct SplitB {
+    float high[4], low[4];
+  };
+  static TF_DEVICE void split(float x, float& high, float& low) {
+    high = to_tf32(x);
+    low = to_tf32(x - high);
+  }
+  static TF_DEVICE SplitA split(const A& a) {
+    SplitA s;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) split(a.x[i], s.high[i], s.low[i]);
+    return s;
+  }
+  static TF_DEVICE SplitB split(const B& b) {
+    SplitB s;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split(b.x[i], s.high[i], s.low[i]);
+    return s;
+  }
+
   struct Product {
     float x[4] = {}, small[4] = {};
 
-    TF_DEVICE void add(const A& a, const B& b) {
+    TF_DEVICE void add(const A& a, const B& b) { add(split(a), split(b)); }
+    TF_DEVICE void add(const SplitA& a, const B& b) { add(a, split(b)); }
+    TF_DEVICE void add(const SplitA& a, const SplitB& b) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        float a_high[4], a_low[4], b_high[2], b_low[2];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) split(a.x[4 * k + i], a_high[i], a_low[i]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) split(b.x[2 * k + i], b_high[i], b_low[i]);
-        multiply_add_tf32(small, a_low[0], a_low[1], a_low[2], a_low[3], b_high[0], b_high[1]);
-        multiply_add_tf32(small, a_high[0], a_high[1], a_high[2], a_high[3], b_low[0], b_low[1]);
-        multiply_add_tf32(x, a_high[0], a_high[1], a_high[2], a_high[3], b_high[0], b_high[1]);
+        const float *const low = a.low + 4 * k, *const high = a.high + 4 * k;
+        multiply_add_tf32(small, low[0], low[1], low[2], low[3], b.high[2 * k], b.high[2 * k + 1]);
+        multiply_add_tf32(small, high[0], high[1], high[2], high[3], b.low[2 * k], b.low[2 * k + 1]);
+        multiply_add_tf32(x, high[0], high[1], high[2], high[3], b.high[2 * k], b.high[2 * k + 1]);
       }
     }
     // an infinity has no remainder
     TF_DEVICE float operator[](int i) const { return fabsf(small[i]) < kInfinity ? x[i] + small[i] : x[i]; }
+  };
 
-   private:
-    static TF_DEVICE void split(float x, float& high, float& low) {
-      high = to_tf32(x);
-      low = to_tf32(x - high);
+  // In half of the registers; NaN for infinities.
+  struct FiniteProduct {
+    float x[4] = {};
+
+    TF_DEVICE void add(const SplitA& a, const B& b) { add(a, split(b)); }
+    TF_DEVICE void add(const SplitA& a, const SplitB& b) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float *const low = a.low + 4 * k, *const high = a.high + 4 * k;
+        multiply_add_tf32(x, low[0], low[1], low[2], low[3], b.high[2 * k], b.high[2 * k + 1]);
+        multiply_add_tf32(x, high[0], high[1], high[2], high[3], b.low[2 * k], b.low[2 * k + 1]);
+        multiply_add_tf32(x, high[0], high[1], high[2], high[3], b.high[2 * k], b.high[2 * k + 1]);
+      }
     }
+    TF_DEVICE float operator[](int i) const { return x[i]; }
   };
 
   struct RowSums {
-    float sum[2] = {}, square[2] = {};
+    float x[2] = {};
 
     TF_DEVICE void add(const A& a) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        sum[i % 2] += a.x[i];
-        square[i % 2] += a.x[i] * a.x[i];
-      }
+      for (int i = 0; i < 8; ++i) x[i % 2] += a.x[i];
     }
-    TF_DEVICE void finish(float (&sums)[2], float (&squares)[2]) {
+    TF_DEVICE void finish(float (&sums)[2]) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sums[i] = sum[i] + shuffle_xor(sum[i], 1), sums[i] += shuffle_xor(sums[i], 2);
-        squares[i] = square[i] + shuffle_xor(square[i], 1), squares[i] += shuffle_xor(squares[i], 2);
-      }
+      for (int i = 0; i < 2; ++i) sums[i] = sum_quad(x[i]);
+    }
+  };
+  struct RowSquares {
+    float x[2] = {};
+
+    TF_DEVICE void add(const A& a) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i % 2] += a.x[i] * a.x[i];
+    }
+    TF_DEVICE void finish(float (&squares)[2]) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) squares[i] = sum_quad(x[i]);
     }
   };
 
@@ -213,10 +310,15 @@ struct Matrix<float> {
   }
 
   static TF_DEVICE A load_a(const float* rows, int pitch) {
-    const int row = lane_index() / 4, column = lane_index() % 4;
+    const int i = lane_index();
     A a;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a.x[i] = rows[(row + i % 2 * 8) * pitch + column + i / 2 * 4];
+    for (int k = 0; k < 2; ++k) {
+      uint32_t x[4];
+      load_matrices(x, rows + i % 16 * pitch + i / 16 * 4 + 8 * k);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a.x[4 * k + j] = as_float(x[j]);
+    }
     return a;
   }
   static TF_DEVICE A load_a_transposed(const float* rows, int pitch) {
@@ -231,14 +333,40 @@ struct Matrix<float> {
     return {p[0], p[4 * pitch], p[8 * pitch], p[12 * pitch]};
   }
   static TF_DEVICE B load_b_transposed(const float* rows, int pitch) {
-    const float* const p = rows + lane_index() / 4 * pitch + lane_index() % 4;
-    return {p[0], p[4], p[8], p[12]};
+    const int i = lane_index();
+    uint32_t x[4];
+    load_matrices(x, rows + i % 8 * pitch + i / 8 * 4);
+    return {as_float(x[0]), as_float(x[1]), as_float(x[2]), as_float(x[3])};
+  }
+  // b whose pieces lie `distance` from each other
+  static TF_DEVICE SplitB load_split_b_transposed(const float* rows, int distance, int pitch) {
+    const B high = load_b_transposed(rows, pitch), low = load_b_transposed(rows + distance, pitch);
+    return {{high.x[0], high.x[1], high.x[2], high.x[3]}, {low.x[0], low.x[1], low.x[2], low.x[3]}};
   }
 
-  static TF_DEVICE void shift_rows(A& a, const float* shift) {
-    const int row = lane_index() / 4;
+  // A lane's two columns of a product are columns lane % 4 and lane % 4 + 4 of the operand: any order does.
+  static TF_DEVICE A from_products(const float (&first)[4], const float (&second)[4]) {
+    return {{first[0], first[2], first[1], first[3], second[0], second[2], second[1], second[3]}};
+  }
+  static TF_DEVICE B load_b_of_products(const float* rows, int pitch) {
+    const float* const p = rows + lane_index() % 4 * 2 * pitch + lane_index() / 4;
+    return {p[0], p[pitch], p[8 * pitch], p[9 * pitch]};
+  }
+  static TF_DEVICE B from_transposed_product(const float (&x)[4]) {
+    const int lane = lane_index();
+    B b;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a.x[i] -= shift[row + i % 2 * 8];
+    for (int i = 0; i < 4; ++i) {  // row lane % 4 + 4 i of this lane's column lane / 4
+      const int from = 4 * (lane % 4 + i % 2 * 4) + lane / 8;
+      const float even = shuffle_from(x[i / 2 * 2], from), odd = shuffle_from(x[i / 2 * 2 + 1], from);
+      b.x[i] = lane / 4 % 2 ? odd : even;
+    }
+    return b;
+  }
+
+  static TF_DEVICE void shift_rows(A& a, const float (&shift)[2]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a.x[i] -= shift[i % 2];
   }
   static TF_DEVICE void shift_columns(A& a, const float* shift) {
     const int column = lane_index() % 4;
@@ -250,7 +378,11 @@ struct Matrix<float> {
 // Two numbers next to each other, aligned as one.
 template <typename T>
 TF_DEVICE void store_two(T* to, float x, float y) {
-  *reinterpret_cast<Two<T>*>(to) = {from_float<T>(x), from_float<T>(y)};
+  *reinterpret_cast<uint32_t*>(to) = pack<T>(x, y);
+}
+template <>
+TF_DEVICE void store_two(float* to, float x, float y) {
+  *reinterpret_cast<Two<float>*>(to) = {x, y};
 }
 
 // Four numbers next to each other, aligned as one.
@@ -267,7 +399,5 @@ TF_DEVICE void store_four(T* to, const float (&x)[4], float scale) {
   for (int i = 0; i < 4; ++i) four.x[i] = from_float<T>(x[i] * scale);
   *reinterpret_cast<Four<T>*>(to) = four;
 }
-
-TF_DEVICE bool holds_row_sums() { return lane_index() % 4 == lane_index() / 8; }
 
 }  // namespace tokenfusion

@@ -21,7 +21,7 @@ from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, s
 from tokenfusion.kernels.single_query_attention.workloads import WORKLOADS
 
 _MAX_CHANNELS = 4096
-_MAX_CUDA_CHANNELS = 1024
+_MAX_CUDA_CHANNELS = 1536
 MAX_CUDA_QUERIES = 32
 _ITEMS_PER_THREAD = 4  # below which csrc/cpu/single_query_attention.cpp cuts images into parts
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -124,12 +124,6 @@ def _triton_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> s
     return triton_support.why_not_tensor(tokens) or _why_not_kernel(query, tokens, _GPU_DTYPES)
 
 
-def _why_not_bags(lengths, offsets) -> str | None:
-    if offsets is not None:
-        return "nested tokens are not supported by this backend yet"
-    return None if lengths is None else "lengths are not supported by this backend yet"
-
-
 def _why_not_aligned(tokens) -> str | None:
     unit = 16 // tokens.element_size()
     steps = [stride for size, stride in zip(tokens.shape[:2], tokens.stride()) if size != 1]
@@ -169,7 +163,6 @@ def _why_not_cuda_kernel(query, tokens) -> str | None:
 def _cuda_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
     return (
         extension.why_not_cuda_tensor(tokens)
-        or _why_not_bags(lengths, offsets)
         or _why_not_kernel(query, tokens, _GPU_DTYPES, _MAX_CUDA_CHANNELS)
         or _why_not_cuda_kernel(query, tokens)
     )
