@@ -261,13 +261,14 @@ struct Kernel {
   TF_DEVICE void finish_rows(int tile, const float (&rest)[2], float (&square)[2], float (&score)[kProducts][4],
                              Rows& r) {
     if (warps > 1) {
+      if (Memory::kBuffers == 1) group_barrier();  // all warps have read those of the last tile
 #pragma unroll
       for (int i = 0; i < kProducts; ++i) *part(warp, i) = {score[i][0], score[i][1], score[i][2], score[i][3]};
       *part(warp, kProducts) = {rest[0], rest[1], square[0], square[1]};
       *part(warp, kProducts + 1) = {r.shift[0], r.shift[1], 0, 0};
       group_barrier();
       gather(square, score, r);
-      parity ^= 1;
+      parity ^= Memory::kBuffers - 1;
     } else if (p.normalize) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) r.rest[i] = rest[i] * p.per_channel;

@@ -20,7 +20,8 @@ struct Shared {
   static constexpr int kOperands = kBackward ? 2 * kQueries : kQueries;
   static constexpr int kPieces = kBackward ? 1 : Matrix<T>::kPieces;  // more would not fit beside what else there is
   static constexpr int kPad = 16 / sizeof(T);
-  static constexpr int kParts = kOperands / 8 + 2;  // products, sums and squares, shifts
+  static constexpr int kParts = kOperands / 8 + 2;    // products, sums and squares, shifts
+  static constexpr int kBuffers = kBackward ? 1 : 2;  // two spare a barrier, one spares memory
 
   int pitch, result_pitch;
   int64_t group_bytes;
@@ -32,7 +33,7 @@ struct Shared {
 
   T* tiles;                // [stages, kTile, pitch]
   float* result;           // [kQueries, result_pitch], in the place of the tiles at the end
-  Four<float>* parts;      // [2, warps, kParts, 32]: what the warps of a group tell each other
+  Four<float>* parts;      // [kBuffers, warps, kParts, 32]: what the warps of a group tell each other
   T* shift;                // [warps, kTile]
   float *maximum, *total;  // [kQueries], at the end
   float* excess;           // [kQueries], at the end
@@ -66,7 +67,7 @@ struct Shared {
     const int tile_bytes = plan.stages * kTile * pitch * int(sizeof(T)), result_bytes = kQueries * result_pitch * 4;
     tiles = reinterpret_cast<T*>(next);
     take(next, result, (tile_bytes > result_bytes ? tile_bytes : result_bytes) / 4);
-    take(next, parts, plan.warps > 1 ? 2 * plan.warps * kParts * 32 : 0);
+    take(next, parts, plan.warps > 1 ? kBuffers * plan.warps * kParts * 32 : 0);
     take(next, shift, plan.warps * kTile);
     take(next, maximum, kBackward ? 0 : kQueries);
     take(next, total, kBackward ? 0 : kQueries);
@@ -89,11 +90,12 @@ struct Variant {
 };
 
 // The block for these sizes, in at most `most_bytes` of shared memory where that is possible, and such that a
-// multiprocessor takes two.
+// multiprocessor takes three, which hide each other's latencies.
 template <typename V, bool kBackward>
 Plan make_plan(const Params& p, int64_t most_bytes) {
-  constexpr int kWarpsEnough = 4, kStagesEnough = 4;
-  constexpr int64_t kTwoBlocksBytes = 112 << 10;
+  constexpr int kWarpsEnough = 4, kStagesEnough = 4, kBlocksEnough = 3;
+  constexpr int64_t kReserved = 1 << 10;  // of a multiprocessor's shared memory, by each block
+  const int64_t enough = (most_bytes + kReserved) / kBlocksEnough - kReserved;
   const int units = (p.channels + kUnit - 1) / kUnit;
   const int64_t tiles = (p.length + (p.extra_token != nullptr) + kTile - 1) / kTile / p.splits;
   Plan plan;
@@ -107,8 +109,7 @@ Plan make_plan(const Params& p, int64_t most_bytes) {
   for (;;) {
     Shared<typename V::Element, V::query_tiles, kBackward> shared;
     plan.shared_bytes = shared.layout(nullptr, plan, 0);
-    const int64_t most = plan.stages == 2 || most_bytes < kTwoBlocksBytes ? most_bytes : kTwoBlocksBytes;
-    if (plan.shared_bytes <= most) return plan;
+    if (plan.shared_bytes <= (plan.stages == 2 ? most_bytes : enough)) return plan;
     if (plan.stages > 2)
       --plan.stages;
     else if (plan.groups > 1)
