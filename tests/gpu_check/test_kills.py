@@ -155,8 +155,9 @@ def test_a_run_that_is_asked_to_end_leaves_nothing_running(runs):
 
 def test_the_files_beside_a_record_are_few_and_have_all(runs):
     runs.run()
-    names = {path.name.removeprefix("some-gpu-2026-11-27") for path in runs.out.iterdir()}
-    assert names == {".json", ".journal", ".log", ".html"}
+    record = runs.record_path
+    names = {path.name.removeprefix(record.stem) for path in runs.out.iterdir()}
+    assert record.stem.startswith("some-gpu-2") and names == {".json", ".journal", ".log", ".html"}
     assert "running verify one,cuda 3" in runs.record_path.with_suffix(".log").read_text()
 
 
