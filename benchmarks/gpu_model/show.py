@@ -22,6 +22,8 @@ H100 = DEVICES["h100"]
 
 def text(call: Call, devices: list[Device], measured: list[Measured]) -> str:
     parts = [str(call), f"  must move {_megabytes(call.must_move)} MB"]
+    parts += [f"  {each.name}: the operator takes less" for each in devices if each.capability not in call.launches]
+    devices = [each for each in devices if each.capability in call.launches]
     for capability in dict.fromkeys(device.capability for device in devices):
         parts.append(f"  sm_{capability}, {len(call.launches[capability])} launches")
         for launch in call.launches[capability]:

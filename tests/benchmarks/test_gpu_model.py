@@ -163,6 +163,12 @@ def test_all_that_is_said_of_a_call():
         assert words in printed, printed
 
 
+def test_a_gpu_for_which_the_operator_takes_less():
+    call = make_call()
+    said = show.text(replace(call, launches={90: call.launches[90]}), list(DEVICES.values()), [])
+    assert "A100: the operator takes less" in said and "H100: predicted" in said and "A100: predicted" not in said
+
+
 @pytest.mark.parametrize("words, meant", [([], True), (["ffn"], True), (["forward tied"], True), (["relu"], False)])
 def test_words_choose_calls(words, meant):
     assert gpu_model._meant([make_call()], words) == ([str(make_call())] if meant else [])
