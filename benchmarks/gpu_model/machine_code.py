@@ -11,6 +11,7 @@ from pathlib import Path
 _LINE = re.compile(r'//## File "\.nv_debug_ptx_txt", line (\d+)')
 _FUNCTION = re.compile(r"^(\$[\w.$]+):\n", re.MULTILINE)
 _LABEL = re.compile(r"(\.[\w.$]+):")
+_TARGET = re.compile(r"(?<=`\()[^)]+(?=\))|\.L_\w+")  # of a branch, and those of a branch by a table
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _ENDS = ("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BREAK")
 
@@ -135,7 +136,7 @@ class _Code:
             elif found := _INSTRUCTION.search(row):
                 self.blocks[-1].append(Instruction(line, *found.groups(default="")))
                 if found[2].startswith(_ENDS):
-                    self.targets[len(self.blocks) - 1] = re.findall(r"`\(([^)]+)\)", found[3])
+                    self.targets[len(self.blocks) - 1] = _TARGET.findall(found[3])
                     self.blocks.append([])
 
     @property

@@ -1,13 +1,14 @@
 """benchmarks.gpu_model from counts on: limits, predictions, what is printed, and records beside them."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.gpu_model import __main__ as gpu_model
-from benchmarks.gpu_model import budgets, facts, issue, limits, measured, show
+from benchmarks.gpu_model import budgets, facts, issue, limits, machine_code, measured, show
 from benchmarks.gpu_model.devices import DEVICES
 from benchmarks.gpu_model.facts import Call
 from benchmarks.gpu_model.limits import LAUNCH, Launch, Prediction
@@ -97,6 +98,21 @@ def test_machine_code_runs_as_often_as_its_lines():
     assert issue.executions(code, lines, opcodes) == [8, 32, 32, 0]
     found = issue.issued(code, lines, opcodes)
     assert found == Counter({"global": 192, "alu": 288, "control": 32, "fp32": 8, "uniform and moves": 8, "special": 0})
+
+
+def test_a_branch_by_a_table_leads_to_all_its_targets():
+    text = """
+        /*0000*/ BRX R52 -0x2930 (*"BRANCH_TARGETS .L_x_1,.L_x_2"*) ;
+    .L_x_1:
+        /*0010*/ HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0020*/ EXIT ;
+        /*0030*/ FADD R1, R1, R1 ;
+    .L_x_2:
+        /*0040*/ @P0 BRA `(.L_x_1) ;
+        /*0050*/ EXIT ;
+    """
+    found = machine_code._blocks(re.sub("^ +", "", text, flags=re.MULTILINE))
+    assert [each.opcode for block in found for each in block] == ["BRX", "HMMA.16816.F32", "EXIT", "BRA", "EXIT"]
 
 
 def test_counts_survive_their_file(tmp_path):
