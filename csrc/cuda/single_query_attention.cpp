@@ -162,9 +162,11 @@ int64_t single_query_attention_cuda_max_channels(int64_t queries, int64_t itemsi
   typedef SingleQueryAttentionPlan Plan;
   if (queries > Plan::kMaxQueries) return 0;
   const int64_t available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, int(device));
-  int64_t channels = Plan::max_channels(Plan::query_tiles_for(int(queries)), int(itemsize));
-  while (channels > 0 && single_query_attention_shared_bytes(int(channels), int(queries), int(itemsize)) > available)
-    channels -= Plan::kUnit;
+  const int most = Plan::max_channels(Plan::query_tiles_for(int(queries)), int(itemsize));
+  int channels = 0;  // and whatever is less: some of these need more memory, for more warps
+  while (channels < most &&
+         single_query_attention_shared_bytes(channels + Plan::kUnit, int(queries), int(itemsize)) <= available)
+    channels += Plan::kUnit;
   return channels;
 }
 
