@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 import tokenfusion
 from tokenfusion import precision
+from tokenfusion.kernels import extension
 
 precision.use_ieee()  # eager's error in TF32 would allow any
 os.environ["TOKENFUSION_TUNING"] = "0"  # what was measured on this machine decides nothing here
@@ -79,6 +80,20 @@ def set_threads():
 def one_thread(set_threads):
     """Threads that wait for each other take many times as long where other programs run."""
     set_threads(1)
+
+
+@pytest.fixture(params=["amx", "vectors"])
+def amx_or_vectors(request):
+    """Products of bfloat16 by either on one processor, of which a processor's own choice is one alone."""
+    if extension.why_not() is not None:
+        pytest.skip("no C++ extension")
+    from tokenfusion import _C
+
+    if request.param == "amx" and not (_C.capability() == "avx512" and _C.amx_allowed()):
+        pytest.skip("no AMX here")
+    _C.allow_amx(request.param == "amx")
+    yield
+    _C.allow_amx(True)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@
 namespace tokenfusion {
 namespace {
 
-constexpr int64_t kPixels = 112;  // pixels of x in a block, about
+constexpr int64_t kPixels = 112;  // pixels of x in a block, about: whole strips of the product's rows
 
 std::optional<PackedB> packed(const GemmKernels::ForDtype& kernels, const OptionalTensor& matrix) {
   return matrix ? std::optional<PackedB>(std::in_place, kernels, *matrix) : std::nullopt;
@@ -97,7 +97,8 @@ void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, con
   // Blocks of rows of x, numbered over the batch, within an image or, where that is possible, beyond its end.
   const bool joined = images_follow(out) && images_follow(x) && (!skip.defined() || images_follow(skip));
   const int64_t together = joined ? x.size(0) * height : height;
-  const int64_t rows = at::divup(together, at::divup(together * width, kPixels));
+  const int64_t most = at::divup(kPixels, kernels.rows) * kernels.rows;
+  const int64_t rows = at::divup(together, at::divup(together * width, most));
   const int64_t blocks = at::divup(together, rows), all_blocks = joined ? blocks : x.size(0) * blocks;
   const int64_t depth = std::max({x.size(1), up_channels, skip.defined() ? skip.size(1) : 0});
   at::parallel_for(0, all_blocks, 1, [&](int64_t begin, int64_t end) {

@@ -6,24 +6,9 @@ import torch
 import tokenfusion
 from tests.gradients import check_frozen, check_repeats, with_gradients
 from tests.single_query_attention.cases import check, check_common_offset, make_inputs
-from tokenfusion.kernels import extension, single_query_attention
+from tokenfusion.kernels import single_query_attention
 
-pytestmark = [
-    pytest.mark.backend("cpu"),
-    pytest.mark.skipif(extension.why_not() is not None, reason="no C++ extension"),
-    pytest.mark.usefixtures("form"),
-]
-
-
-@pytest.fixture(params=["amx", "vectors"])
-def form(request):
-    from tokenfusion import _C
-
-    if request.param == "amx" and not (_C.capability() == "avx512" and _C.amx_allowed()):
-        pytest.skip("no AMX here")
-    _C.allow_amx(request.param == "amx")
-    yield
-    _C.allow_amx(True)
+pytestmark = [pytest.mark.backend("cpu"), pytest.mark.usefixtures("amx_or_vectors")]
 
 
 def inputs_of(batch, queries, tokens, channels, extra=True):

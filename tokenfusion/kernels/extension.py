@@ -57,7 +57,7 @@ def why_not_tensor(tensor: torch.Tensor) -> str | None:
 
 @functools.cache
 def own_product_dtypes() -> tuple[torch.dtype, ...]:
-    """Where the product of csrc/cpu/common/gemm.h is faster than PyTorch's: not without vectors, nor beside AMX."""
+    """What the product of csrc/cpu/common/gemm.h takes here: nothing without vectors."""
     if _error is not None:
         return ()
     from tokenfusion import _C

@@ -26,7 +26,7 @@ struct GemmTerm {
   GemmLines a;
   int64_t depth;
   const void* b;       // packed
-  const float* scale;  // [columns], or null for ones
+  const float* scale;  // [columns], or null for ones; of all terms or of none
 };
 
 struct GemmCall {
@@ -53,8 +53,8 @@ struct GemmKernels {
     int64_t (*scratch_bytes)(int64_t depth, int64_t terms);
     void (*run)(const GemmCall&);
   };
-  ForDtype float32, bfloat16;
-  bool (*takes_bfloat16)();  // whether there are instructions for pairs, and no tiles (AMX), which PyTorch uses
+  ForDtype float32, bfloat16, bfloat16_tiles;
+  bool (*takes_bfloat16)();  // whether there are instructions for pairs; tiles (AMX) are only where these are
 };
 
 TOKENFUSION_DECLARE_KERNELS(GemmKernels, gemm)

@@ -26,7 +26,8 @@ bool gemm_takes(at::ScalarType dtype) {
 
 const GemmKernels::ForDtype& gemm_kernels(at::ScalarType dtype) {
   const GemmKernels& kernels = TOKENFUSION_KERNELS(gemm);
-  return dtype == at::kFloat ? kernels.float32 : kernels.bfloat16;
+  if (dtype == at::kFloat) return kernels.float32;
+  return amx_allowed() ? kernels.bfloat16_tiles : kernels.bfloat16;
 }
 
 Tensor with_lines(const Tensor& matrices) {

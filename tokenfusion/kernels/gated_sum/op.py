@@ -100,7 +100,7 @@ def _kernel_can_run(gates, bias, proj_weight, proj_bias, out, *tensors) -> str |
     if not is_plain_call(*tensors):
         return "the call is compiled or recorded, or its tensors are not plain ones"
     if gates.dtype not in extension.own_product_dtypes():
-        return f"PyTorch's products are faster in {gates.dtype}"
+        return f"its product does not take {gates.dtype} on this processor"
     return None
 
 
