@@ -5,16 +5,16 @@ import gc
 import math
 import random
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 import tokenfusion
 from benchmarks.measure import roofline
-from benchmarks.measure.problem import AND_COMPILE, COMPILED, Problem, Variant, dtype_of
+from benchmarks.measure.problem import AND_COMPILE, AUTOMATIC, COMPILED, Problem, Variant, dtype_of, package
 from benchmarks.measure.timing import MOST_CALLS, Replay, Ring, seconds_a_call
 from tokenfusion import measure
-from tokenfusion.kernels import dispatch
+from tokenfusion.kernels import choices, dispatch
 from tokenfusion.tuning.parity import Parity, compare, in_float64
 
 _SAMPLE_SECONDS = 1e-3  # the least that a sample of the fastest variant should last
@@ -77,6 +77,7 @@ class Timed:
 
 def run(problem: Problem, effort: Effort) -> Measured:
     """Every variant of a problem, checked and timed."""
+    problem = with_automatic(problem)
     torch.compiler.reset()
     torch.manual_seed(0)
     ring = Ring(problem.make_inputs)
@@ -93,6 +94,15 @@ def run(problem: Problem, effort: Effort) -> Measured:
                 entry.sample(calls)
     rows = [_row(problem, v, inspections[v.name], timed, stream) | not_captured for v in problem.variants]
     return Measured(rows, {name: entry.seconds for name, entry in timed.items()})
+
+
+def with_automatic(problem: Problem) -> Problem:
+    """With what "auto" runs, too, where a table of this machine is in force: it may be another form or backend."""
+    if choices.is_empty():
+        return problem
+    cpu = [variant for variant in problem.variants if variant.name == package("cpu")]
+    automatic = [replace(variant, name=package(AUTOMATIC), backend=AUTOMATIC) for variant in cpu]
+    return replace(problem, variants=[*problem.variants, *automatic])
 
 
 @contextlib.contextmanager
@@ -131,7 +141,7 @@ def _inspect(variant: Variant, inputs, eager, exact) -> Inspection:
     fault = None
     if parity and not parity.passes:
         fault = f"relative error {parity.error:.1e}, allowed {parity.allowed:.1e}"
-    if ran != {variant.backend} - {"reference", None}:
+    if variant.backend != AUTOMATIC and ran != {variant.backend} - {"reference", None}:
         fault = f"expected backend {variant.backend}, ran {', '.join(sorted(ran)) or 'plain PyTorch'}"
     return Inspection(parity, peak_bytes, fault)
 

@@ -21,6 +21,7 @@ from tokenfusion.kernels.dispatch import OPERATORS
 
 FORWARD = "forward"
 TRAINING = "forward + backward"
+AUTOMATIC = "auto"
 _AUTOTUNE = "max-autotune-no-cudagraphs"  # graphs are left to the timing
 without: set[tuple[str, str]] = set()  # (operator, backend) that are not to be run; "upconv" stands for all of them
 
@@ -52,7 +53,8 @@ class Variant:
     """One way of computing a case.
 
     call takes one set of inputs and returns a tuple of tensors. backend is the backend of this package that has to
-    run, None for code of others. comparable turns eager's results into those of this variant, where they differ.
+    run, None for code of others, and AUTOMATIC for whatever this machine's table chooses. comparable turns eager's
+    results into those of this variant, where they differ.
     A variant that is another network stands beside eager for its time and memory alone: its results are not compared.
     """
 

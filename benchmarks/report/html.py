@@ -20,7 +20,7 @@ _GLOSSARY = {
     table.CHECKPOINTED: "eager under torch.utils.checkpoint: it holds the input alone and computes the rest again",
     table.EPILOGUE: "bias and activation in the epilogue of the first matrix product, as PyTorch has it for inference",
     "tokenfusion (NAME)": "this package with its backend NAME: cpu is C++, triton and cuda are GPU kernels, reference "
-    "is plain PyTorch; shaded in the tables",
+    "is plain PyTorch, auto is what the table of this machine chooses; shaded in the tables",
     "own model (NAME)": "this package's own form of the model, with the same weights",
     "no guard, not deferred": "this package without the question whether a module may run fused, and with an operator "
     "that is called at once: what these cost where a call is short",
