@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("tokens", [1, 15, 16, 31, 32, 33, 257])
+@pytest.mark.parametrize("tokens", [1, 16, 33, 257])
 @pytest.mark.parametrize("inputs, outputs", [(1, 1), (31, 32), (32, 31), (33, 64), (64, 33), (520, 40), (1100, 96)])
 @pytest.mark.parametrize("count", [1, 3])
 def test_gated_sum(count, inputs, outputs, tokens):
