@@ -28,6 +28,12 @@ def ffn(backend, **changes):
     return call("tied_ffn", backend, *given.values(), "gelu", False)
 
 
+def ffn_backward(backend, **changes):
+    given = dict(grad_y=torch.randn(5, 8), x=torch.randn(5, 8), weight=torch.randn(16, 8), bias_in=torch.randn(16))
+    given |= dict(hidden=torch.empty(0)) | changes
+    return call("tied_ffn_backward", backend, *given.values(), "gelu", [True] * 4)
+
+
 MIXING = dict(x=(2, 4, 3, 8), compressed=(2, 4, 3, 4), generate_weight=(16, 8), generate_bias=(16,))
 
 
@@ -61,10 +67,10 @@ def packed(offsets, **changes):
     return dict(tokens=torch.randn(1, 9, 16), offsets=torch.tensor(offsets)) | changes
 
 
-ON_BOTH = (mixing, mixing_backward, attention, attention_backward)
+ON_BOTH = (ffn, ffn_backward, mixing, mixing_backward, attention, attention_backward)
 
 
-@pytest.mark.parametrize("operator", [upconv, ffn, *ON_BOTH])
+@pytest.mark.parametrize("operator", [upconv, *ON_BOTH])
 def test_what_is_right_runs(operator):
     operator("cpu")
 
@@ -103,9 +109,6 @@ def test_what_is_right_for_a_gpu_fails_for_want_of_it_alone(operator, changes, b
         (attention, packed([0, 3, 9], lengths=torch.tensor([-1, 1]))),
         (attention_backward, packed([0, 3, 10])),
         (attention_backward, packed([0, 3, 9], lengths=torch.tensor([4, 1]))),
-        (ffn, dict(bias_in=torch.randn(15))),
-        (ffn, dict(weight=torch.randn(16, 8).double())),
-        (ffn, dict(weight=torch.randn(0, 8), bias_in=None)),
     ],
 )
 def test_what_is_too_short_or_of_another_dtype_is_an_error(operator, changes):
@@ -117,6 +120,19 @@ def test_what_is_too_short_or_of_another_dtype_is_an_error(operator, changes):
 @pytest.mark.parametrize(
     "operator, changes",
     [
+        (ffn, dict(bias_in=torch.randn(15))),
+        (ffn, dict(bias_out=torch.randn(8, device="meta"))),
+        (ffn, dict(weight=torch.randn(16, 8).double())),
+        (ffn, dict(weight=torch.randn(0, 8), bias_in=None)),
+        (ffn, dict(weight=torch.randn(16))),
+        (ffn, dict(x=torch.randn(5, 7))),
+        (ffn, dict(x=torch.randn(()))),
+        (ffn_backward, dict(bias_in=torch.randn(15))),
+        (ffn_backward, dict(grad_y=torch.randn(4, 8))),
+        (ffn_backward, dict(grad_y=torch.randn(5, 8).double())),
+        (ffn_backward, dict(hidden=torch.randn(5, 15))),
+        (ffn_backward, dict(hidden=torch.randn(5, 16).bfloat16())),
+        (ffn_backward, dict(hidden=torch.randn(5, 16, device="meta"))),
         (mixing, dict(generate_bias=torch.randn(15))),
         (mixing, dict(generate_weight=torch.randn(16, 7))),
         (mixing, dict(compressed=torch.randn(2, 4, 2, 4))),

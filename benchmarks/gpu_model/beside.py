@@ -3,14 +3,25 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.gpu_model.limits import Launch
 
-_COUNTED = ("aten::sum", "aten::copy_", "aten::mm", "aten::bmm", "aten::div", "aten::mul", "aten::add")
-_PRODUCTS = ("aten::mm", "aten::bmm")
+_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm")
+_ADDING = ("aten::addmm",)
+_COUNTED = (*_PRODUCTS, "aten::sum", "aten::copy_", "aten::div", "aten::mul", "aten::add")
 _ITEMSIZE = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8}
+
+
+class _Tensor(NamedTuple):
+    shape: list[int]
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
 
 
 @contextlib.contextmanager
@@ -28,15 +39,27 @@ def pytorch_operations() -> Iterator[list[Launch]]:
 
 
 def _launch(name: str, shapes: list[list[int]], dtypes: list[str]) -> Launch:
-    tensors = [(shape, _ITEMSIZE[dtype]) for shape, dtype in zip(shapes, dtypes, strict=True) if dtype in _ITEMSIZE]
-    sizes = [math.prod(shape) * itemsize for shape, itemsize in tensors]
+    tensors = [
+        _Tensor(shape, _ITEMSIZE[dtype]) for shape, dtype in zip(shapes, dtypes, strict=True) if dtype in _ITEMSIZE
+    ]
+    sizes = [each.bytes for each in tensors]
+    if name in _PRODUCTS:
+        return _product(name, tensors)
     name = name.removeprefix("aten::").strip("_")
     if name == "copy":
         return Launch(f"PyTorch's {name}", read=sizes[1], written=sizes[0])
-    if f"aten::{name}" in _PRODUCTS:
-        (*batch, rows, inner), (*_, columns) = tensors[0][0], tensors[1][0]
-        count = math.prod(batch) * rows * columns
-        flops = {"fp32" if tensors[0][1] == 4 else "wgmma.mma_async": 2.0 * count * inner}
-        return Launch(f"PyTorch's {name}", read=sum(sizes), written=count * tensors[0][1], flops=flops)
     written = 0 if name == "sum" else max(sizes)  # a sum's result is small beside what it sums
     return Launch(f"PyTorch's {name}", read=sum(sizes), written=written)
+
+
+def _product(name: str, tensors: list[_Tensor]) -> Launch:
+    """tensors: what is added to the product, the two factors, and what it is written to, if it is."""
+    added, (left, right, *out) = (tensors[:1], tensors[1:]) if name in _ADDING else ([], tensors)
+    *batch, rows, inner = left.shape
+    count = math.prod(batch) * rows * right.shape[-1]
+    return Launch(
+        f"PyTorch's {name.removeprefix('aten::')}",
+        read=sum(each.bytes for each in (*added, left, right)),
+        written=count * (*out, left)[0].itemsize,
+        flops={"fp32" if left.itemsize == 4 else "wgmma.mma_async": 2.0 * count * inner},
+    )

@@ -116,7 +116,7 @@ def _dynamic_mixing(backend: str, direction: str, dtype: str, N: int, D: int, S:
     )
 
 
-def _tied_ffn(direction: str, dtype: str, N: int = 12608, C: int = 384, F: int = 1536) -> Case:
+def _tied_ffn(backend: str, direction: str, dtype: str, N: int = 12608, C: int = 384, F: int = 1536) -> Case:
     tensor = partial(_numbers, dtype=dtype)
 
     def forward():
@@ -129,7 +129,7 @@ def _tied_ffn(direction: str, dtype: str, N: int = 12608, C: int = 384, F: int =
     elements = (2 * N * C, F * C) if direction == FORWARD else (3 * N * C, 2 * F * C)
     return Case(
         "tied_ffn",
-        "triton",
+        backend,
         direction,
         dtype,
         {"N": N, "C": C, "F": F, "activation": "gelu"},
@@ -189,6 +189,7 @@ _DTYPES = ("bfloat16", "float32")
 _FORMATS = ("nhwc", "nchw")
 _WIDTHS = ((192, 6), (384, 6), (768, 12))
 _STAGES = ({"N": 32, "D": 192, "S": 8}, {"N": 16, "D": 384, "S": 16})  # 1 and 3 of DynaMixer-S
+_NARROW = {"N": 65536, "C": 96, "F": 384}  # where Triton keeps the hidden layer on chip
 _MAPS = (
     {"B": 64, "Cin": 768, "Cout": 768, "Cs": 768, "size": 7, "k": 2},
     {"B": 16, "Cin": 256, "Cout": 128, "Cs": 128, "size": 64, "k": 2},
@@ -205,7 +206,8 @@ CASES = (
         _dynamic_mixing(backend, direction, "bfloat16", **stage)
         for direction, stage, backend in product(_PASSES, _STAGES, _BACKENDS)
     ),
-    *(_tied_ffn(direction, dtype) for dtype, direction in product(_DTYPES, _PASSES)),
+    *(_tied_ffn(backend, direction, dtype) for dtype, direction, backend in product(_DTYPES, _PASSES, _BACKENDS)),
+    *(_tied_ffn(backend, direction, "bfloat16", **_NARROW) for direction, backend in product(_PASSES, _BACKENDS)),
     *(_upconv(direction, format, sizes) for sizes, direction, format in product(_UPCONVS, _PASSES, _FORMATS)),
 )
 
@@ -220,8 +222,9 @@ SMALL_CASES = (
         for direction, backend in product(_PASSES, _BACKENDS)
     ),
     *(
-        _tied_ffn(direction, dtype, N=256, C=192, F=192)
+        _tied_ffn(backend, direction, dtype, N=256, C=192, F=192)
         for dtype, direction in (("bfloat16", FORWARD), ("bfloat16", BACKWARD), ("float32", FORWARD))
+        for backend in _BACKENDS
     ),
     *(
         _upconv(direction, format, _SMALL_MAP | {"Cp": Cp})

@@ -9,7 +9,9 @@ data sheets of the A100 80 GB SXM, H100 SXM and H200 SXM. Assumed, because data 
 - a large copy reaches COPY_SHARE of the memory's rate;
 - L2 delivers L2_SHARE of 5120 bytes a clock: more than was read of an H100 PCIe at its limit of power (Chips and
   Cheese, "Nvidia's H100", 2023), as much as tiled products are known to need;
-- on Hopper, mma.sync reaches SYNC_SHARE of the rate of wgmma (Luo and others, arXiv 2501.12084).
+- on Hopper, mma.sync reaches SYNC_SHARE of the rate of wgmma (Luo and others, arXiv 2501.12084);
+- the products that a host leaves to PyTorch, cuBLAS in fact, reach LIBRARY_SHARE of the rate of the tensor cores or, in
+  float32, of the floating-point units, whatever their sizes.
 """
 
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 L2_SHARE = 0.75
 COPY_SHARE = 0.9
 SYNC_SHARE = 0.62
+LIBRARY_SHARE = 0.7
 SCHEDULERS = 4  # of a multiprocessor, each issues one warp instruction a clock
 REGISTERS = 65536  # of a multiprocessor
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from math import ceil
 
 from benchmarks.gpu_model.access import SECTOR
-from benchmarks.gpu_model.devices import SCHEDULERS, Device
+from benchmarks.gpu_model.devices import LIBRARY_SHARE, SCHEDULERS, Device
 from benchmarks.gpu_model.occupancy import blocks_per_multiprocessor
 
 LATENCY = 4.5  # clocks
@@ -90,7 +90,7 @@ def limits(launch: Launch, device: Device) -> Limits:
     matrix = launch.flops.get("wgmma.mma_async", 0) / device.matrix + launch.flops.get("mma", 0) / device.matrix_sync
     matrix += launch.flops.get("fp32", 0) / device.fp32
     if launch.blocks == 0:
-        return Limits(memory | ({"matrix products": matrix} if matrix else {}))
+        return Limits(memory | ({"matrix products": matrix / LIBRARY_SHARE} if matrix else {}))
     resident = blocks_per_multiprocessor(device, launch.warps, launch.registers, launch.shared)
     if resident == 0:
         raise ValueError(f"{launch.kernel}: a block does not fit on a multiprocessor of {device.name}")

@@ -14,7 +14,7 @@
 #include <string_view>
 #include <tuple>
 
-#include "../common/checks.h"
+#include "../common/tied_ffn_checks.h"
 #include "common/kernels_for.h"
 #include "common/linear.h"
 
@@ -25,28 +25,6 @@ constexpr int64_t kBlock = 256;            // tokens of one matrix product
 constexpr int64_t kMinBlock = 32;          // with fewer tokens a thread, the products are shared among the threads
 constexpr int64_t kChunkBytes = 16 << 20;  // of the hidden layer and its gradient, for one product of dW
 constexpr int64_t kMaxChunk = 2048;        // tokens of that product; a longer sum would lose precision
-
-int index_of(std::string_view activation) {
-  constexpr std::string_view names[] = {"gelu", "gelu_tanh", "relu", "silu", "identity"};
-  const auto* found = std::find(std::begin(names), std::end(names), activation);
-  TORCH_CHECK_VALUE(found != std::end(names), "activation: got '", activation,
-                    "', expected 'gelu', 'gelu_tanh', 'relu', 'silu' or 'identity'");
-  return found - std::begin(names);
-}
-
-void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor& bias_in,
-                    const OptionalTensor& bias_out) {
-  check_rank("weight", weight, 2);
-  const int64_t features = weight.size(0), channels = weight.size(1);
-  TORCH_CHECK_VALUE(weight.numel() > 0, "weight: got shape ", weight.sizes(), ", expected no size of 0");
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == channels, "x: got shape ", x.sizes(), ", expected [..., ", channels,
-                    "]");
-  check("weight", weight, {features, channels}, x.options());
-  check("bias_in", bias_in, {features}, x.options());
-  check("bias_out", bias_out, {channels}, x.options());
-}
-
-Tensor flat(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
 
 // Whose products, by the name of a form: see linear.h.
 Library library_of(std::string_view form) {
@@ -80,15 +58,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const
                                    const OptionalTensor& bias_out, std::string_view activation, bool hold,
                                    std::string_view form) {
   const Library library = library_of(form);
-  check_operands(x_, weight, bias_in, bias_out);
-  const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).forward[index_of(activation)];
+  tied_ffn::check_operands(x_, weight, bias_in, bias_out);
+  const int index = static_cast<int>(tied_ffn::activation_of(activation));
+  const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).forward[index];
   const int64_t features = weight.size(0);
   Tensor y = at::empty(x_.sizes(), x_.options());
-  auto hidden_sizes = x_.sizes().vec();
-  hidden_sizes.back() = features;
-  Tensor hidden = hold ? at::empty(hidden_sizes, x_.options()) : at::empty({0}, x_.options());
+  Tensor hidden = hold ? at::empty(tied_ffn::hidden_sizes(x_, weight), x_.options()) : at::empty({0}, x_.options());
   if (y.numel() == 0) return {y, hidden};
-  const Tensor x = flat(x_), flat_y = flat(y), flat_hidden = hold ? flat(hidden) : hidden;
+  const Tensor x = tied_ffn::flat(x_), flat_y = tied_ffn::flat(y), flat_hidden = hold ? tied_ffn::flat(hidden) : hidden;
   const int64_t tokens = x.size(0), block = block_of(tokens);
   const Tensor transposed = weight.t();
   each_share(at::divup(tokens, block), [&](int64_t begin, int64_t end) {
@@ -111,18 +88,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
                                                     std::string_view activation, std::array<bool, 4> needed,
                                                     std::string_view form) {
   const Library library = library_of(form);
-  check_operands(x_, weight, bias_in, std::nullopt);
-  check("grad_y", grad_y_, x_.sizes(), x_.options());
-  const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).backward[index_of(activation)];
+  tied_ffn::check_operands(x_, weight, bias_in, std::nullopt);
+  tied_ffn::check_gradient(grad_y_, hidden, x_, weight);
+  const int index = static_cast<int>(tied_ffn::activation_of(activation));
+  const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).backward[index];
   const int64_t features = weight.size(0), channels = weight.size(1);
   const auto accumulation = x_.options().dtype(accumulation_dtype(x_));
   const bool held = hidden.numel() > 0;
 
   Tensor grad_x = empty_gradient(needed[0], x_);
   Tensor grad_weight = at::zeros({channels, needed[1] ? features : 0}, accumulation);  // transposed
-  const Tensor x = flat(x_), grad_y = flat(grad_y_), flat_grad_x = needed[0] ? flat(grad_x) : grad_x;
-  const Tensor flat_hidden = held ? flat(hidden).contiguous() : hidden;
-  if (held) check("hidden", flat_hidden, {x.size(0), features}, x.options());
+  const Tensor x = tied_ffn::flat(x_), grad_y = tied_ffn::flat(grad_y_),
+               flat_grad_x = needed[0] ? tied_ffn::flat(grad_x) : grad_x;
+  const Tensor flat_hidden = held ? tied_ffn::flat(hidden).contiguous() : hidden;
   const int64_t tokens = x.size(0), block = block_of(tokens);
   const Tensor transposed = weight.t();
   const int64_t fitting = kChunkBytes / (2 * features * x_.element_size());

@@ -3,13 +3,12 @@
 
 #include <stdint.h>
 
+#include "../common/activation.h"
 #include "common/isa.h"
 
 namespace tokenfusion {
 
 constexpr int64_t kRowsPerSum = 32;  // a longer sum would lose precision
-
-enum class Activation { kGelu, kGeluTanh, kRelu, kSilu, kIdentity, kCount };
 
 // Some rows of the hidden layer, features elements each, contiguous; several pointers may be the same.
 struct TiedFfnRows {

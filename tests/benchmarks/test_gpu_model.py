@@ -6,10 +6,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.gpu_model import __main__ as gpu_model
-from benchmarks.gpu_model import budgets, facts, issue, limits, machine_code, measured, show
-from benchmarks.gpu_model.devices import DEVICES
+from benchmarks.gpu_model import beside, budgets, facts, issue, limits, machine_code, measured, show
+from benchmarks.gpu_model.devices import DEVICES, LIBRARY_SHARE
 from benchmarks.gpu_model.facts import Call
 from benchmarks.gpu_model.limits import LAUNCH, Launch, Prediction
 from benchmarks.gpu_model.machine_code import Instruction, MachineCode
@@ -67,6 +68,21 @@ def test_each_resource_by_hand():
     }
     assert found.seconds == pytest.approx(expected)
     assert found.binding == "shared memory" and found.predicted > max(expected.values())
+
+
+def test_products_that_are_left_to_pytorch():
+    left, right, out = torch.zeros(6, 4), torch.zeros(4, 8), torch.empty(6, 8)
+    with beside.pytorch_operations() as found:
+        torch.addmm(torch.zeros(8), left, right, out=out)
+        torch.mm(left, right, out=out)
+        torch.mm(left.bfloat16(), right.bfloat16())
+    added, plain, *_, half = found
+    assert [each.kernel for each in (added, plain, half)] == ["PyTorch's addmm", "PyTorch's mm", "PyTorch's mm"]
+    assert (added.read, plain.read, half.read) == (4 * (24 + 32 + 8), 4 * (24 + 32), 2 * (24 + 32))
+    assert (added.written, plain.written, half.written) == (4 * 48, 4 * 48, 2 * 48)
+    assert added.flops == plain.flops == {"fp32": 2 * 6 * 4 * 8} and list(half.flops) == ["wgmma.mma_async"]
+    seconds = limits.limits(replace(added, read=0, written=0), H100).seconds
+    assert seconds["matrix products"] == pytest.approx(2 * 6 * 4 * 8 / H100.fp32 / LIBRARY_SHARE)
 
 
 @pytest.mark.parametrize("blocks, expected", [(132, 1), (133, 2 * 132 / 133), (297, 396 / 297), (66, 2)])

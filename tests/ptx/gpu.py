@@ -68,13 +68,13 @@ class Gpu:
         self._host = program(self.operator).host
         self._host.add_operator.restype = ctypes.c_void_p
         self._host.allocation_of.restype = ctypes.c_void_p
-        self._host.limit_for.restype = ctypes.c_int64
         self._callback = _LAUNCH(self._receive)
         self._failure = None
 
     def limit_for(self, count: int, dtype: torch.dtype) -> int:
         """What csrc/cuda/common/limits.h has for the operator: channels for queries, or reduced for tokens."""
         self._set_device()
+        self._host.limit_for.restype = ctypes.c_int64
         return self._host.limit_for(ctypes.c_int64(count), ctypes.c_int64(dtype.itemsize))
 
     def __enter__(self):

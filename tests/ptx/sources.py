@@ -27,7 +27,7 @@ MARKS = [
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler ({COMPILER})"),
 ]
 
-_LIMITS = {  # of csrc/cuda/common/limits.h
+_LIMITS = {  # of csrc/cuda/common/limits.h, where the operator has one
     "single_query_attention": "single_query_attention_cuda_max_channels",
     "dynamic_mixing": "dynamic_mixing_cuda_max_reduced",
 }
@@ -90,7 +90,9 @@ def _sources(operator: str) -> dict[Path, list[str]]:
     """What is compiled, each with its command."""
     headers = [_TORCH / "include", _TORCH / "include/torch/csrc/api/include", f"{NVCC.home}/include"]
     cpp = [COMPILER, "-std=c++17", "-O0", "-fPIC", f"-I{_HOST}", f"-I{ROOT}/csrc/cuda"]
-    cpp += [*(f"-isystem{each}" for each in headers), f'-DHOST="{operator}.cpp"', f"-DLIMIT={_LIMITS[operator]}"]
+    cpp += [*(f"-isystem{each}" for each in headers), f'-DHOST="{operator}.cpp"']
+    if operator in _LIMITS:
+        cpp.append(f"-DLIMIT={_LIMITS[operator]}")
     architectures = [f"-gencode=arch=compute_{c},code=compute_{c}" for c in CAPABILITIES]
     nvcc = [f"{NVCC.home}/bin/nvcc", "-std=c++17", *plan.NVCC_FLAGS, *architectures, "-Xcompiler=-fPIC", "--keep"]
     return {

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.measure.problem import TRAINING, CaseBase, SmallCall
 from tokenfusion.kernels import tied_ffn
+from tokenfusion.kernels.tied_ffn import reference
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,13 @@ CASES = {
 
 
 def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
-    """Calls that reach every GPU kernel: narrow and wide, sizes that fill a tile and not, with what is held."""
-    for label, tokens, channels, features, recompute in (
-        ("narrow", 70, 16, 40, True),
-        ("wide", 50, 136, 72, True),
-        ("held", 33, 24, 64, False),
+    """Calls that reach every GPU kernel: narrow and wide, sizes that fill a tile and not, with what is held, and each
+    activation."""
+    for label, tokens, channels, features, recompute, activation in (
+        ("narrow", 70, 16, 40, True, "gelu"),
+        ("wide", 50, 136, 72, True, "gelu"),
+        ("held", 33, 24, 64, False, "gelu"),
+        *((activation, 21, 8, 19, True, activation) for activation in reference.ACTIVATIONS if activation != "gelu"),
     ):
         generator = torch.Generator().manual_seed(0)
 
@@ -80,4 +83,5 @@ def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
 
         x = torch.randn(tokens, channels, generator=generator).to(dtype).requires_grad_()
         tensors = x, normal(features, channels), normal(features), normal(channels)
-        yield SmallCall("tied_ffn", label, partial(tied_ffn, recompute=recompute), tensors)
+        call = partial(tied_ffn, recompute=recompute, activation=activation)
+        yield SmallCall("tied_ffn", label, call, tensors)

@@ -33,6 +33,16 @@ TF_DEVICE BFloat16 from_float(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Two and four numbers next to each other, aligned as one.
+template <typename T>
+struct alignas(2 * sizeof(T)) Two {
+  T x[2];
+};
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T x[4];
+};
+
 // Two numbers next to each other, the first in the lower half.
 template <typename T>
 TF_DEVICE uint32_t pack(float x, float y);
@@ -47,6 +57,11 @@ TF_DEVICE uint32_t pack<BFloat16>(float x, float y) {
   uint32_t d;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(y), "f"(x));
   return d;
+}
+
+template <typename T>
+TF_DEVICE Two<T> unpack(uint32_t x) {
+  return *reinterpret_cast<const Two<T>*>(&x);
 }
 
 // a - b of two packed numbers.
@@ -82,12 +97,25 @@ TF_DEVICE float exp2_approximate(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / x with an error of 1 ulp.
+TF_DEVICE float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 TF_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 struct alignas(16) Vector16 {
   uint32_t x[4];
 };
+
+// To global memory, aligned to 16 bytes, in one access: of a store in C++ the compiler may make four.
+TF_DEVICE void store_global(void* to, const Vector16& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x[0]), "r"(v.x[1]),
+               "r"(v.x[2]), "r"(v.x[3])
+               : "memory");
+}
 
 TF_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 

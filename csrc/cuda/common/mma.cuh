@@ -22,20 +22,6 @@ TF_DEVICE uint32_t load_pair(const T* p) {
 }
 
 template <typename T>
-struct alignas(2 * sizeof(T)) Two {
-  T x[2];
-};
-template <typename T>
-struct alignas(4 * sizeof(T)) Four {
-  T x[4];
-};
-
-template <typename T>
-TF_DEVICE Two<T> unpack(uint32_t x) {
-  return *reinterpret_cast<const Two<T>*>(&x);
-}
-
-template <typename T>
 constexpr bool kIsHalf = false;
 template <>
 constexpr bool kIsHalf<Half> = true;

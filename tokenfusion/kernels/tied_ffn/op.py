@@ -14,7 +14,7 @@ from tokenfusion.kernels.tied_ffn.workloads import WORKLOADS
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _TRITON_TILES = "small", "deep"  # see _options in triton_host.py
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # hidden is the pre-activation x W^T + bias_in; of size 0 where it is not held and has to be computed again
 _SCHEMA = (
@@ -60,8 +60,8 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_BACKENDS = "cpu", "triton"
-_KERNELS = define_differentiable("tied_ffn", _BACKENDS, _FORWARD, _BACKWARD, with_forms=_BACKENDS)
+_BACKENDS = "cpu", "triton", "cuda"
+_KERNELS = define_differentiable("tied_ffn", _BACKENDS, _FORWARD, _BACKWARD, with_forms=("cpu", "triton"))
 
 
 def _run_on(backend: str, *form: str, holds: bool = False):
@@ -87,7 +87,11 @@ def _cpu_can_run(x, weight, bias_in, bias_out) -> str | None:
 
 
 def _triton_can_run(x, weight, bias_in, bias_out) -> str | None:
-    return triton_support.why_not_tensor(x) or _why_not_dtype(x, _TRITON_DTYPES)
+    return triton_support.why_not_tensor(x) or _why_not_dtype(x, _GPU_DTYPES)
+
+
+def _cuda_can_run(x, weight, bias_in, bias_out) -> str | None:
+    return extension.why_not_cuda_tensor(x) or _why_not_dtype(x, _GPU_DTYPES)
 
 
 def _blas_can_run(x, weight, bias_in, bias_out) -> str | None:
@@ -110,6 +114,8 @@ def _holding(can_run):
 
 OPERATOR = register(
     "tied_ffn",
+    Implementation("cuda", _run_on("cuda"), _cuda_can_run, automatic=False),
+    Implementation("cuda", _run_on("cuda", holds=True), _holding(_cuda_can_run), automatic=False, form="hold"),
     Implementation("triton", _run_on("triton"), _triton_can_run, automatic=False),
     Implementation("triton", _run_on("triton", holds=True), _holding(_triton_can_run), automatic=False, form="hold"),
     *(Implementation("triton", _run_on("triton", t), _tiles_can_run, automatic=False, form=t) for t in _TRITON_TILES),
