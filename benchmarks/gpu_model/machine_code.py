@@ -42,7 +42,7 @@ class Instruction:
 
     @property
     def falls_through(self) -> bool:
-        conditional = self.guard or self.operands.startswith(("P", "!P", "U"))
+        conditional = self.guard or self.operands.startswith(("P", "!P", "U", "~U"))
         return not self.opcode.startswith(("BRA", "EXIT", "RET", "JMP", "BRX")) or bool(conditional)
 
     @functools.cached_property

@@ -21,7 +21,7 @@ struct GradX : Block<T> {
     for (int tile = 0; tile < target_tiles(p); ++tile) {
       this->stage_gradients(tile, first, channels, round_up(channels, 8));
       this->make_weights(tile);
-      wait_copies(0);
+      wait_copies();
       warp_barrier();
       add(tile, channels, sums);
       warp_barrier();
@@ -85,7 +85,7 @@ struct LogitGradients : Block<T> {
     float slope[kSourceTiles][2][4] = {};  // gradients of the weights
     for (int first = 0; first < plan.width; first += plan.chunk) {
       if (first > 0) stage(tile, first, false);
-      wait_copies(0);
+      wait_copies();
       warp_barrier();
       for (int c = 0; c < plan.chunk; c += 16) add_slope(c, slope);
       warp_barrier();

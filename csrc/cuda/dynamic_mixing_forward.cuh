@@ -19,7 +19,7 @@ struct Forward : Block<T> {
         const int left = plan.width - first < plan.chunk ? plan.width - first : plan.chunk;
         if (tile == 0 || plan.chunk < plan.width) this->stage_tokens(first, left, plan.chunk);
         if (first == 0) this->make_weights(tile);
-        wait_copies(0);
+        wait_copies();
         warp_barrier();
         for (int c = 0; c < left; c += kGroup) mix(tile, first + c, c, left);
         warp_barrier();

@@ -26,9 +26,13 @@ constexpr int64_t kMaxRowsPerBlock = 8192;  // a longer sum would lose precision
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxTokens = int64_t(1) << 34;  // of which 32 bits count the tiles
 
+Tensor with_aligned_rows(const Tensor& small) {
+  return has_aligned_rows(small) ? small : small.clone(at::MemoryFormat::Contiguous);
+}
+
 OptionalTensor with_aligned_rows(const OptionalTensor& small) {
-  if (!small || has_aligned_rows(*small)) return small;
-  return small->clone(at::MemoryFormat::Contiguous);
+  if (!small) return small;
+  return with_aligned_rows(*small);
 }
 
 OptionalTensor contiguous(const OptionalTensor& tensor) {
@@ -94,7 +98,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& tokens, c
   single_query_attention::check_operands(query_, tokens, extra_token_, lengths_, offsets_);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Dtype dtype = dtype_of("tokens", tokens);
-  const Tensor query = with_contiguous_rows(query_);
+  const Tensor query = with_aligned_rows(query_);
   const OptionalTensor extra_token = with_aligned_rows(extra_token_);
   const OptionalTensor lengths = contiguous(lengths_), offsets = contiguous(offsets_);
   const auto float32 = query.options().dtype(at::kFloat);
@@ -125,10 +129,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
   single_query_attention::check_results(grad_context_, context_, log_sum_exp_, query_);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Dtype dtype = dtype_of("tokens", tokens);
-  const Tensor query = with_contiguous_rows(query_);
+  const Tensor query = with_aligned_rows(query_);
   const OptionalTensor extra_token = with_aligned_rows(extra_token_);
   const OptionalTensor lengths = contiguous(lengths_), offsets = contiguous(offsets_);
-  const Tensor grad_context = grad_context_.contiguous(), context = context_.contiguous();
+  const Tensor grad_context = with_aligned_rows(grad_context_.contiguous());
+  const Tensor context = with_aligned_rows(context_.contiguous());
   const Tensor log_sum_exp = log_sum_exp_.contiguous();
   Tensor grad_query = empty_gradient(needed[0], query);
   Tensor grad_tokens = empty_gradient(needed[1], tokens);

@@ -44,24 +44,23 @@ struct SingleQueryAttentionParams {
 };
 
 // How a block is made up: `groups` groups of `warps` warps. A group takes every groups-th tile of its block's rows; a
-// warp of it has `units` times 16 of the channels; `stages` tiles are in flight or in use.
+// warp of it has `units` times 16 of the channels.
 struct SingleQueryAttentionPlan {
   static constexpr int kTile = 16, kUnit = 16, kMaxQueries = 32;
 
-  int warps, groups, stages, units;
+  int warps, groups, units;
   int64_t shared_bytes;
 
   // Tiles of 8 queries that a kernel is made for.
   static constexpr int query_tiles_for(int queries) { return queries <= 8 ? 1 : queries <= 16 ? 2 : 4; }
-  // A warp's units for which the registers suffice. In float32, more do where nothing guards them, as every warp has as
-  // many (is_full).
-  static constexpr int max_units(int query_tiles, int itemsize, bool is_full) {
-    if (itemsize == 4) return query_tiles == 1 ? 12 : query_tiles == 2 ? (is_full ? 8 : 6) : (is_full ? 4 : 3);
-    return query_tiles < 4 ? 12 : 6;
+  // Warps of a multiprocessor, and of a block, whose registers suffice for max_units of each.
+  static constexpr int max_warps(int query_tiles) { return query_tiles < 4 ? 12 : 8; }
+  static constexpr int max_units(int query_tiles, int itemsize) {
+    if (itemsize == 4) return query_tiles == 1 ? 6 : 4;
+    return query_tiles == 1 ? 12 : query_tiles == 2 ? 8 : 6;
   }
-  static constexpr int kMaxWarps = 8;
   static constexpr int max_channels(int query_tiles, int itemsize) {
-    return kUnit * max_units(query_tiles, itemsize, false) * kMaxWarps;
+    return kUnit * max_units(query_tiles, itemsize) * max_warps(query_tiles);
   }
 
   int threads() const { return 32 * warps * groups; }

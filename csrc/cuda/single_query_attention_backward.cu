@@ -7,7 +7,7 @@ namespace tokenfusion {
 namespace single_query_attention {
 
 template <typename T, int kQueryTiles, bool kFull>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(32 * Plan::max_warps(kQueryTiles))
     backward_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) char memory[];
   Backward<T, kQueryTiles, kFull> block(p, plan, memory);
@@ -24,7 +24,7 @@ __global__ void combine_backward_kernel(const __grid_constant__ Params p) {
 int64_t single_query_attention_shared_bytes(int channels, int queries, int itemsize) {
   using namespace single_query_attention;
   const auto dtype = itemsize == 4 ? Dtype::kFloat32 : Dtype::kFloat16;
-  return with_variant(dtype, queries, channels, [&](auto variant) {
+  return with_variant(dtype, queries, [&](auto variant) {
     typedef decltype(variant) V;
     Params p{};
     p.channels = channels, p.length = p.splits = 1;
@@ -34,10 +34,12 @@ int64_t single_query_attention_shared_bytes(int channels, int queries, int items
 
 cudaError_t run_single_query_attention_backward(const SingleQueryAttentionParams& p, Dtype dtype, cudaStream_t stream) {
   using namespace single_query_attention;
-  return with_variant(dtype, p.queries, p.channels, [&](auto variant) {
+  return with_variant(dtype, p.queries, [&](auto variant) {
     typedef decltype(variant) V;
     typedef typename V::Element T;
-    const cudaError_t error = launch<V, true>(backward_kernel<T, V::query_tiles, V::full>, p, stream);
+    constexpr int n = V::query_tiles;
+    const cudaError_t error =
+        launch<V, true>(backward_kernel<T, n, V::can_be_full>, backward_kernel<T, n, false>, p, stream);
     if (error != cudaSuccess || p.splits == 1 || p.grad_query == nullptr) return error;
     combine_backward_kernel<T><<<p.batch * p.queries, kCombineThreads, 0, stream>>>(p);
     return cudaGetLastError();

@@ -11,15 +11,13 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
   typedef Kernel<T, kQueryTiles, kFull, true> Base;
   typedef typename Base::M M;
   typedef typename Base::Rows Rows;
-  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::rows, Base::s, Base::split, Base::units,
-      Base::warp, Base::warps;
+  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::s, Base::warp, Base::warps;
   using Base::kMaxUnits, Base::kOperands, Base::kProducts, Base::kQueries, Base::kVector, Base::Base;
 
   // Of queries 8 i + lane % 4 * 2 (+ 1), over this lane's rows alone.
   float correction[kQueryTiles][2] = {}, excess[kQueryTiles][2] = {};
 
   TF_DEVICE void begin() {
-    if (thread_index() == 0) *s.first_token = rows.first;
     const T* const grad_context = static_cast<const T*>(p.grad_context) + this->query_row(0) * p.channels;
     const T* const context = static_cast<const T*>(p.context) + this->query_row(0) * p.channels;
     this->fill_operands(grad_context, p.channels, 0, 2);
@@ -27,8 +25,14 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
     for (int q = group * warps + warp; q < kQueries; q += warps * groups) {
       float delta = 0;
       if (q < p.queries)
-        for (int c = lane; c < p.channels; c += 32)
-          delta += to_float(grad_context[q * p.channels + c]) * to_float(context[q * p.channels + c]);
+#pragma unroll 1
+        for (int c = kVector * lane; c < p.channels; c += 32 * kVector) {
+          float grads[kVector], results[kVector];
+          load_vector(grads, grad_context + q * p.channels + c);
+          load_vector(results, context + q * p.channels + c);
+#pragma unroll
+          for (int k = 0; k < kVector; ++k) delta += grads[k] * results[k];
+        }
       delta = sum_warp(delta);
       if (lane == q)  // one lane for all queries would have the compiler tear the warp apart before the sum
         s.delta[q] = delta, s.log_sum_exp[q] = q < p.queries ? p.log_sum_exp[this->query_row(q)] : kInfinity;
@@ -39,7 +43,8 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
 
   TF_DEVICE void step(int tile, T* slab) {
     float score[kProducts][4];  // for every 8 queries, gradients of their weights, then their scores
-    const Rows r = this->multiply(tile, slab, score);
+    const Rows r = this->multiply_normalized(tile, slab, score);
+    const bool is_lone = this->last_tile == 0 && this->last_rows == 1;
     float mean[2] = {}, slope[2] = {};
     float scaled[kQueryTiles][4];
     typename M::A pairs[kQueryTiles];
@@ -52,31 +57,29 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
         const int e = k % 2, row = k / 2;
         weight[k] = r.there[row] ? exponential(score[2 * i + 1][k] - s.log_sum_exp[q + e]) : 0;
         // a lone token has weight 1 whatever its score
-        grad_score[k] = r.there[row] && rows.rows > 1 ? weight[k] * (score[2 * i][k] - s.delta[q + e]) : 0;
-        const float* const operand_sum = s.operand_sum + warps * kOperands + 16 * i + lane % 4 * 2 + e;
+        grad_score[k] = r.there[row] && !is_lone ? weight[k] * (score[2 * i][k] - s.delta[q + e]) : 0;
+        const float* const operand_sum = s.operand_sum + 16 * i + lane % 4 * 2 + e;
         mean[row] += weight[k] * operand_sum[0] + grad_score[k] * operand_sum[8];
         slope[row] += weight[k] * score[2 * i][k] + grad_score[k] * score[2 * i + 1][k];
         scaled[i][k] = grad_score[k] * r.rstd[row];
+        if (kPairsAreScaled) weight[k] *= r.rstd[row], grad_score[k] = scaled[i][k];
       }
       pairs[i] = M::from_products(weight, grad_score);
     }
     if (p.grad_query != nullptr) {
       const float scale = Base::round_to_elements(scaled);
-      float deviation[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) deviation[i] = r.rstd[i] > 0 ? 1 / r.rstd[i] : 0;
       typename M::B weights[kQueryTiles];
 #pragma unroll
       for (int i = 0; i < kQueryTiles; ++i) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float rounded = scaled[i][k] * scale;
-          correction[i][k % 2] += rounded * r.rest[k / 2];
-          excess[i][k % 2] += rounded * deviation[k / 2];
+          correction[i][k % 2] += rounded * r.mean[k / 2];
+          excess[i][k % 2] += rounded * r.deviation[k / 2];
         }
         weights[i] = M::from_transposed_product(scaled[i]);
       }
-      this->accumulate(slab, r, weights, scale);
+      this->accumulate(slab, weights, scale);
     }
     if (p.grad_tokens != nullptr || p.grad_extra_token != nullptr) {
       if (!p.normalize) {
@@ -93,6 +96,9 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
     }
   }
 
+  // Half has too few exponents for rstd, and float's sums are to be rounded.
+  static constexpr bool kPairsAreScaled = sizeof(T) == 2 && !kIsHalf<T>;
+
   // With dn = sum_q p_q grad_context_q + ds_q query_q, the gradient of a token is rstd (dn - mean(dn) - n mean(dn n)),
   // whose means come from sums over the queries that are known already. It takes the token's place in the tile, from
   // where it is stored in vectors.
@@ -102,33 +108,40 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
 #pragma unroll
     for (int i = 0; i < kQueryTiles; ++i) split_pairs[i] = M::split(pairs[i]);
     const T* const operands = s.operands + this->first_channel();
-    constexpr bool kFloat = Base::kIsFloat;  // where t - shift has digits that t * factor would lose
     float factor[2], summand[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       factor[i] = -r.rstd[i] * slope[i];
-      summand[i] = -r.rstd[i] * mean[i] - factor[i] * (kFloat ? r.rest[i] : r.shift[i] + r.rest[i]);
+      summand[i] = -r.rstd[i] * mean[i] - factor[i] * r.mean[i];
     }
     warp_barrier();  // all lanes have read the tile
 #pragma unroll
-    for (int u = 0; u < 2 * kMaxUnits; ++u) {
-      if (this->has(u / 2)) {
-        typename M::FiniteProduct product;
+    for (int u = 0; u < kMaxUnits; ++u) {
+      if (this->has(u)) {
+        typename M::B operand[kQueryTiles][2];
 #pragma unroll
         for (int i = 0; i < kQueryTiles; ++i)
-          product.add(split_pairs[i], M::load_b_of_products(operands + 16 * i * s.pitch + 8 * u, s.pitch));
+          M::load_two_b_of_products(operand[i][0], operand[i][1], operands + 16 * i * s.pitch + kUnit * u, s.pitch);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          Two<T>* const pair = reinterpret_cast<Two<T>*>(slab + (lane / 4 + 8 * i) * s.pitch + 8 * u + lane % 4 * 2);
-          const Two<T> token = *pair;
-          float grad[2];
+        for (int half = 0; half < 2; ++half) {
+          Two<T>* rows_of_two[2];
+          float rest[4];
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            grad[e] = product[2 * i + e];
-            const float t = to_float(token.x[e]);
-            grad[e] = r.rstd[i] * grad[e] + (factor[i] * (kFloat ? t - r.shift[i] : t) + summand[i]);
+          for (int k = 0; k < 4; ++k) {
+            Two<T>*& two = rows_of_two[k / 2];
+            two = reinterpret_cast<Two<T>*>(slab + (lane / 4 + k / 2 * 8) * s.pitch + kUnit * u + 8 * half +
+                                            lane % 4 * 2);
+            rest[k] = factor[k / 2] * to_float(two->x[k % 2]) + summand[k / 2];
           }
-          store_two(pair->x, grad[0], grad[1]);
+          typename M::FiniteProduct product;
+          if (kPairsAreScaled) product = {{rest[0], rest[1], rest[2], rest[3]}};
+#pragma unroll
+          for (int i = 0; i < kQueryTiles; ++i) product.add(split_pairs[i], operand[i][half]);
+          float grad[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) grad[k] = kPairsAreScaled ? product[k] : r.rstd[k / 2] * product[k] + rest[k];
+          store_two(rows_of_two[0]->x, grad[0], grad[1]);
+          store_two(rows_of_two[1]->x, grad[2], grad[3]);
         }
       }
     }
@@ -136,21 +149,21 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
   }
 
   TF_DEVICE void write_gradients(int tile, const T* slab) {
-    const int channels = kUnit * units, column = lane % 8 * kVector;
     const bool has_extra = p.extra_token != nullptr;
+    const int left = this->rows_of(tile) - lane / 8, first = this->first_channel() + lane % 8 * kVector;
+    const int64_t row = *s.first_token + int64_t(tile) * kTile + lane / 8 - has_extra;
+    T* const to = static_cast<T*>(p.grad_tokens) + row * p.channels + first;
+    const T* const from = slab + lane / 8 * s.pitch + lane % 8 * kVector;
 #pragma unroll
     for (int i = 0; i < kTile; i += 4) {
-      const int64_t j = int64_t(tile) * kTile + i + lane / 8;
-      const bool is_extra = has_extra && j == 0;
-      T* const grads = static_cast<T*>(is_extra ? p.grad_extra_token : p.grad_tokens);
-      if (j < rows.rows && grads != nullptr) {
-        T* const to =
-            grads + (is_extra ? image : *s.first_token + j - has_extra) * p.channels + this->first_channel() + column;
-        const T* const from = slab + (i + lane / 8) * s.pitch + column;
+      const bool is_extra = i == 0 && lane < 8 && tile == 0 && has_extra;
+      T* const of_row =
+          is_extra ? static_cast<T*>(p.grad_extra_token) + image * p.channels + first : to + i * int64_t(p.channels);
+      if (i < left && (is_extra ? p.grad_extra_token : p.grad_tokens) != nullptr) {
 #pragma unroll
         for (int k = 0; k < kMaxUnits * kUnit; k += 8 * kVector)
-          if (kFull && k / kUnit + 8 * kVector / kUnit <= kMaxUnits || column + k < channels)
-            *reinterpret_cast<Vector16*>(to + k) = *reinterpret_cast<const Vector16*>(from + k);
+          if (this->copies(k))
+            *reinterpret_cast<Vector16*>(of_row + k) = *reinterpret_cast<const Vector16*>(from + i * s.pitch + k);
       }
     }
   }
@@ -169,10 +182,12 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
       for (int g = -group; g < groups - group; ++g) excess += s.of_group(s.excess, g)[q];
       const T* const context = static_cast<const T*>(p.context) + this->query_row(q) * p.channels;
       const int64_t row = p.splits == 1 ? this->query_row(q) : this->partial_row(q);
+#pragma unroll 1
       for (int c = 4 * lane; c < p.channels; c += 128) {
         float grad[4];
+        load_four(grad, context + c);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) grad[i] = -excess * to_float(context[c + i]);
+        for (int i = 0; i < 4; ++i) grad[i] *= -excess;
         for (int g = -group; g < groups - group; ++g) {
           const float* const from = s.of_group(s.result, g) + q * s.result_pitch + c;
 #pragma unroll

@@ -11,11 +11,12 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
   typedef Kernel<T, kQueryTiles, kFull, false> Base;
   typedef typename Base::M M;
   typedef typename Base::Rows Rows;
-  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::rows, Base::s, Base::split, Base::sums,
-      Base::units, Base::warp, Base::warps;
-  using Base::kMaxUnits, Base::kQueries;
+  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::s, Base::sums, Base::warp, Base::warps;
+  using Base::kMaxUnits;
 
-  // The online softmax of queries 8 i + lane % 4 * 2 (+ 1): totals and corrections over this lane's rows alone.
+  // The online softmax of queries 8 i + lane % 4 * 2 (+ 1): totals and corrections over this lane's rows alone. Weights
+  // are relative to `maximum`, which stays behind the largest score by at most kBehind.
+  static constexpr float kBehind = 8;
   float maximum[kQueryTiles][2], total[kQueryTiles][2] = {}, correction[kQueryTiles][2] = {};
 
   TF_DEVICE Forward(const Params& params, const Plan& plan, char* memory) : Base(params, plan, memory) {
@@ -30,16 +31,16 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
   static TF_DEVICE float origin(float maximum) { return maximum == -kInfinity ? 0 : maximum; }
   static TF_DEVICE float exponential(float x) { return Base::kIsFloat ? expf(x) : exp2_approximate(x * 1.44269504f); }
 
-  TF_DEVICE void step(int tile, const T* slab) {
+  TF_DEVICE void step(int tile, T* slab) {
     float score[kQueryTiles][4];
-    const Rows r = this->multiply(tile, slab, score);
+    const Rows r = this->multiply_normalized(tile, slab, score);
     bool grows = false;
 #pragma unroll
     for (int i = 0; i < kQueryTiles; ++i)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         if (!r.there[k / 2]) score[i][k] = -kInfinity;
-        grows = grows || score[i][k] > maximum[i][k % 2];
+        grows = grows || score[i][k] > maximum[i][k % 2] + kBehind;
       }
     if (any_lane(grows)) raise(score);
 #pragma unroll
@@ -56,10 +57,10 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
 #pragma unroll
     for (int i = 0; i < kQueryTiles; ++i) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) correction[i][k % 2] += score[i][k] * scale * r.rest[k / 2];
+      for (int k = 0; k < 4; ++k) correction[i][k % 2] += score[i][k] * scale * r.mean[k / 2];
       weights[i] = M::from_transposed_product(score[i]);
     }
-    this->accumulate(slab, r, weights, scale);
+    this->accumulate(slab, weights, scale);
   }
 
   // To the largest score so far.
@@ -85,20 +86,25 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
 
   TF_DEVICE void finish() {
     for (int q = group * warps + warp; q < p.queries; q += warps * groups) {
-      float largest = -kInfinity, all = 0;
-      for (int g = -group; g < groups - group; ++g) largest = fmaxf(largest, s.of_group(s.maximum, g)[q]);
-      for (int g = -group; g < groups - group; ++g)
-        all += s.of_group(s.total, g)[q] * expf(s.of_group(s.maximum, g)[q] - origin(largest));
+      const int distance = lane < groups ? lane - group : 0;  // a lane has a group's share
+      const float raised = s.of_group(s.maximum, distance)[q], largest = max_warp(raised);
+      const float weight = lane < groups ? expf(raised - origin(largest)) : 0;
+      const float all = sum_warp(weight * s.of_group(s.total, distance)[q]);
       const int64_t row = p.splits == 1 ? this->query_row(q) : this->partial_row(q);
-      const float share = rows.rows > 0 ? 1 / all : 0;
-      for (int c = 4 * lane; c < p.channels; c += 128) {
+      const float share = this->has_rows() ? 1 / all : 0;
+#pragma unroll 1
+      for (int first = 0; first < p.channels; first += 128) {
+        const int c = first + 4 * lane;
         float context[4] = {};
-        for (int g = -group; g < groups - group; ++g) {
-          const float weight = expf(s.of_group(s.maximum, g)[q] - origin(largest));
-          const float* const from = s.of_group(s.result, g) + q * s.result_pitch + c;
+        for (int g = 0; g < groups; ++g) {
+          const float of_group = shuffle_from(weight, g);
+          const float* const from = s.of_group(s.result, g - group) + q * s.result_pitch + c;
+          if (c < p.channels) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) context[i] += weight * from[i];
+            for (int i = 0; i < 4; ++i) context[i] += of_group * from[i];
+          }
         }
+        if (c >= p.channels) continue;
         if (p.splits == 1) {
           store_four(static_cast<T*>(p.context) + row * p.channels + c, context, share);
         } else {

@@ -20,21 +20,20 @@ struct Shared {
   static constexpr int kOperands = kBackward ? 2 * kQueries : kQueries;
   static constexpr int kPieces = kBackward ? 1 : Matrix<T>::kPieces;  // more would not fit beside what else there is
   static constexpr int kPad = 16 / sizeof(T);
-  static constexpr int kParts = kOperands / 8 + 2;    // products, sums and squares, shifts
-  static constexpr int kBuffers = kBackward ? 1 : 2;  // two spare a barrier, one spares memory
+  static constexpr int kPart = 32 * kOperands / 8 + kTile / 2;  // a warp's products, then two numbers of each row
+  static constexpr int kStages = 2;                             // a tile in use, and one that is on its way
 
   int pitch, result_pitch;
   int64_t group_bytes;
 
   T* operands;  // [kPieces, kOperands, pitch]; backward: for every 8 queries, 8 rows of grad_context, then 8 of query
-  float* operand_sum;          // [warps + 1, kOperands], over a warp's channels, and over all of them
+  float* operand_sum;          // [kOperands], over the channels
   float *delta, *log_sum_exp;  // [kQueries]
   int64_t* first_token;        // of the image, where a register would be needed
 
-  T* tiles;                // [stages, kTile, pitch]
+  T* tiles;                // [kStages, kTile, pitch]
   float* result;           // [kQueries, result_pitch], in the place of the tiles at the end
-  Four<float>* parts;      // [kBuffers, warps, kParts, 32]: what the warps of a group tell each other
-  T* shift;                // [warps, kTile]
+  Four<float>* parts;      // [1 + warps, kPart]: sums over the warps of a group, and what each of them adds
   float *maximum, *total;  // [kQueries], at the end
   float* excess;           // [kQueries], at the end
 
@@ -44,7 +43,7 @@ struct Shared {
     pitch = (channels + 2 * kPad - 1) / (2 * kPad) * (2 * kPad) + kPad, result_pitch = channels + 4;
     char* next = memory;
     take(next, operands, kPieces * kOperands * pitch);
-    take(next, operand_sum, (plan.warps + 1) * kOperands);
+    take(next, operand_sum, kOperands);
     take(next, delta, kBackward ? kQueries : 0);
     take(next, log_sum_exp, kBackward ? kQueries : 0);
     take(next, first_token, kBackward);
@@ -62,13 +61,17 @@ struct Shared {
     return reinterpret_cast<U*>(reinterpret_cast<char*>(mine) + distance * group_bytes);
   }
 
+  TF_DEVICE Four<float>* part(int i) const { return parts + i * kPart; }
+  static TF_DEVICE Two<float>* rows_of(Four<float>* part) {
+    return reinterpret_cast<Two<float>*>(part + 32 * kOperands / 8);
+  }
+
  private:
   TF_HOST_DEVICE void layout_group(char*& next, const Plan& plan) {
-    const int tile_bytes = plan.stages * kTile * pitch * int(sizeof(T)), result_bytes = kQueries * result_pitch * 4;
+    const int tile_bytes = kStages * kTile * pitch * int(sizeof(T)), result_bytes = kQueries * result_pitch * 4;
     tiles = reinterpret_cast<T*>(next);
     take(next, result, (tile_bytes > result_bytes ? tile_bytes : result_bytes) / 4);
-    take(next, parts, plan.warps > 1 ? kBuffers * plan.warps * kParts * 32 : 0);
-    take(next, shift, plan.warps * kTile);
+    take(next, parts, plan.warps > 1 ? (1 + plan.warps) * kPart : 0);
     take(next, maximum, kBackward ? 0 : kQueries);
     take(next, total, kBackward ? 0 : kQueries);
     take(next, excess, kBackward ? kQueries : 0);
@@ -81,62 +84,57 @@ struct Shared {
   }
 };
 
-template <typename T, int n, bool is_full>
+template <typename T, int n>
 struct Variant {
   typedef T Element;
   static constexpr int query_tiles = n;
-  static constexpr bool full = is_full;
-  static constexpr int max_units = Plan::max_units(n, sizeof(T), is_full);
+  static constexpr int max_units = Plan::max_units(n, sizeof(T)), max_warps = Plan::max_warps(n);
+  // Whether there are kernels without guards: as registers suffice for, and guards are no small part of the work.
+  static constexpr bool can_be_full = n == 1 || n == 2 && !kIsHalf<T>;
 };
 
-// The block for these sizes, in at most `most_bytes` of shared memory where that is possible, and such that a
-// multiprocessor takes three, which hide each other's latencies.
+// The block for these sizes, in at most `most_bytes` of shared memory where that is possible. A multiprocessor is to
+// hold as many warps as its registers suffice for, in two blocks rather than one, which begin and end at different
+// times. Where only few groups fit into its memory, they have more warps, though these do more altogether.
 template <typename V, bool kBackward>
 Plan make_plan(const Params& p, int64_t most_bytes) {
-  constexpr int kWarpsEnough = 4, kStagesEnough = 4, kBlocksEnough = 3;
   constexpr int64_t kReserved = 1 << 10;  // of a multiprocessor's shared memory, by each block
-  const int64_t enough = (most_bytes + kReserved) / kBlocksEnough - kReserved;
+  constexpr int kAside = sizeof(typename V::Element) == 4 ? 3 : 12;  // units that cost as much as the rest of a tile
   const int units = (p.channels + kUnit - 1) / kUnit;
-  const int64_t tiles = (p.length + (p.extra_token != nullptr) + kTile - 1) / kTile / p.splits;
-  Plan plan;
-  constexpr int kMaxUnits = V::max_units;
-  plan.warps = (units + kMaxUnits - 1) / kMaxUnits;
-  plan.units = (units + plan.warps - 1) / plan.warps;
-  plan.groups = kWarpsEnough / plan.warps;
-  if (plan.groups > tiles) plan.groups = int(tiles);
-  if (plan.groups < 1) plan.groups = 1;
-  plan.stages = kStagesEnough;
-  for (;;) {
-    Shared<typename V::Element, V::query_tiles, kBackward> shared;
-    plan.shared_bytes = shared.layout(nullptr, plan, 0);
-    if (plan.shared_bytes <= (plan.stages == 2 ? most_bytes : enough)) return plan;
-    if (plan.stages > 2)
-      --plan.stages;
-    else if (plan.groups > 1)
-      --plan.groups;
-    else
-      return plan;
+  Shared<typename V::Element, V::query_tiles, kBackward> shared;
+  Plan best{};
+  float least = kInfinity;
+  for (int warps = (units + V::max_units - 1) / V::max_units; warps <= V::max_warps; ++warps) {
+    Plan plan{warps, 1, (units + warps - 1) / warps};
+    if (warps > 1 && (warps - 1) * plan.units >= units) continue;  // one would have nothing to do
+    const int64_t bytes = shared.layout(nullptr, plan, 0);
+    for (int blocks = 2; blocks >= 1; --blocks) {
+      const int64_t left = (most_bytes + kReserved) / blocks - kReserved - bytes;
+      const int64_t fit = left < 0 ? 0 : left / shared.group_bytes + 1, held = V::max_warps / blocks / warps;
+      const int groups = int(fit < held ? fit : held);
+      const float cost = groups > 0 ? float(kAside * warps + units) / (blocks * groups * warps) : kInfinity;
+      if (best.warps > 0 && cost >= least) continue;
+      plan.groups = groups > 0 ? groups : 1, least = cost, best = plan;
+    }
   }
+  const int64_t tiles = (p.length + (p.extra_token != nullptr) + kTile - 1) / kTile / p.splits;
+  if (best.groups > tiles) best.groups = tiles > 0 ? int(tiles) : 1;
+  best.shared_bytes = shared.layout(nullptr, best, 0);
+  return best;
 }
 
-// f(Variant) for the dtype and the sizes.
-template <typename T, int n, typename F>
-auto with_channels(int channels, F f) {
-  typedef Variant<T, n, true> Full;
-  if (channels % (kUnit * Full::max_units) == 0) return f(Full());
-  return f(Variant<T, n, false>());
-}
+// f(Variant) for the dtype and the number of queries.
 template <typename F>
-auto with_variant(Dtype dtype, int queries, int channels, F f) {
+auto with_variant(Dtype dtype, int queries, F f) {
   return with_dtype(dtype, [&](auto element) {
     typedef decltype(element) T;
     switch (Plan::query_tiles_for(queries)) {
       case 1:
-        return with_channels<T, 1>(channels, f);
+        return f(Variant<T, 1>());
       case 2:
-        return with_channels<T, 2>(channels, f);
+        return f(Variant<T, 2>());
       default:
-        return with_channels<T, 4>(channels, f);
+        return f(Variant<T, 4>());
     }
   });
 }

@@ -131,6 +131,20 @@ def test_a_branch_by_a_table_leads_to_all_its_targets():
     assert [each.opcode for block in found for each in block] == ["BRX", "HMMA.16816.F32", "EXIT", "BRA", "EXIT"]
 
 
+@pytest.mark.parametrize("condition", ["UR4, ", "~URZ, "])  # as for compute capabilities 9.0 and 8.0
+def test_where_lanes_do_not_diverge_code_goes_on(condition):
+    text = f"""
+        /*0000*/ BRA.DIV {condition}`(.L_x_1) ;
+        /*0010*/ SHFL.BFLY PT, R1, R2, 0x4, 0x1f ;
+        /*0020*/ EXIT ;
+    .L_x_1:
+        /*0030*/ WARPSYNC.COLLECTIVE R1, `(.L_x_2) ;
+        /*0040*/ EXIT ;
+    """
+    found = machine_code._blocks(re.sub("^ +", "", text, flags=re.MULTILINE))
+    assert [each.opcode for block in found for each in block] == ["BRA.DIV", "SHFL.BFLY", "EXIT"]
+
+
 def test_counts_survive_their_file(tmp_path):
     calls = [make_call(), make_call("backward")]
     facts.save(tmp_path / "counted.json", calls, {"triton": "1.2"})

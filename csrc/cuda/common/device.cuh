@@ -64,22 +64,6 @@ TF_DEVICE Two<T> unpack(uint32_t x) {
   return *reinterpret_cast<const Two<T>*>(&x);
 }
 
-// a - b of two packed numbers.
-template <typename T>
-TF_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b);
-template <>
-TF_DEVICE uint32_t subtract_pairs<Half>(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-template <>
-TF_DEVICE uint32_t subtract_pairs<BFloat16>(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xBF80BF80u), "r"(a));  // a + b * -1
-  return d;
-}
-
 TF_DEVICE int thread_index() { return threadIdx.x; }
 TF_DEVICE int block_threads() { return blockDim.x; }
 TF_DEVICE int block_index() { return blockIdx.x; }
@@ -127,15 +111,8 @@ TF_DEVICE void copy_async(void* shared, const void* global, bool wanted) {
 }
 TF_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most `pending` (0 to 2) groups of this thread's copies are still under way.
-TF_DEVICE void wait_copies(int pending) {
-  if (pending == 0)
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-  else if (pending == 1)
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-  else
-    asm volatile("cp.async.wait_group 2;" ::: "memory");
-}
+// Waits for all copies that this thread has begun.
+TF_DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // Matrices of 8 x 8 16-bit numbers; lane i points to row i % 8 of matrix i / 8. Lane 4 r + c receives elements
 // (r, 2 c) and (r, 2 c + 1) of each; transposed, (2 c, r) and (2 c + 1, r).
@@ -201,11 +178,8 @@ TF_DEVICE void multiply_add_tf32(float (&c)[4], float a0, float a1, float a2, fl
         "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
-// The nearest number of TF32.
-TF_DEVICE float to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return __uint_as_float(bits);
-}
+// x without the digits that TF32 does not have, cut off or rounded; rounded, a NaN may become a number.
+TF_DEVICE float cut_to_tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xFFFFE000u); }
+TF_DEVICE float round_to_tf32(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xFFFFE000u); }
 
 }  // namespace tokenfusion

@@ -21,6 +21,18 @@ TF_DEVICE uint32_t load_pair(const T* p) {
   return *reinterpret_cast<const uint32_t*>(p);
 }
 
+// The numbers in 16 bytes.
+template <typename T>
+TF_DEVICE void unpack_vector(float (&x)[16 / sizeof(T)], const Vector16& vector) {
+  const T* const numbers = reinterpret_cast<const T*>(&vector);
+#pragma unroll
+  for (int i = 0; i < 16 / int(sizeof(T)); ++i) x[i] = to_float(numbers[i]);
+}
+template <typename T>
+TF_DEVICE void load_vector(float (&x)[16 / sizeof(T)], const T* from) {
+  unpack_vector<T>(x, *reinterpret_cast<const Vector16*>(from));
+}
+
 template <typename T>
 constexpr bool kIsHalf = false;
 template <>
@@ -132,52 +144,42 @@ struct Matrix {
     load_matrices(b.x, rows + i % 8 * pitch + i / 8 % 2 * 8);
     return b;
   }
+  // The same of 8 rows and of the 8 behind them.
+  static TF_DEVICE void load_two_b_transposed(B& first, B& second, const T* rows, int pitch) {
+    const int i = lane_index();
+    uint32_t x[4];
+    load_matrices(x, rows + (i % 8 + i / 16 * 8) * pitch + i / 8 % 2 * 8);
+    first = {{x[0], x[1]}}, second = {{x[2], x[3]}};
+  }
 
   // Products next to each other, [16, 8] each, as the left operand of another product, and its right operand.
   static TF_DEVICE A from_products(const float (&first)[4], const float (&second)[4]) {
     return {{pack<T>(first[0], first[1]), pack<T>(first[2], first[3]), pack<T>(second[0], second[1]),
              pack<T>(second[2], second[3])}};
   }
-  static TF_DEVICE B load_b_of_products(const T* rows, int pitch) { return load_b(rows, pitch); }
-  // A product [16, 8], transposed, as the right operand of another.
+  // of 8 columns and of the 8 beside them
+  static TF_DEVICE void load_two_b_of_products(B& first, B& second, const T* rows, int pitch) {
+    const int i = lane_index();
+    uint32_t x[4];
+    load_matrices_transposed(x, rows + i % 16 * pitch + i / 16 * 8);
+    first = {{x[0], x[1]}}, second = {{x[2], x[3]}};
+  }
+  // A product [16, 8], transposed, as the right operand of another, and its left operand, whose transpose is in memory.
   static TF_DEVICE B from_transposed_product(const float (&x)[4]) {
     return {{transpose_matrix(pack<T>(x[0], x[1])), transpose_matrix(pack<T>(x[2], x[3]))}};
   }
+  static TF_DEVICE A load_a_for_transposed_product(const T* rows, int pitch) { return load_a_transposed(rows, pitch); }
 
-  // The variance about `mean` of the four elements of row lane / 4 + 8 i that this lane has.
-  static TF_DEVICE float variance_of_own(const A& a, int i, float mean) {
-    float sum = 0;
+  // sums += a b scale; scale is 1 but for Half.
+  static TF_DEVICE void accumulate(float (&sums)[4], const A& a, const B& b, float scale) {
+    if constexpr (kIsHalf<T>) {
+      Product product;
+      product.add(a, b);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const Two<T> two = unpack<T>(a.x[i + 2 * k]);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) sum += (to_float(two.x[e]) - mean) * (to_float(two.x[e]) - mean);
+      for (int i = 0; i < 4; ++i) sums[i] += product[i] * scale;
+    } else {
+      multiply_add<T>(sums, a.x, b.x[0], b.x[1]);
     }
-    return sum / 4;
-  }
-
-  // The largest size of an element less shift, of those of row lane / 4 + 8 i that this lane has.
-  static TF_DEVICE float largest_shifted(const A& a, int i, float shift) {
-    float largest = 0;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const Two<T> two = unpack<T>(subtract_pairs<T>(a.x[i + 2 * k], pack<T>(shift, shift)));
-      largest = fmaxf(largest, fmaxf(fabsf(to_float(two.x[0])), fabsf(to_float(two.x[1]))));
-    }
-    return largest;
-  }
-
-  // a[m][k] -= shift[m], for this lane's two rows
-  static TF_DEVICE void shift_rows(A& a, const float (&shift)[2]) {
-    const uint32_t upper = pack<T>(shift[0], shift[0]), lower = pack<T>(shift[1], shift[1]);
-    a.x[0] = subtract_pairs<T>(a.x[0], upper), a.x[1] = subtract_pairs<T>(a.x[1], lower);
-    a.x[2] = subtract_pairs<T>(a.x[2], upper), a.x[3] = subtract_pairs<T>(a.x[3], lower);
-  }
-  // a[m][k] -= shift[k]
-  static TF_DEVICE void shift_columns(A& a, const T* shift) {
-    const uint32_t left = load_pair(shift + lane_index() % 4 * 2), right = load_pair(shift + lane_index() % 4 * 2 + 8);
-    a.x[0] = subtract_pairs<T>(a.x[0], left), a.x[1] = subtract_pairs<T>(a.x[1], left);
-    a.x[2] = subtract_pairs<T>(a.x[2], right), a.x[3] = subtract_pairs<T>(a.x[3], right);
   }
 };
 
@@ -198,9 +200,10 @@ struct Matrix<float> {
   struct SplitB {
     float high[4], low[4];
   };
+  // Of a NaN, low is one.
   static TF_DEVICE void split(float x, float& high, float& low) {
-    high = to_tf32(x);
-    low = to_tf32(x - high);
+    high = round_to_tf32(x);
+    low = cut_to_tf32(x - high);
   }
   static TF_DEVICE SplitA split(const A& a) {
     SplitA s;
@@ -230,7 +233,7 @@ struct Matrix<float> {
       }
     }
     // an infinity has no remainder
-    TF_DEVICE float operator[](int i) const { return fabsf(small[i]) < kInfinity ? x[i] + small[i] : x[i]; }
+    TF_DEVICE float operator[](int i) const { return fabsf(x[i]) < kInfinity ? x[i] + small[i] : x[i]; }
   };
 
   // In half of the registers; NaN for infinities.
@@ -334,32 +337,51 @@ struct Matrix<float> {
   static TF_DEVICE A from_products(const float (&first)[4], const float (&second)[4]) {
     return {{first[0], first[2], first[1], first[3], second[0], second[2], second[1], second[3]}};
   }
-  static TF_DEVICE B load_b_of_products(const float* rows, int pitch) {
+  static TF_DEVICE void load_two_b_of_products(B& first, B& second, const float* rows, int pitch) {
     const float* const p = rows + lane_index() % 4 * 2 * pitch + lane_index() / 4;
-    return {p[0], p[pitch], p[8 * pitch], p[9 * pitch]};
+    first = {p[0], p[pitch], p[8 * pitch], p[9 * pitch]};
+    second = {p[8], p[pitch + 8], p[8 * pitch + 8], p[9 * pitch + 8]};
   }
+  // Rows 2 c and 2 c + 1 of eight are rows c and c + 4 of the operand, so that loads have no bank in common.
   static TF_DEVICE B from_transposed_product(const float (&x)[4]) {
     const int lane = lane_index();
     B b;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // row lane % 4 + 4 i of this lane's column lane / 4
-      const int from = 4 * (lane % 4 + i % 2 * 4) + lane / 8;
+    for (int i = 0; i < 4; ++i) {  // row 2 (lane % 4) + i % 2 + i / 2 * 8 of this lane's column lane / 4
+      const int from = 4 * (lane % 4 * 2 + i % 2) + lane / 8;
       const float even = shuffle_from(x[i / 2 * 2], from), odd = shuffle_from(x[i / 2 * 2 + 1], from);
       b.x[i] = lane / 4 % 2 ? odd : even;
     }
     return b;
   }
-
-  static TF_DEVICE void shift_rows(A& a, const float (&shift)[2]) {
+  static TF_DEVICE A load_a_for_transposed_product(const float* rows, int pitch) {
+    const float* const p = rows + lane_index() % 4 * 2 * pitch + lane_index() / 4;
+    A a;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a.x[i] -= shift[i % 2];
+    for (int i = 0; i < 8; ++i) a.x[i] = p[(i / 2 % 2 + i / 4 * 8) * pitch + i % 2 * 8];
+    return a;
   }
-  static TF_DEVICE void shift_columns(A& a, const float* shift) {
-    const int column = lane_index() % 4;
+
+  // sums += a b; the sums are rounded, which tensor cores would not do. Elements are finite.
+  static TF_DEVICE void accumulate(float (&sums)[4], const SplitA& a, const SplitB& b, float) {
+    FiniteProduct product;
+    product.add(a, b);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a.x[i] -= shift[column + i / 2 * 4];
+    for (int i = 0; i < 4; ++i) sums[i] += product[i];
   }
 };
+
+// The elements nearest to two numbers.
+template <typename T>
+TF_DEVICE void round_two(float& nearest_x, float& nearest_y, float x, float y) {
+  const uint32_t packed = pack<T>(x, y);
+  const Two<T>& two = *reinterpret_cast<const Two<T>*>(&packed);
+  nearest_x = to_float(two.x[0]), nearest_y = to_float(two.x[1]);
+}
+template <>
+TF_DEVICE void round_two<float>(float& nearest_x, float& nearest_y, float x, float y) {
+  nearest_x = x, nearest_y = y;
+}
 
 // Two numbers next to each other, aligned as one.
 template <typename T>
