@@ -1,0 +1,1 @@
+"""Training with this package is training without it: the same seed, side by side."""

@@ -1,0 +1,100 @@
+"""What a record of trainings shows: a table in Markdown, and a plot."""
+
+import io
+import re
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from benchmarks.report import record
+
+_TABLE = re.compile(r"(<!-- convergence (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_DISTANCES = {"loss_distance": "losses", "logit_distance": "logits", "parameter_distance": "parameters"}
+_HEAD = (
+    "training",
+    "way",
+    *(f"{name}: distance from eager" for name in _DISTANCES.values()),
+    "accuracy",
+    "images/s",
+    "peak MB",
+)
+_COLOURS = {"fused": "#0072B2", "fused + compile": "#D55E00"}
+
+
+def updated(text: str) -> str:
+    """The text with its marked tables made from the records that they name."""
+
+    def table_of(block: re.Match) -> str:
+        begin, path, _, end = block.groups()
+        return f"{begin}\n{table(record.load(Path(path))['rows'])}\n\n{end}"
+
+    return _TABLE.sub(table_of, text)
+
+
+def table(rows: list[dict]) -> str:
+    """A line for eager with how far reordered sums take it, and one for every fused way."""
+    lines = [f"| {' | '.join(_HEAD)} |", "|:--|:--|" + "--:|" * (len(_HEAD) - 2)]
+    for (family, dtype), members in trainings(rows).items():
+        eager, *others = members
+        spread = [row for row in others if not row["fused"]]
+        reordered = [f"{max(row[name] for row in spread):.1e}" for name in _DISTANCES]
+        lines.append(_line(f"{family}, {dtype}", "eager, its sums in other orders", reordered, eager))
+        for row in others:
+            if row["fused"]:
+                lines.append(_line("", row["way"], [f"{row[name]:.1e}" for name in _DISTANCES], row))
+    return "\n".join(lines)
+
+
+def trainings(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The rows of each family and dtype, eager first."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["family"], row["dtype"]), []).append(row)
+    return found
+
+
+def plot(rows: list[dict]) -> bytes:
+    """PNG: for every training the distance of the losses from eager's, step by step, and the band of eager's own."""
+    found = trainings(rows)
+    families, dtypes = (list(dict.fromkeys(each)) for each in zip(*found, strict=True))
+    with matplotlib.rc_context({"font.size": 10, "axes.grid": True, "grid.color": "#dddddd"}):
+        size = (3.4 * len(families), 2.6 * len(dtypes) + 0.6)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(dtypes), len(families), squeeze=False, sharex=True, sharey="row")
+        for (family, dtype), (eager, *others) in found.items():
+            axis = axes[dtypes.index(dtype), families.index(family)]
+            distances = {row["way"]: _distances(row, eager) for row in others}
+            band = [max(each) for each in zip(*(distances[r["way"]] for r in others if not r["fused"]), strict=True)]
+            steps = range(1, len(band) + 1)
+            axis.fill_between(steps, _LEAST, band, color="#bbbbbb", label="eager, its sums in other orders")
+            for row in others:
+                if row["fused"]:
+                    axis.plot(steps, distances[row["way"]], color=_COLOURS[row["way"]], lw=1, label=row["way"])
+            axis.set_yscale("log")
+            axis.set_title(f"{family}, {dtype}", fontsize=10)
+        for axis in axes[-1]:
+            axis.set_xlabel("step")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("|loss - eager's|")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
+_LEAST = 1e-8  # what a distance of none is drawn at
+
+
+def _distances(row: dict, eager: dict) -> list[float]:
+    """The largest so far: single steps may cross by chance."""
+    largest, found = _LEAST, []
+    for loss, plain in zip(row["losses"], eager["losses"], strict=True):
+        largest = max(largest, abs(loss - plain))
+        found.append(largest)
+    return found
+
+
+def _line(training: str, way: str, distances: list[str], row: dict) -> str:
+    figures = [f"{row['accuracy']:.1%}", f"{row['images_per_second']:.0f}", f"{row['peak_bytes'] / 1e6:.1f}"]
+    return f"| {' | '.join([training, way, *distances, *figures])} |"
