@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from benchmarks.convergence import show as trainings
 from benchmarks.gpu_model import show as predictions
 from benchmarks.report import markdown
 from tests.conftest import ROOT
@@ -34,6 +35,13 @@ def test_links_lead_to_files(page):
 
 def test_readme_can_be_read_in_a_minute():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_of_trainings_are_those_of_their_records(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = page.read_text(encoding="utf-8")
+    assert trainings.updated(text) == text, "run python -m benchmarks.convergence --update on it"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
