@@ -20,7 +20,7 @@ NOTHING_TO_FUSE = "test_resnet"
 
 @pytest.fixture(autouse=True)
 def random_weights(monkeypatch):
-    monkeypatch.setattr(models, "_pretrained", lambda name: (None, "a test"))
+    monkeypatch.setattr(models, "pretrained", lambda name: (None, "a test"))
 
 
 @pytest.fixture

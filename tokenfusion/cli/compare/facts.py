@@ -3,7 +3,7 @@
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,11 +52,10 @@ def _cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def top(model: nn.Module, photographs: Sequence[Photograph], logits: torch.Tensor) -> list[dict]:
+def top(model: nn.Module, photographs: Sequence[Photograph], logits: torch.Tensor, most: int = _TOP) -> list[dict]:
     """The likeliest classes of each image; none where the model has no classifier."""
-    count = min(_TOP, logits.shape[-1]) if model.num_classes else 0
-    subset = infer_imagenet_subset(model)
-    info = ImageNetInfo(subset) if subset else None
+    count = min(most, logits.shape[-1]) if model.num_classes else 0
+    names = _names(model)
     probabilities, classes = logits.float().softmax(-1).topk(count)
     return [
         {
@@ -64,16 +63,22 @@ def top(model: nn.Module, photographs: Sequence[Photograph], logits: torch.Tenso
             "size": list(photograph.image.size),
             "remark": photograph.remark,
             "top": [
-                {
-                    "class": index,
-                    "label": info.index_to_description(index).split(",")[0] if info else f"class {index}",
-                    "probability": probability,
-                }
+                {"class": index, "label": names(index), "probability": probability}
                 for index, probability in zip(classes[i].tolist(), probabilities[i].tolist(), strict=True)
             ],
         }
         for i, photograph in enumerate(photographs)
     ]
+
+
+def _names(model: nn.Module) -> Callable[[int], str]:
+    """What the classes are called: as its configuration says, or in ImageNet."""
+    own = model.pretrained_cfg.get("label_names")
+    if isinstance(own, (list, tuple)) and len(own) == model.num_classes:
+        return lambda index: own[index]
+    subset = infer_imagenet_subset(model)
+    info = ImageNetInfo(subset) if subset else None
+    return lambda index: info.index_to_description(index).split(",")[0] if info else f"class {index}"
 
 
 def differences(model: nn.Module, logits: torch.Tensor, fused: torch.Tensor, exact: torch.Tensor) -> dict:

@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -63,7 +64,7 @@ def load(name: str) -> Loaded:
     """
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    model, why_not = _pretrained(name)
+    model, why_not = pretrained(name)
     if model is not None:
         return Loaded(
             *_with_own(model.eval()), True, f"pretrained ({timm.get_pretrained_cfg(name).tag or 'the default ones'})"
@@ -93,15 +94,15 @@ def _with_own(model: nn.Module) -> tuple[nn.Module, nn.Module | None, str]:
     return plain, model, "the same model, its modules not fused"
 
 
-def _pretrained(name: str) -> tuple[nn.Module | None, str | None]:
-    """(the model, None), or (None, why there are no pretrained weights)."""
+def pretrained(name: str, **options: Any) -> tuple[nn.Module | None, str | None]:
+    """(the model, made with these options, None), or (None, why there are no pretrained weights)."""
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         return None, "timm has no pretrained weights for this model"
     try:
         own = split_model_name_tag(name)[0] in tokenfusion.list_models()  # asks by itself
         with contextlib.nullcontext() if own else hub.asked_once(name, config):
-            return timm.create_model(name, pretrained=True), None
+            return timm.create_model(name, pretrained=True, **options), None
     except hub.Unavailable as error:
         return None, str(error)
     except Exception as error:  # noqa: BLE001  (whatever a download raises, random weights still serve)

@@ -1,0 +1,1 @@
+"""Parts of finetune.py, predict.py and export.py."""
