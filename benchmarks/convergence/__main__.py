@@ -14,6 +14,7 @@ from benchmarks.convergence import show
 from benchmarks.convergence.families import FAMILIES
 from benchmarks.convergence.training import compare
 from benchmarks.measure import environment
+from benchmarks.measure.problem import device
 from tokenfusion.cli.display import console
 
 
@@ -21,6 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__.split(":")[1].strip())
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", metavar="WORD", help="the families whose names contain this")
+    backend = "cpu" if device() == "cpu" else "triton"
+    parser.add_argument("--backend", default=backend, help="of the operators of fused models (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", default=Path("convergence.json"), help="the record")
     parser.add_argument("--update", type=Path, metavar="FILE", help="make the tables of this Markdown file anew, alone")
     args = parser.parse_args(arguments)
@@ -34,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     with console().status("") as status:
         for family in chosen:
             for bfloat16 in (False, True):
-                rows += compare(family, bfloat16, args.steps, status.update)
+                rows += compare(family, bfloat16, args.steps, args.backend, status.update)
     conditions = environment.collect(f"{args.steps} steps")
     args.out.write_text(json.dumps({"conditions": conditions, "rows": rows}), encoding="utf-8")
     args.out.with_suffix(".png").write_bytes(show.plot(rows))

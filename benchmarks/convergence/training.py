@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import tokenfusion
 from benchmarks.convergence.families import HELD_OUT, Family, digits
+from benchmarks.measure.problem import device
 from tokenfusion import measure
 from tokenfusion.kernels import dispatch
 
@@ -43,17 +44,18 @@ WAYS = [
 
 @dataclass
 class Run:
-    """A model that is trained in one way."""
+    """A model that is trained in one way; backend is that of the operators where it is fused."""
 
     way: Way
     family: Family
     bfloat16: bool
+    backend: str
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     kernels: set[str] = field(default_factory=set)  # operators of this package that ran in the second step
 
     def __post_init__(self):
-        self.model = self.family.make().to(memory_format=self.way.memory_format)
+        self.model = self.family.make().to(device(), memory_format=self.way.memory_format)
         self.before = self._parameters()
         if self.way.fused:
             tokenfusion.fuse(self.model)
@@ -98,21 +100,21 @@ class Run:
         return torch.cat([parameter.detach().double().flatten() for parameter in self.model.parameters()])
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
+        return torch.autocast(device(), torch.bfloat16, enabled=self.bfloat16)
 
     @contextlib.contextmanager
     def _settings(self):
         threads = torch.get_num_threads()
         torch.set_num_threads(self.way.threads or threads)
         try:
-            with tokenfusion.backend("auto" if self.way.fused else "reference"):
+            with tokenfusion.backend(self.backend if self.way.fused else "reference"):
                 yield
         finally:
             torch.set_num_threads(threads)
 
 
 def compare(
-    family: Family, bfloat16: bool, steps: int, report: Callable[[str], None] = lambda text: None
+    family: Family, bfloat16: bool, steps: int, backend: str, report: Callable[[str], None] = lambda text: None
 ) -> list[dict]:
     """A row for every way: its losses, how far it ends from eager, and what a step takes.
 
@@ -120,12 +122,12 @@ def compare(
         RuntimeError: no kernel of this package ran where the model is fused.
     """
     torch.compiler.reset()
-    images, labels = digits(family.size)
+    images, labels = (tensor.to(device()) for tensor in digits(family.size))
     train, targets, held_out = images[HELD_OUT:], labels[HELD_OUT:], images[:HELD_OUT]
-    runs = [Run(way, family, bfloat16) for way in WAYS]
+    runs = [Run(way, family, bfloat16, backend) for way in WAYS]
     shuffle = torch.Generator().manual_seed(1)
     for step in range(steps):
-        chosen = torch.randint(len(train), (BATCH,), generator=shuffle)
+        chosen = torch.randint(len(train), (BATCH,), generator=shuffle).to(device())
         for run in random.sample(runs, len(runs)):
             with dispatch.observe() if step == 1 else contextlib.nullcontext() as seen:
                 run.step(train[chosen], targets[chosen])
