@@ -81,6 +81,7 @@ class Run:
     def peak_bytes(self, images: torch.Tensor, labels: torch.Tensor) -> int:
         """Of a further step, which is not one of the run."""
         losses, seconds = len(self.losses), len(self.seconds)
+        self.model.train()
         peak = measure.peak_extra_bytes(lambda: self.step(images, labels))
         del self.losses[losses:], self.seconds[seconds:]
         return peak
@@ -149,7 +150,7 @@ def compare(
                 "way": run.way.name,
                 "fused": run.way.fused,
                 "kernels": sorted(run.kernels),
-                "losses": [float(f"{loss:.6g}") for loss in run.losses],
+                "losses": [float(f"{loss:.9g}") for loss in run.losses],
                 "loss_distance": max(abs(a - b) for a, b in zip(run.losses, eager.losses, strict=True)),
                 "logit_distance": ((found - plain).norm() / plain.norm()).item(),
                 "parameter_distance": run.moved(eager),

@@ -9,9 +9,13 @@ import torch
 from benchmarks.convergence import __main__ as command
 from benchmarks.convergence import show, training
 from benchmarks.convergence.families import FAMILIES
+from benchmarks.measure.problem import device
+from tokenfusion.kernels import extension
 
 pytest.importorskip("sklearn")
 
+
+pytestmark = pytest.mark.skipif(device() != "cpu" or extension.why_not() is not None, reason="of the kernels of a CPU")
 
 WAYS = [way for way in training.WAYS if way.name in ("eager", "eager, batches reversed", "fused")]
 
@@ -78,6 +82,18 @@ def test_command(monkeypatch, rows, tmp_path, capsys):
     assert "ViT-PE, bfloat16" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "found.json").read_text())["rows"]) == 2 * len(rows)
     assert (tmp_path / "found.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--only", "no such family"], "the families are CrossViT of timm, DynaMixer, ViT-PE, Token Fusion"),
+        (["--steps", "1"], "expected at least 2"),
+        (["--out", "no/such/folder.json"], "in no folder"),
+        (["--backend", "reference"], "invalid choice"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        command.main(["--only", "no such family"])
-    assert "the families are CrossViT of timm, DynaMixer, ViT-PE, Token Fusion" in capsys.readouterr().err
+        command.main(arguments)
+    assert message in capsys.readouterr().err
