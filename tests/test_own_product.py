@@ -22,6 +22,12 @@ def test_gated_sum(count, inputs, outputs, tokens):
     gated_sum.check(*gated_sum.problem(torch.bfloat16, tokens=tokens, inputs=inputs, outputs=outputs, count=count))
 
 
+def test_a_branch_without_inputs():
+    branches, weights, *others = gated_sum.problem(torch.bfloat16, tokens=40, count=3)
+    branches[1], weights[1] = branches[1][:, :, :0], weights[1][:, :0]
+    gated_sum.check(branches, weights, *others)
+
+
 def test_strides():
     gated_sum.test_strides(torch.bfloat16)
 

@@ -157,8 +157,8 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
 #pragma unroll
     for (int i = 0; i < kTile; i += 4) {
       const bool is_extra = i == 0 && lane < 8 && tile == 0 && has_extra;
-      T* const of_row =
-          is_extra ? static_cast<T*>(p.grad_extra_token) + image * p.channels + first : to + i * int64_t(p.channels);
+      T* const of_row = is_extra ? static_cast<T*>(p.grad_extra_token) + int64_t(image) * p.channels + first
+                                 : to + i * int64_t(p.channels);
       if (i < left && (is_extra ? p.grad_extra_token : p.grad_tokens) != nullptr) {
 #pragma unroll
         for (int k = 0; k < kMaxUnits * kUnit; k += 8 * kVector)

@@ -307,7 +307,7 @@ struct Kernel {
       float rstd = rsqrtf(square_deviation);
       if (kIsFloat && rstd > 0) rstd += rstd * (0.5f - 0.5f * square_deviation * rstd * rstd);
       r.rstd[j] = r.there[j] ? rstd : 0;
-      r.deviation[j] = rstd > 0 ? square_deviation * rstd : 0;
+      r.deviation[j] = r.rstd[j] > 0 ? square_deviation * rstd : 0;
     }
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {

@@ -126,15 +126,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   const bool held = hidden_.numel() > 0;
   const Tensor hidden = held ? with_aligned_rows(tied_ffn::flat(hidden_)) : hidden_;
   const int64_t tokens = x.size(0), features = weight.size(0), chunk = chunk_of(tokens, weight);
-  const Tensor activated_part = at::empty({held && !needed[1] ? 0 : chunk, features}, x.options());
-  const Tensor grad_part = at::empty({chunk, features}, x.options());
+  const bool goes_back = needed[0] || needed[1] || needed[2];
+  const Tensor activated_part = at::empty({needed[1] || (goes_back && !held) ? chunk : 0, features}, x.options());
+  const Tensor grad_part = at::empty({goes_back ? chunk : 0, features}, x.options());
   const auto float32 = x.options().dtype(at::kFloat);
   const Tensor sums = at::empty({needed[2] ? sums_of(tokens, chunk, weight) : 0, features}, float32);
   const Tensor grad_x = empty_gradient(needed[0], x_), grad_weight = empty_gradient(needed[1], weight, at::kFloat);
   const Tensor flat_grad_x = needed[0] ? tied_ffn::flat(grad_x) : grad_x;
   if (tokens == 0) grad_weight.zero_();
   float* grad_bias = needed[2] ? sums.data_ptr<float>() : nullptr;
-  for (int64_t first = 0; first < tokens && (needed[0] || needed[1] || needed[2]); first += chunk) {
+  for (int64_t first = 0; first < tokens && goes_back; first += chunk) {
     const int64_t count = std::min(chunk, tokens - first);
     const Tensor x_rows = x.narrow(0, first, count), grad_rows = grad_y.narrow(0, first, count);
     const Tensor grad_hidden = grad_part.narrow(0, 0, count);
@@ -154,10 +155,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
     }
     if (needed[2]) grad_bias += p.sums() * p.line;
   }
-  const Tensor none = at::empty({0}, x.options());
+  const auto none = [&] { return at::empty({0}, x.options()); };
   const auto finished = [&](const Tensor& sum) { return sum.to(x.scalar_type()); };
-  return {grad_x, needed[1] ? finished(grad_weight) : none, needed[2] ? finished(sums.sum(0)) : none,
-          needed[3] ? at::sum(grad_y, 0, false, x.scalar_type()) : none};
+  return {grad_x, needed[1] ? finished(grad_weight) : none(), needed[2] ? finished(sums.sum(0)) : none(),
+          needed[3] ? at::sum(grad_y, 0, false, x.scalar_type()) : none()};
 }
 
 }  // namespace

@@ -394,6 +394,13 @@ def test_nan_and_inf_propagate_as_in_the_reference(normalize, dtype):
     assert_parity(got[finite], unfused[finite], exact[finite])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_beyond_the_last_token_with_no_eps(dtype):
+    """They are of zeros, whose deviation has no inverse."""
+    with gpu():
+        check_parity(attend, make_inputs(1, 2, 20, 16, dtype=dtype, extra=True), normalize=True, eps=0.0)
+
+
 def test_large_scores_do_not_overflow():
     with gpu(multiprocessors=4):
         query, x, extra_token, _ = (t.detach() for t in make_inputs(2, 3, 127, 16, dtype=torch.float32, extra=True))

@@ -95,8 +95,9 @@ def test_opcheck():
     *tensors, grad = make_inputs(2, 5, channels=8, features=12, dtype=torch.float32)
     torch.library.opcheck(torch.ops.tokenfusion.tied_ffn_cuda, (*tensors, "gelu", True))
     _, hidden = torch.ops.tokenfusion.tied_ffn_cuda(*tensors, "gelu", True)
-    arguments = (grad, *tensors[:3], hidden.detach(), "gelu", [True] * 4)
-    torch.library.opcheck(torch.ops.tokenfusion.tied_ffn_backward_cuda, arguments)
+    for needed in ([True] * 4, [True, False, False, False]):
+        arguments = (grad, *tensors[:3], hidden.detach(), "gelu", needed)
+        torch.library.opcheck(torch.ops.tokenfusion.tied_ffn_backward_cuda, arguments)
 
 
 @on_gpu

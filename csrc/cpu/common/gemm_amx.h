@@ -182,11 +182,13 @@ void run_amx(const GemmCall& call) {
           const GemmTerm& term = call.terms[t];
           const int64_t words = words_of<bf16>(term.depth), steps = words / kAmxWords;
           const float* const b = static_cast<const float*>(term.b) + (r * round_up(call.columns, kPanel) + j) * words;
-          for (int64_t k = 0; k < steps; k += kStepsTogether)
+          int64_t k = 0;
+          do {  // once at least: a term of no depth is a sum of zeros
             for (int64_t s = 0; s < strips; ++s)
               amx_product(block.strips[t * kStripsTogether + s], k,
                           steps - k < kStepsTogether ? steps - k : kStepsTogether, b + k * kAmxWords * kPanel,
                           k > 0 || (t > 0 && !term.scale), block.sums + s * kStripRows * kPanel);
+          } while ((k += kStepsTogether) < steps);
           if (term.scale || t + 1 == call.count) amx_finish(call, block, t, j, rows, row_of_out);
         }
       }
