@@ -1,5 +1,5 @@
-// The product of gemm.h in bfloat16 by the tiles of AMX, for gemm_kernels.cpp alone. The packed right side is that of
-// its vectors: 16 rows of a panel are two tiles side by side.
+// The product of gemm.h in bfloat16 by the tiles of AMX, for gemm_kernels.cpp alone. The right side is packed as for
+// vectors: 16 rows of a panel are two tiles side by side. Sums may be long: the result is rounded to bfloat16.
 #pragma once
 
 #include "amx.h"
@@ -23,7 +23,7 @@ struct AmxStrip {
   int64_t row_bytes, step_bytes;
 };
 
-TF_INLINE int64_t amx_steps(int64_t depth) { return words_of<bf16>(depth) / kAmxWords; }
+TF_INLINE int64_t amx_steps(int64_t depth) { return words_of<bf16, kAmxWords>(depth) / kAmxWords; }
 
 // Writes step s of row i to out + s * kStripBytes + i * 64, padded with zeros.
 TF_INLINE void amx_pack(const GemmLines& m, int64_t first, int64_t count, int64_t depth, char* out) {
@@ -180,7 +180,7 @@ void run_amx(const GemmCall& call) {
         for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(row_of_out(i) + j, 1);
         for (int64_t t = 0; t < call.count; ++t) {
           const GemmTerm& term = call.terms[t];
-          const int64_t words = words_of<bf16>(term.depth), steps = words / kAmxWords;
+          const int64_t words = words_of<bf16, kAmxWords>(term.depth), steps = words / kAmxWords;
           const float* const b = static_cast<const float*>(term.b) + (r * round_up(call.columns, kPanel) + j) * words;
           int64_t k = 0;
           do {  // once at least: a term of no depth is a sum of zeros

@@ -26,7 +26,7 @@ TF_INLINE Vec<float> broadcast_word(const float* p) {
 
 template <typename T>
 int64_t scratch_bytes(int64_t depth, int64_t terms) {
-  return (kLanes + kRows * (words_of<T>(depth) + kStep<T> * terms)) * sizeof(float);
+  return (kLanes + kRows * (words_of<T>(depth) + kUnroll * terms)) * sizeof(float);
 }
 
 // total[i] += scale * (row i of a times a panel of b), for packed a. Not inlined: beside other code, the
@@ -146,7 +146,7 @@ constexpr GemmKernels::ForDtype for_dtype() {
 
 constexpr GemmKernels::ForDtype by_tiles() {
 #if TF_AMX
-  return {kStripRows, kPanel, packed_bytes<bf16>, pack<bf16>, AmxBlock::bytes, run_amx};
+  return {kStripRows, kPanel, packed_bytes<bf16, kAmxWords>, pack<bf16, kAmxWords>, AmxBlock::bytes, run_amx};
 #else
   return {};
 #endif

@@ -17,13 +17,10 @@ constexpr int64_t kUnroll = 4;  // words
 template <typename T>
 constexpr int64_t kPerWord = sizeof(float) / sizeof(T);
 
-// Rounded up to whole steps of the loop or, of pairs, to the rows of a tile: see gemm_amx.h.
-template <typename T>
-constexpr int64_t kStep = kPerWord<T> == 1 ? kUnroll : 16;
-
-template <typename T>
+// Rounded up to whole steps of the loop, or to the rows of a tile: see gemm_amx.h.
+template <typename T, int64_t kStep = kUnroll>
 TF_INLINE int64_t words_of(int64_t depth) {
-  return round_up((depth + kPerWord<T> - 1) / kPerWord<T>, kStep<T>);
+  return round_up((depth + kPerWord<T> - 1) / kPerWord<T>, kStep);
 }
 
 // The words of a line from p on, where it has `count` more elements.
@@ -51,10 +48,10 @@ TF_INLINE int64_t offset_of(int64_t i, int64_t stride, const int64_t* offsets) {
 
 // Writes word k of line first + i to out[k * pitch + i], for kLanes lines, of which `count` exist. Words are written in
 // order: they may overwrite those of lines that do not exist.
-template <typename T>
+template <typename T, int64_t kStep = kUnroll>
 void pack_lines(const GemmLines& m, int64_t first, int64_t count, int64_t depth, int64_t pitch, float* out) {
   const T* const data = static_cast<const T*>(m.data);
-  const int64_t words = words_of<T>(depth);
+  const int64_t words = words_of<T, kStep>(depth);
   if (m.depth_stride != 1) {
     const T* at = data + first;
     for (int64_t k = 0; k < words; ++k, at += kPerWord<T> * m.depth_stride, out += pitch) {
@@ -76,16 +73,17 @@ void pack_lines(const GemmLines& m, int64_t first, int64_t count, int64_t depth,
   }
 }
 
-template <typename T>
+template <typename T, int64_t kStep = kUnroll>
 int64_t packed_bytes(int64_t columns, int64_t depth) {
-  return round_up(columns, kPanel) * words_of<T>(depth) * sizeof(float);
+  return round_up(columns, kPanel) * words_of<T, kStep>(depth) * sizeof(float);
 }
 
-template <typename T>
+template <typename T, int64_t kStep = kUnroll>
 void pack(const GemmLines& b, int64_t columns, int64_t depth, void* packed) {
   for (int64_t j = 0; j < columns; j += kPanel) {
-    float* const panel = static_cast<float*>(packed) + j * words_of<T>(depth);
-    for (int64_t v = 0; v < kPanel; v += kLanes) pack_lines<T>(b, j + v, columns - j - v, depth, kPanel, panel + v);
+    float* const panel = static_cast<float*>(packed) + j * words_of<T, kStep>(depth);
+    for (int64_t v = 0; v < kPanel; v += kLanes)
+      pack_lines<T, kStep>(b, j + v, columns - j - v, depth, kPanel, panel + v);
   }
 }
 
