@@ -3,7 +3,7 @@
     python examples/export.py finetuned/best --out exported
     python examples/export.py finetuned/best --push OWNER/NAME
 
-The files need no tokenfusion. Batches may be of any size.
+The files need no tokenfusion. Batches may be of any size. --push writes no files unless --out is named, too.
 """
 
 import argparse
@@ -32,10 +32,15 @@ def export(model: nn.Module, folder: Path, images: torch.Tensor) -> dict[str, tu
     except ImportError as error:
         how = "pip install onnx onnxscript onnxruntime"
         raise UsageError(f"ONNX needs {error.name}, which is not installed: {how}") from None
-    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     exported, onnx = folder / "model.pt2", folder / "model.onnx"
-    checkpoints.replace(exported, lambda path: torch.export.save(program, path))
-    checkpoints.replace(onnx, lambda path: torch.onnx.export(program, f=path, external_data=False, verbose=False))
+    try:
+        program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        checkpoints.replace(exported, lambda path: torch.export.save(program, path))
+        checkpoints.replace(onnx, lambda path: torch.onnx.export(program, f=path, external_data=False, verbose=False))
+    except UsageError:
+        raise
+    except Exception as error:  # noqa: BLE001  (whatever the exporters raise)
+        raise UsageError(f"MODEL: PyTorch cannot export it: {first_line(error)}") from None
     return {
         "torch.export": (exported, torch.export.load(exported).module()(images)),
         "ONNX": (onnx, torch.from_numpy(onnx_forward(onnx, images))),
@@ -44,8 +49,6 @@ def export(model: nn.Module, folder: Path, images: torch.Tensor) -> dict[str, tu
 
 def push(model: nn.Module, folder: Path, repository: str) -> str:
     """By timm's own function; returns the address."""
-    if not folder.is_dir():
-        raise UsageError(f"--push: got the model {folder}, expected a folder such as finetuned/best")
     config = checkpoints.load(folder)[1]
     described = {"model_config": {name: config[name] for name in ("label_names", "tied")}}
     described["model_args"] = config["model_args"]
@@ -55,19 +58,15 @@ def push(model: nn.Module, folder: Path, repository: str) -> str:
         raise UsageError(f"--push: {repository}: {first_line(error)}") from None
 
 
-@torch.no_grad()
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a folder such as finetuned/best, or a name")
-    parser.add_argument("--out", type=Path, default=Path("exported"), metavar="FOLDER", help="(default: exported)")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="a repository of huggingface.co; made where there is none")
-    args = parser.parse_args(arguments)
-
-    model, _ = load(args.model)
+def write(model: nn.Module, folder: Path) -> None:
+    """
+    Raises:
+        UsageError: a file computes something else than the model.
+    """
     config = resolve_model_data_config(model)
     images = torch.randn(3, *config["input_size"], generator=torch.Generator().manual_seed(0))
     expected, rows, wrong = model(images), [], []
-    for name, (path, got) in export(model, args.out, images).items():
+    for name, (path, got) in export(model, folder, images).items():
         difference = ((got - expected).abs().max() / expected.abs().max()).item()
         rows.append((name, str(path), f"{path.stat().st_size / 1e6:.1f}", f"{difference:.1e}"))
         wrong += [name] if not difference <= _TOLERANCE else []
@@ -75,6 +74,21 @@ def main(arguments: list[str] | None = None) -> None:
     show(console(), table("Exported", columns, rows, numbers=columns[2:]))
     if wrong:
         raise UsageError(f"{' and '.join(wrong)}: the file computes something else")
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a folder such as finetuned/best, or a name")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the files (default: exported)")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="a repository of huggingface.co; made where there is none")
+    args = parser.parse_args(arguments)
+    if args.push and not Path(args.model).is_dir():
+        raise UsageError(f"--push: got the model {args.model}, expected a folder such as finetuned/best")
+
+    model, _ = load(args.model)
+    if args.out or not args.push:
+        write(model, args.out or Path("exported"))
     if args.push:
         console().print(push(model, Path(args.model), args.push))
 

@@ -4,12 +4,11 @@
     torchrun --nproc-per-node 8 examples/finetune.py --model crossvit_15_240 --data FOLDER --parallel fsdp
 
 FOLDER has a subfolder of images for each class, or train and val, which have them. --out gets best/ and last/, models
-for predict.py, export.py and timm.create_model("local-dir:..."); training.safetensors, from which --resume goes on;
-log.csv and curves.png. What is random depends on --seed and on the place in the training alone: a training that was
-interrupted has the losses of one that was not.
+for predict.py, export.py and, once tokenfusion.models is imported, timm.create_model("local-dir:..."); log.csv and
+curves.png; training.safetensors, from which --resume goes on. What is random depends on --seed and on the place in the
+training alone: a training that was interrupted has the losses of one that was not.
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -17,37 +16,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, init_distributed_device
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 import tokenfusion
 from tokenfusion.cli.display import console
 from tokenfusion.cli.errors import UsageError, first_line
-from training import checkpoints, log, pictures
+from training import checkpoints, kept, log, pictures, processes, schedule
 from training.errors import reported
-from training.model import make
-from training.options import check, parsed
+from training.model import check_size, make
+from training.options import check, keep, parsed
 
-_KEPT = ("model", "model_kwargs", "tie", "opt", "ema", "batch_size", "seed")  # when a training is resumed
 _GATHERED = states.StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True, cpu_offload=True)
 _SPREAD = states.StateDictOptions(full_state_dict=True)
-
-
-def shard(model: nn.Module) -> None:
-    """FSDP2, layer by layer."""
-    for layers in model.children():
-        if isinstance(layers, (nn.ModuleList, nn.Sequential)):
-            for layer in layers:
-                fully_shard(layer)
-    fully_shard(model)
 
 
 def add(sums: torch.Tensor, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -60,24 +45,20 @@ def add(sums: torch.Tensor, loss: torch.Tensor, logits: torch.Tensor, labels: to
 class Training:
     def __init__(self, args, model: nn.Module, train: pictures.Pictures, test: pictures.Pictures, classes: list[str]):
         self.args, self.train, self.test = args, train, test
-        self.kept = {name: getattr(args, name) for name in _KEPT} | {"classes": classes, "images": len(train)}
-        self.model = self.parallel = model.to(args.device)
+        self.kept = kept.of(args, classes, train.pairs, test.pairs)
+        self.model = self.parallel = model
         sharded = args.world_size > 1 and args.parallel == "fsdp"
         self.ema = ModelEmaV3(model, args.ema, use_warmup=True, foreach=not sharded) if args.ema else None
         self.evaluated = self.ema.module if self.ema else model
-        if sharded:
-            for each in {self.model, self.evaluated}:
-                shard(each)
+        self.models = [self.model, self.evaluated] if self.ema else [self.model]
+        for each in self.models if sharded else ():
+            processes.shard(args, each)
         if args.compile:
             self.model.compile()
         if args.world_size > 1 and not sharded:
-            self.parallel = DistributedDataParallel(self.model)
-        rates = {"lr": args.lr, "weight_decay": args.weight_decay, "layer_decay": args.layer_decay}
-        self.optimizer = create_optimizer_v2(self.model, args.opt, **rates)
+            self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
         self.steps = len(train) // args.batch_size  # of an epoch
-        warmup = {"warmup_epochs": args.warmup_epochs, "warmup_lr": args.lr / 100}
-        by_steps = {"step_on_epochs": False, "updates_per_epoch": self.steps}
-        self.scheduler, _ = create_scheduler_v2(self.optimizer, args.sched, args.epochs, **warmup, **by_steps)
+        self.optimizer, self.scheduler = schedule.make(args, self.model, self.steps)
         targets = {"label_smoothing": args.smoothing, "num_classes": len(classes)}
         self.mix = Mixup(args.mixup, args.cutmix, **targets) if args.mixup > 0 or args.cutmix > 0 else None
         self.step, self.history = 0, []
@@ -85,9 +66,7 @@ class Training:
 
     def run(self) -> None:
         args = self.args
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
-        hidden = args.rank > 0 or not args.console.is_terminal
-        with Progress(*columns, console=args.console, transient=True, disable=hidden) as bar:
+        with log.bar(args) as bar:
             task = bar.add_task("", total=args.epochs * self.steps, completed=self.step)
             for epoch in range(self.step // self.steps, args.epochs):
                 row = self.train_epoch(epoch, lambda text: bar.update(task, description=text, completed=self.step))
@@ -145,6 +124,7 @@ class Training:
     @torch.no_grad()
     def measure(self) -> tuple[float, float]:
         """Loss and accuracy of the test images, by the averaged weights where there are any."""
+        processes.average_statistics(self.args, self.models)
         rank, world, sums = self.args.rank, self.args.world_size, torch.zeros_like(self.sums)
         sampler = DistributedSampler(self.test, world, rank, shuffle=False)  # repeats some, so that shares are equal
         batches = list(BatchSampler(sampler, self.args.batch_size // world, drop_last=False))
@@ -186,6 +166,11 @@ class Training:
             checkpoints.save_model(self.args.out / name, weights)
 
     def save(self, best: bool) -> None:
+        if self.of_all(processes.not_finite(self.models)):
+            raise UsageError(
+                f"weights are nan or inf after step {self.step}; {self.args.out} has what was saved before"
+            )
+        processes.average_statistics(self.args, self.models)
         self.save_model(*(["best"] if best else []), "last")
         parts = {"model": states.get_model_state_dict(self.model, options=_GATHERED)}
         if self.ema:
@@ -195,16 +180,14 @@ class Training:
         if self.args.rank == 0:
             checkpoints.save_training(self.args.out / checkpoints.STATE, parts, progress)
 
-    def resume(self, path: Path) -> None:
-        """
+    def resume(self, path: Path) -> str:
+        """Returns in words which options are others.
+
         Raises:
             UsageError: the file is of another training.
         """
         parts, progress = checkpoints.load_training(path)
-        for name, value in json.loads(json.dumps(self.kept)).items():
-            was = progress["kept"][name]
-            if was != value:
-                raise UsageError(f"--resume: {path} is of a training with another {name}: {was}, here {value}")
+        differences = kept.differences(progress["kept"], self.kept, path)
         states.set_model_state_dict(self.model, parts["model"], options=_SPREAD)
         states.set_optimizer_state_dict(self.model, self.optimizer, parts["optimizer"], options=_SPREAD)
         if self.ema:
@@ -213,6 +196,7 @@ class Training:
         if self.args.rank == 0:
             self.sums += self.sums.new_tensor(progress["sums"])
             log.write(self.args.out, self.history)
+        return differences
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -225,6 +209,8 @@ def main(arguments: list[str] | None = None) -> None:
     train, test, classes = pictures.split(args)
     model, options = make(args, classes)
     data = pictures.datasets(args, model, options, train, test)
+    check_size(args, model)
+    model = processes.same(args, model)
     if args.fuse:
         args.say(first_line(tokenfusion.fuse(model)))
     else:
@@ -232,9 +218,11 @@ def main(arguments: list[str] | None = None) -> None:
         tokenfusion.set_backend("reference")
     training = Training(args, model, *data, classes)
     args.say(f"{len(train)} images to train, {len(test)} to test, {len(classes)} classes; {training.steps} steps")
-    if state.exists():
-        training.resume(state)
-        args.say(f"resumed after step {training.step}")
+    differences = training.resume(state) if state.exists() else None
+    if args.rank == 0:
+        keep(args)
+    if differences is not None:
+        args.say(f"resumed after step {training.step}{', with ' if differences else ''}{differences}")
     else:
         for name in ("best", "last") if args.rank == 0 else ():
             checkpoints.save_config(args.out / name, model, classes, options, args.tie)

@@ -18,10 +18,11 @@ from torch import nn
 import tokenfusion
 from tokenfusion.cli.compare import facts, images, models, tables
 from tokenfusion.cli.display import console
+from tokenfusion.cli.errors import UsageError
 from training import checkpoints, drawing, maps
 from training.errors import reported
 
-_DRAWN = 6  # images
+_DRAWN, _BATCH = 6, 16  # images
 
 
 def load(name: str) -> tuple[nn.Module, bool]:
@@ -31,6 +32,19 @@ def load(name: str) -> tuple[nn.Module, bool]:
     models.check_name(name)
     loaded = models.load(name)
     return loaded.own or loaded.model, loaded.pretrained
+
+
+def seen_by(model: nn.Module, names: list[str], top: int) -> tuple[list[dict], torch.Tensor]:
+    """The likeliest classes of all images, a few of which are in memory at once; the pixels of those to be drawn."""
+    config = resolve_model_data_config(model)
+    transform, mode = create_transform(**config), "L" if config["input_size"][0] == 1 else "RGB"
+    seen, drawn = [], []
+    for start in range(0, max(1, len(names)), _BATCH):
+        photographs = images.load(names[start : start + _BATCH])
+        pixels = torch.stack([transform(images.middle(each.image).convert(mode)) for each in photographs])
+        seen += facts.top(model, photographs, model(pixels), top)
+        drawn += pixels[: _DRAWN - len(drawn)]
+    return seen, torch.stack(drawn)
 
 
 def columns(model: nn.Module, pixels: torch.Tensor) -> dict[str, list]:
@@ -72,23 +86,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes of each image (default: 3)")
     parser.add_argument("--picture", type=Path, default=Path("predicted.png"), help="(default: predicted.png)")
     args = parser.parse_args(arguments)
+    if args.top < 1:
+        raise UsageError(f"--top: got {args.top}, expected 1 or more")
 
-    photographs = images.load(args.images)
     model, trained = load(args.model)
-    config = resolve_model_data_config(model)
-    transform, mode = create_transform(**config), "L" if config["input_size"][0] == 1 else "RGB"
-    pixels = torch.stack([transform(images.middle(each.image).convert(mode)) for each in photographs])
     tokenfusion.fuse(model)
-    seen = facts.top(model, photographs, model(pixels), args.top)
+    seen, pixels = seen_by(model, args.images, args.top)
     out = console()
     tables.print_top(out, seen, trained)
 
-    drawn = columns(model, pixels[:_DRAWN])
+    drawn = columns(model, pixels)
     if not drawn:
-        out.print("no picture: this model has no class token, no pooling query and no mixing matrices")
+        out.print("no picture: this model has no class token, pooling query or mixing matrices over a known grid")
         return
     titles = [_title(each, trained) for each in seen[:_DRAWN]]
-    drawing.draw(args.picture, list(as_seen(pixels[:_DRAWN], config)), titles, drawn)
+    drawing.draw(args.picture, list(as_seen(pixels, resolve_model_data_config(model))), titles, drawn)
     out.print(f"where it looks: {args.picture}")
 
 

@@ -1,7 +1,9 @@
-"""What finetune.py says of its epochs: a line, a table, a picture."""
+"""What finetune.py says of its epochs: a line, a bar, a table, a picture."""
 
 import csv
 from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from training.checkpoints import replace
 
@@ -15,6 +17,13 @@ def line(row: dict, epochs: int, is_best: bool) -> str:
         f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}, of the test images {row['loss']:.4f}, "
         f"accuracy {row['accuracy']:.1%}{', the best' if is_best else ''}, {row['images/s']:.0f} images/s"
     )
+
+
+def bar(args) -> Progress:
+    """Of the first process, on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
+    hidden = args.rank > 0 or not args.console.is_terminal
+    return Progress(*columns, console=args.console, transient=True, disable=hidden)
 
 
 def write(folder: Path, rows: list[dict]) -> None:

@@ -1,31 +1,64 @@
 """The command line of finetune.py."""
 
 import argparse
+import os
+import shlex
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from timm.utils import ParseKwargs
+from torch import nn
 
 from tokenfusion.cli.errors import UsageError
-from training import checkpoints, digits
+from training import checkpoints, digits, schedule
+
+_LEAST = {"epochs": 1, "batch_size": 1, "img_size": 1, "save_steps": 0, "workers": 0, "seed": 0}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class _Keywords(ParseKwargs):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            if "=" not in value:
+                raise UsageError(f"{option_string}: got {value}, expected NAME=VALUE")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def parsed(description: str, arguments: list[str] | None) -> argparse.Namespace:
-    """The options; without --data those that suit the digits are the defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    """The options; without --data those that suit the digits are the defaults.
+
+    Raises:
+        UsageError: a value that none of them takes.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
     _add_what(parser.add_argument)
     _add_how(parser.add_argument)
     args = parser.parse_args(arguments)
     if args.data is None:
         parser.set_defaults(**digits.options(args.model))
         args = parser.parse_args(arguments)
-    for name in ("epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected 1 or more")
+    for name, least in _LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')}: got {value}, expected {least} or more")
+    _check_device(args.device)
+    args.given = shlex.join(arguments)
     return args
+
+
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdecimal() or device == kind):
+        raise UsageError(f"--device: got {device}, expected cpu or cuda")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device: got {device}, and PyTorch sees {torch.cuda.device_count()} GPUs")
 
 
 def check(args) -> None:
@@ -35,17 +68,30 @@ def check(args) -> None:
     """
     if (args.out / checkpoints.STATE).exists() and not args.resume:
         raise UsageError(f"--out: {args.out} has a training; --resume goes on with it")
+    for folder in (args.out / "best", args.out / "last"):
+        if (folder / "config.json").exists() and (not args.resume or _is_same(folder, args.model)):
+            raise UsageError(f"--out: {folder} is a model, which would be overwritten; name another folder")
     share, rest = divmod(args.batch_size, args.world_size)
     if rest or (share % 2 and (args.mixup or args.cutmix)):
         raise UsageError(f"--batch-size: got {args.batch_size}, expected even shares for {args.world_size} processes")
-    if args.rank == 0:
-        checkpoints.replace(args.out / "options.txt", lambda path: path.write_text(" ".join(sys.argv[1:]) + "\n"))
+    schedule.make(args, nn.Linear(1, 1), steps=1000)  # timm knows their names
+    if args.world_size > 1:
+        dist.barrier()  # before any process writes
+
+
+def keep(args) -> None:
+    """In options.txt."""
+    checkpoints.replace(args.out / "options.txt", lambda path: path.write_bytes(os.fsencode(args.given + "\n")))
+
+
+def _is_same(folder: Path, model: str) -> bool:
+    return os.path.exists(model) and os.path.samefile(folder, model)
 
 
 def _add_what(add) -> None:
     add("--model", default="tokenfusion_crossvit_9_240", help="of timm or tokenfusion, or a folder such as best/")
-    add("--model-kwargs", nargs="+", action=ParseKwargs, default={}, metavar="NAME=VALUE", help="of the model")
-    add("--pretrained", action=argparse.BooleanOptionalAction, help="None: where there are any")
+    add("--model-kwargs", nargs="+", action=_Keywords, default={}, metavar="NAME=VALUE", help="of the model")
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="weights of a hub; without, where there are any")
     add("--data", type=Path, metavar="FOLDER", help="a subfolder of images for each class; the digits without")
     add("--img-size", type=int, metavar="N", help="of images, where the model takes another than its own")
     add("--out", type=Path, default=Path("finetuned"), metavar="FOLDER", help="where everything goes")

@@ -1,5 +1,6 @@
 """Images with labels, of folders or scikit-learn's digits, read and checked before any training begins."""
 
+import os
 import random
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -14,10 +15,11 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from tokenfusion.cli.compare import images
-from tokenfusion.cli.errors import UsageError, first_line
-from training import digits
+from tokenfusion.cli.errors import UsageError, first_line, printable
+from training import digits, log
 
 HELD_OUT = 5  # every fifth image of a class is for testing where there is no folder val
+_TEST = ("val", "valid", "validation")
 
 
 def seed_by(*place: int) -> None:
@@ -54,17 +56,12 @@ def split(args) -> tuple[list, list, list[str]]:
     Raises:
         UsageError: there is nothing to train or to test with.
     """
-    train, test = (args.data / "train", args.data / "val") if args.data else (None, None)
-    if args.data is None:
-        pairs, test = digits.pictures(), []
-    elif train.is_dir() and test.is_dir():
-        pairs, test = _in_folder(args, train), _in_folder(args, test)
-    else:
-        pairs, test = _in_folder(args, args.data), []
+    pairs, *rest = [_in_folder(args, folder) for folder in _parts(args)] if args.data else [digits.pictures()]
+    test = rest[0] if rest else []
     classes = sorted({name for _, name in pairs})
     unknown = sorted({name for _, name in test} - set(classes))
     if unknown:
-        raise UsageError(f"--data: {args.data}: the class {unknown[0]} is in val, and not in train")
+        raise UsageError(f"--data: {args.data}: the class {unknown[0]} is to be tested, and not in train")
     if len(classes) < 2:
         raise UsageError(f"--data: {args.data}: got the class {classes[0]} alone, expected two or more")
     if not test:
@@ -101,15 +98,53 @@ def datasets(args, model: nn.Module, options: dict, train: list, test: list) -> 
     )
 
 
+def _parts(args) -> list[Path]:
+    """The folder, or train in it and, where there is one, that of the images to test with."""
+    parts = [name for name in ("train", *_TEST, "test") if _classes(args.data / name)]
+    if not parts:
+        return [args.data]
+    if parts[0] != "train":
+        raise UsageError(f"--data: {args.data}: got the folder {parts[0]}, which has folders, expected train beside it")
+    used = ["train", *[name for name in parts if name in _TEST][:1]]
+    for name in _classes(args.data):
+        if name not in used:
+            args.say(f"left out: {args.data / name}: beside train")
+    return [args.data / name for name in used]
+
+
+def _classes(folder: Path) -> list[str]:
+    """The names of its subfolders that are not hidden."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+class _Folder(ImageFolder):
+    def __init__(self, folder: Path):
+        def shown(path: str) -> bool:
+            return not any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+
+        super().__init__(folder, is_valid_file=shown, allow_empty=True)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        super().find_classes(directory)  # says what is wrong
+        names = _classes(Path(directory))
+        return names, {name: label for label, name in enumerate(names)}
+
+
 def _in_folder(args, folder: Path) -> list[tuple[str, str]]:
     """The path and the class of every image; files that are none, and classes without any, are named and left out."""
     try:
-        found = ImageFolder(folder, is_valid_file=lambda path: True, allow_empty=True)
+        found = _Folder(folder)
     except OSError as error:
         raise UsageError(f"--data: {first_line(error)}") from None
     mine = [path for path, _ in found.samples[args.rank :: args.world_size]]
-    with ThreadPool() as pool:
-        problems = [dict(zip(mine, pool.imap(_problem, mine, chunksize=16), strict=True))]
+    args.say(f"reading {len(found.samples)} files of {folder}")
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    with ThreadPool(threads) as pool, log.bar(args) as bar:
+        tried = bar.track(pool.imap(_problem, mine, chunksize=16), len(mine), description="reading")
+        problems = [dict(zip(mine, tried, strict=True))]
     if args.world_size > 1:
         problems *= args.world_size
         dist.all_gather_object(problems, problems[0])
@@ -128,3 +163,5 @@ def _problem(path: str) -> str | None:
         read(path)
     except UsageError as error:
         return str(error).removeprefix("IMAGE: ")
+    except Exception as error:  # noqa: BLE001  (whatever Pillow raises of a damaged file)
+        return f"{printable(path)}: damaged image: {first_line(error)}"

@@ -9,10 +9,12 @@ from tests.parity import assert_runs
 from tests.training.small import options, rows
 
 
-def test_digits_leave_a_model_that_timm_loads(program, tmp_path, capsys, monkeypatch):
+def test_digits_leave_a_model_that_timm_loads(program, tmp_path, capsys, monkeypatch, run_python):
+    """In a fresh interpreter, too, and without asking any hub."""
     finetune, checkpoints = program("finetune"), program("training.checkpoints")
     every_eighth = program("training.digits").pictures()[::8]
     monkeypatch.setattr("training.digits.pictures", lambda: every_eighth)
+    monkeypatch.setattr("training.model.models.pretrained", None)
     finetune.main(["--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-3", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     log = rows(tmp_path)
@@ -25,13 +27,15 @@ def test_digits_leave_a_model_that_timm_loads(program, tmp_path, capsys, monkeyp
     images = torch.randn(2, *of_timm.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
     assert images.shape[1:] == (1, 16, 16)
     torch.testing.assert_close(of_timm(images), model(images), rtol=1e-4, atol=1e-5)
+    load = f"timm.create_model('local-dir:{tmp_path / 'best'}', pretrained=True)"
+    run_python(f"import timm\nimport tokenfusion.models\n{load}")
 
 
 def test_fused_and_plain_give_the_same_checkpoints(program, folder, tmp_path):
     finetune = program("finetune")
     with assert_runs("single_query_attention_cpu", "single_query_attention_backward_cpu"):
-        finetune.main(options(folder, tmp_path / "fused"))
-    finetune.main(options(folder, tmp_path / "plain", "--no-fuse"))
+        finetune.main(options(folder, tmp_path / "fused", "--epochs", "1"))
+    finetune.main(options(folder, tmp_path / "plain", "--no-fuse", "--epochs", "1"))
     for name in ("best/model.safetensors", "last/model.safetensors", "training.safetensors"):
         fused, plain = (load_file(tmp_path / kind / name) for kind in ("fused", "plain"))
         assert {key: (value.shape, value.dtype) for key, value in fused.items()} == {
@@ -82,7 +86,7 @@ def test_a_training_that_has_ended_is_resumed_for_more_epochs(program, folder, t
 def test_a_tuned_model_is_tuned_on(program, folder, tmp_path):
     """With its tied matrices, and a new head for other classes."""
     finetune, checkpoints = program("finetune"), program("training.checkpoints")
-    finetune.main(options(folder, tmp_path / "first", "--tie"))
+    finetune.main(options(folder, tmp_path / "first", "--tie", "--epochs", "1"))
     tied, config = checkpoints.load(tmp_path / "first" / "best")
     assert config["tied"] and config["label_names"] == ["blue", "green", "red"]
     (folder / "red").rename(tmp_path / "elsewhere")
@@ -95,10 +99,33 @@ def test_a_tuned_model_is_tuned_on(program, folder, tmp_path):
             torch.testing.assert_close(value, tied.state_dict()[key])
 
 
+def test_a_model_of_a_folder_is_tied(program, folder, tmp_path):
+    """Whose matrices are not; and new weights depend on the seed alone."""
+    checkpoints, make = program("training.checkpoints"), program("training.model").make
+    classes, parsed = ["blue", "green", "red"], program("training.options").parsed
+
+    def made(model, *more):
+        args = parsed("", ["--model", str(model), "--data", str(folder), "--device", "cpu", *more])
+        args.say = print
+        return args, *make(args, classes)
+
+    kwargs = ("--no-pretrained", "--model-kwargs", "depth=1", "embed_dim=24", "num_heads=2")
+    _, model, options = made("vit_tiny_patch16_224", *kwargs)
+    checkpoints.save_config(tmp_path, model, ["other"], options, tied=False)
+    checkpoints.save_model(tmp_path, model.state_dict())
+    args, tied, options = made(tmp_path, "--tie")
+    assert args.tie and sum(p.numel() for p in tied.parameters()) < sum(p.numel() for p in model.parameters())
+    torch.rand(1)
+    torch.testing.assert_close(made(tmp_path)[1].head.weight, tied.head.weight, rtol=0, atol=0)
+    checkpoints.save_config(tmp_path, tied, classes, options, args.tie)
+    checkpoints.save_model(tmp_path, tied.state_dict())
+    assert checkpoints.load(tmp_path)[1]["tied"]
+
+
 def test_in_bfloat16_without_averaged_weights(program, folder, tmp_path):
     finetune = program("finetune")
-    finetune.main(options(folder, tmp_path / "out", "--amp", "bf16", "--ema", "0"))
-    assert len(rows(tmp_path / "out")) == 2
+    finetune.main(options(folder, tmp_path / "out", "--amp", "bf16", "--ema", "0", "--epochs", "1"))
+    assert len(rows(tmp_path / "out")) == 1
 
 
 def test_a_file_is_the_old_one_or_the_new_one(program, tmp_path):

@@ -6,17 +6,25 @@ from tests.conftest import ROOT
 from tests.training.small import options, rows
 
 BEGIN = f"""
-import os, random, signal, sys, time
+import os, signal, sys
 sys.path.insert(0, "{ROOT / "examples"}")
 import torch, finetune
 from training import checkpoints
 from pathlib import Path
 torch.set_num_threads(1)
 
+def other_weights(*args, make=finetune.make):  # as where one process alone could download pretrained ones
+    model, options = make(*args)
+    for parameter in model.parameters():
+        parameter.data += 1
+    return model, options
+
 def started(arguments, **environment):
     pid = os.fork()
     if pid == 0:
         os.environ.update(environment)
+        if environment.get("RANK") == "1":
+            finetune.make = other_weights
         try:
             finetune.main(arguments)
         except BaseException:
@@ -38,25 +46,32 @@ def test_whenever_it_is_killed_a_usable_last_is_left(run_python, folder, tmp_pat
         BEGIN
         + f"""
 ended(started({whole}))
-out, random = Path("{tmp_path}/parts"), random.Random(0)
-state = out / checkpoints.STATE
-kills = 0
-while True:
+out = Path("{tmp_path}/parts")
+state, replace = out / checkpoints.STATE, os.replace
+
+def killed_at(count):  # by itself, at so many files, of which the last one is cut and has not taken its place
+    written = []
+
+    def replaced(partial, path):
+        written.append(path)
+        if len(written) == count:
+            os.truncate(partial, partial.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(partial, path)
+
+    checkpoints.os.replace = replaced
     pid = started({parts} + ["--resume"])
-    before = state.stat().st_mtime_ns if state.exists() else 0
-    while os.waitpid(pid, os.WNOHANG)[0] == 0:
-        if state.exists() and state.stat().st_mtime_ns != before:
-            time.sleep(random.random() * 0.05)
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            kills += 1
-            checkpoints.load(out / "last")
-            checkpoints.load_training(state)
-            break
-        time.sleep(0.002)
-    else:
-        break
-assert kills >= 3, kills
+    checkpoints.os.replace = replace
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+killed_at(7)  # options.txt, two config.json, best, last, last after a step
+assert not state.exists()
+checkpoints.load(out / "last")
+for count in (8, 3, 7):  # the model, its state, the log of the first epoch
+    killed_at(count)
+    checkpoints.load(out / "last")
+    checkpoints.load_training(state)
+ended(started({parts} + ["--resume"]))
 states = (Path("{tmp_path}") / each / checkpoints.STATE for each in ("whole", "parts"))
 expected, got = map(checkpoints.load_training, states)
 for part, values in expected[0].items():
@@ -70,7 +85,7 @@ assert losses[0] == losses[1], losses
 
 
 def test_two_processes_have_the_losses_of_one(run_python, folder, tmp_path):
-    """By DDP and by FSDP."""
+    """By DDP and by FSDP, whatever weights the second one begins with."""
     (folder / "red" / "9.png").unlink()  # five images to test with, of which one process gets three
     steady = ("--sched", "step", "--warmup-epochs", "0")  # whatever --epochs is
     ways = {way: options(folder, tmp_path / way, *steady, "--parallel", way) for way in ("ddp", "fsdp")}
