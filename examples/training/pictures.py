@@ -145,6 +145,8 @@ def _in_folder(args, folder: Path) -> list[tuple[str, str]]:
     with ThreadPool(threads) as pool, log.bar(args) as bar:
         tried = bar.track(pool.imap(_problem, mine, chunksize=16), len(mine), description="reading")
         problems = [dict(zip(mine, tried, strict=True))]
+        pool.close()
+        pool.join()  # what the end of the block would do, to terminate it, can hang
     if args.world_size > 1:
         problems *= args.world_size
         dist.all_gather_object(problems, problems[0])

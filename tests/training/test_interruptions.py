@@ -6,7 +6,7 @@ from tests.conftest import ROOT
 from tests.training.small import options, rows
 
 BEGIN = f"""
-import os, signal, sys
+import faulthandler, os, signal, sys
 sys.path.insert(0, "{ROOT / "examples"}")
 import torch, finetune
 from training import checkpoints
@@ -23,6 +23,7 @@ def started(arguments, **environment):
     pid = os.fork()
     if pid == 0:
         os.environ.update(environment)
+        faulthandler.dump_traceback_later(180, exit=True)  # what hangs says where
         if environment.get("RANK") == "1":
             finetune.make = other_weights
         try:

@@ -126,23 +126,22 @@ def _held(y: torch.Tensor) -> bool:
     return saved[3].numel() > 0
 
 
-def test_a_look_up_takes_two_microseconds():
-    """Beside a table of many entries; on a busy machine the fastest of several tries counts."""
+def test_a_look_up_takes_no_longer_than_the_rest_of_a_choice():
+    """Two microseconds where the rest is three; in turn, and the fastest of several tries, on busy machines."""
     entries = {Workload("single_query_attention", KIND, (2**i, 50, 32, 3)): "cpu" for i in range(12)}
     tensors = torch.randn(2, 3, 32), torch.randn(2, 50, 32), None
     operator = OPERATORS["single_query_attention"]
 
     def seconds(measured: Table) -> float:
         with choices.using(measured):
-            tries = []
-            for _ in range(20):
-                start = time.perf_counter()
-                for _ in range(200):
-                    operator.select(*tensors)
-                tries.append((time.perf_counter() - start) / 200)
-            return min(tries)
+            start = time.perf_counter()
+            for _ in range(200):
+                operator.select(*tensors)
+            return (time.perf_counter() - start) / 200
 
-    assert seconds(Table(entries)) - seconds(Table({})) < 4e-6
+    tries = [(seconds(Table({})), seconds(Table(entries))) for _ in range(20)]
+    without, measured = map(min, zip(*tries, strict=True))
+    assert measured < 2 * without
 
 
 def test_the_observer_names_what_was_chosen():
