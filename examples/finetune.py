@@ -231,6 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     best = log.best(training.history)
     args.say(f"accuracy {best['accuracy']:.1%} after epoch {best['epoch']}: {args.out / 'best'}")
     if args.world_size > 1:
+        dist.barrier()  # gloo's thread then has no tensors left to release, for which torch 2.11 can wait forever
         dist.destroy_process_group()
 
 
