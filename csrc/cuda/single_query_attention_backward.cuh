@@ -39,8 +39,6 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
     }
   }
 
-  static TF_DEVICE float exponential(float x) { return Base::kIsFloat ? expf(x) : exp2_approximate(x * 1.44269504f); }
-
   TF_DEVICE void step(int tile, T* slab) {
     float score[kProducts][4];  // for every 8 queries, gradients of their weights, then their scores
     const Rows r = this->multiply_normalized(tile, slab, score);
@@ -55,7 +53,7 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int e = k % 2, row = k / 2;
-        weight[k] = r.there[row] ? exponential(score[2 * i + 1][k] - s.log_sum_exp[q + e]) : 0;
+        weight[k] = r.there[row] ? this->exponential(score[2 * i + 1][k] - s.log_sum_exp[q + e]) : 0;
         // a lone token has weight 1 whatever its score
         grad_score[k] = r.there[row] && !is_lone ? weight[k] * (score[2 * i][k] - s.delta[q + e]) : 0;
         const float* const operand_sum = s.operand_sum + 16 * i + lane % 4 * 2 + e;

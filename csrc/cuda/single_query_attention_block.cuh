@@ -286,6 +286,8 @@ struct Kernel {
     return true;
   }
 
+  static TF_DEVICE float exponential(float x) { return kIsFloat ? expf(x) : exp2_approximate(x * kLog2E); }
+
   // The products of a tile's normalised rows with the operands, in the order of Totals.
   TF_DEVICE Rows multiply_normalized(int tile, T* slab, float (&score)[kProducts][4]) {
     Rows r;

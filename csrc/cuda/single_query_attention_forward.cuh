@@ -29,7 +29,6 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
   }
 
   static TF_DEVICE float origin(float maximum) { return maximum == -kInfinity ? 0 : maximum; }
-  static TF_DEVICE float exponential(float x) { return Base::kIsFloat ? expf(x) : exp2_approximate(x * 1.44269504f); }
 
   TF_DEVICE void step(int tile, T* slab) {
     float score[kQueryTiles][4];
@@ -47,7 +46,7 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
     for (int i = 0; i < kQueryTiles; ++i) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float weight = exponential(score[i][k] - origin(maximum[i][k % 2]));
+        const float weight = this->exponential(score[i][k] - origin(maximum[i][k % 2]));
         total[i][k % 2] += weight;
         score[i][k] = weight * r.rstd[k / 2];
       }
@@ -70,7 +69,7 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float raised = fmaxf(maximum[i][e], max_rows(fmaxf(score[i][e], score[i][2 + e])));
-        const float keep = raised == maximum[i][e] ? 1 : exponential(maximum[i][e] - origin(raised));
+        const float keep = raised == maximum[i][e] ? 1 : this->exponential(maximum[i][e] - origin(raised));
         maximum[i][e] = raised, total[i][e] *= keep, correction[i][e] *= keep;
 #pragma unroll
         for (int u = 0; u < kMaxUnits; ++u) sums[u][i][e] *= keep, sums[u][i][2 + e] *= keep;

@@ -38,8 +38,6 @@ struct Sigmoid {
   }
 };
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 struct Gelu {
   static TF_DEVICE float value(float u) { return u * cumulative_normal(u); }
   static TF_DEVICE Activated both(float u, float grad) {

@@ -39,18 +39,6 @@ TF_DEVICE void store(void* matrix, int64_t at, const Vector16& v, int64_t count 
 }
 
 template <typename T>
-TF_DEVICE void widen(float (&x)[kNumbers<T>], const Vector16& v) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      x[i] = as_float(v.x[i]);
-    } else {
-      const Two<T> two = unpack<T>(v.x[i]);
-      x[2 * i] = to_float(two.x[0]), x[2 * i + 1] = to_float(two.x[1]);
-    }
-  }
-}
-template <typename T>
 TF_DEVICE Vector16 narrow(const float (&x)[kNumbers<T>]) {
   Vector16 v;
 #pragma unroll
@@ -78,7 +66,7 @@ struct Forward {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       float x[kNumbers<T>];
-      widen<T>(x, hidden[k]);
+      unpack_vector<T>(x, hidden[k]);
 #pragma unroll
       for (int i = 0; i < kNumbers<T>; ++i) x[i] = Act::value(x[i]);
       store<T>(p.activated, at + k * p.line, narrow<T>(x), count);
@@ -105,7 +93,7 @@ struct Backward {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       float x[kNumbers<T>], grad[kNumbers<T>];
-      widen<T>(x, hidden[k]), widen<T>(grad, grads[k]);
+      unpack_vector<T>(x, hidden[k]), unpack_vector<T>(grad, grads[k]);
 #pragma unroll
       for (int i = 0; i < kNumbers<T>; ++i) {
         const Activated a = Act::both(x[i], grad[i]);

@@ -75,6 +75,8 @@ TF_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffff
 TF_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 TF_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 // 2^x with an error of 2 ulp.
 TF_DEVICE float exp2_approximate(float x) {
   float y;
@@ -93,6 +95,18 @@ TF_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 struct alignas(16) Vector16 {
   uint32_t x[4];
 };
+
+// The numbers in 16 bytes.
+template <typename T>
+TF_DEVICE void unpack_vector(float (&x)[16 / sizeof(T)], const Vector16& vector) {
+  const T* const numbers = reinterpret_cast<const T*>(&vector);
+#pragma unroll
+  for (int i = 0; i < 16 / int(sizeof(T)); ++i) x[i] = to_float(numbers[i]);
+}
+template <typename T>
+TF_DEVICE void load_vector(float (&x)[16 / sizeof(T)], const T* from) {
+  unpack_vector<T>(x, *reinterpret_cast<const Vector16*>(from));
+}
 
 // To global memory, aligned to 16 bytes, in one access: of a store in C++ the compiler may make four.
 TF_DEVICE void store_global(void* to, const Vector16& v) {

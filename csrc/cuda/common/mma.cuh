@@ -21,18 +21,6 @@ TF_DEVICE uint32_t load_pair(const T* p) {
   return *reinterpret_cast<const uint32_t*>(p);
 }
 
-// The numbers in 16 bytes.
-template <typename T>
-TF_DEVICE void unpack_vector(float (&x)[16 / sizeof(T)], const Vector16& vector) {
-  const T* const numbers = reinterpret_cast<const T*>(&vector);
-#pragma unroll
-  for (int i = 0; i < 16 / int(sizeof(T)); ++i) x[i] = to_float(numbers[i]);
-}
-template <typename T>
-TF_DEVICE void load_vector(float (&x)[16 / sizeof(T)], const T* from) {
-  unpack_vector<T>(x, *reinterpret_cast<const Vector16*>(from));
-}
-
 template <typename T>
 constexpr bool kIsHalf = false;
 template <>
@@ -374,8 +362,7 @@ struct Matrix<float> {
 // The elements nearest to two numbers.
 template <typename T>
 TF_DEVICE void round_two(float& nearest_x, float& nearest_y, float x, float y) {
-  const uint32_t packed = pack<T>(x, y);
-  const Two<T>& two = *reinterpret_cast<const Two<T>*>(&packed);
+  const Two<T> two = unpack<T>(pack<T>(x, y));
   nearest_x = to_float(two.x[0]), nearest_y = to_float(two.x[1]);
 }
 template <>
