@@ -1,7 +1,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addcmul.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
@@ -10,16 +13,19 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
 #include "../common/checks.h"
+#include "common/blocks.h"
 #include "common/packed_b.h"
 
 namespace tokenfusion {
 namespace {
 
-constexpr int64_t kStrips = 8;  // groups of rows whose sums stay in the cache until they are projected
+// Rows whose sums stay in the cache until they are projected: groups of the own product's, and of the library's.
+constexpr int64_t kStrips = 8, kLibraryRows = 256;
 
 GemmLines transposed(const GemmLines& m) { return {m.data, m.depth_stride, m.line_stride, nullptr}; }
 
@@ -46,12 +52,37 @@ GemmLines lines_of(const Tensor& tokens, int64_t image, int64_t first) {
           tokens.stride(2), nullptr};
 }
 
+// With the library's products: a block of each is scaled and added to the sums while it is in the cache.
+void forward_by_library(at::TensorList branches, at::TensorList weights, const Tensor& gates, const Tensor& bias,
+                        const OptionalTensor& proj_weight, const OptionalTensor& proj_bias, const Tensor& out) {
+  const int64_t tokens = out.size(1), channels = gates.size(2), rows = block_length(tokens, kLibraryRows, out.size(0));
+  const int64_t blocks = at::divup(tokens, rows);
+  at::parallel_for(0, out.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    const Tensor memory = at::empty({2, rows, channels}, out.options());
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t image = block / blocks, first = block % blocks * rows, count = std::min(rows, tokens - first);
+      Tensor product = memory[0].narrow(0, 0, count), target = out[image].narrow(0, first, count);
+      Tensor sums = proj_weight ? memory[1].narrow(0, 0, count) : target;
+      for (size_t k = 0; k < branches.size(); ++k) {
+        at::mm_out(product, branches[k][image].narrow(0, first, count), weights[k].t());
+        at::addcmul_out(sums, k == 0 ? bias[image] : sums, product, gates[image][k]);
+      }
+      if (proj_weight && proj_bias)
+        at::addmm_out(target, *proj_bias, sums, proj_weight->t());
+      else if (proj_weight)
+        at::mm_out(target, sums, proj_weight->t());
+    }
+  });
+}
+
 void forward(at::TensorList branches_, at::TensorList weights, const Tensor& gates_, const Tensor& bias_,
-             const OptionalTensor& proj_weight, const OptionalTensor& proj_bias, const Tensor& out) {
+             const OptionalTensor& proj_weight, const OptionalTensor& proj_bias, const Tensor& out,
+             std::string_view form) {
   const auto dtype = out.scalar_type();
-  TORCH_CHECK_TYPE(gemm_takes(dtype), "out: got dtype ", dtype,
-                   ", expected float32, or bfloat16 where the processor multiplies it");
-  const auto& kernels = gemm_kernels(dtype);
+  TORCH_CHECK_VALUE(form.empty() || form == "library", "form: got '", form, "', expected '' or 'library'");
+  TORCH_CHECK_TYPE(dtype == at::kFloat || (form.empty() && gemm_takes(dtype)), "out: got dtype ", dtype,
+                   ", expected float32, or bfloat16 where the processor multiplies it by the own product");
   check_operands(out, branches_, weights, gates_);
   check("bias", bias_, {out.size(0), gates_.size(2)}, out.options());
   check("proj_weight", proj_weight, {out.size(2), gates_.size(2)}, out.options());
@@ -59,6 +90,8 @@ void forward(at::TensorList branches_, at::TensorList weights, const Tensor& gat
   TORCH_CHECK_VALUE(proj_weight || out.size(2) == gates_.size(2), "out: got shape ", out.sizes(), ", expected ",
                     gates_.size(2), " channels");
   check_contiguous_rows("out", out);
+  if (form == "library") return forward_by_library(branches_, weights, gates_, bias_, proj_weight, proj_bias, out);
+  const auto& kernels = gemm_kernels(dtype);
   std::vector<Tensor> branches;
   std::vector<PackedB> layers;
   int64_t depth = 0;
@@ -74,7 +107,8 @@ void forward(at::TensorList branches_, at::TensorList weights, const Tensor& gat
       proj_bias ? OptionalTensor(proj_bias->to(at::kFloat).contiguous()) : std::nullopt;
 
   const int64_t tokens = out.size(1), channels = gates.size(2), bytes = out.element_size();
-  const int64_t rows = kStrips * kernels.rows, blocks = at::divup(tokens, rows);
+  const int64_t rows = block_length(tokens, kStrips * kernels.rows, out.size(0), kernels.rows);
+  const int64_t blocks = at::divup(tokens, rows);
   at::parallel_for(0, out.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
     const at::DataPtr sums = allocate(projection ? rows * channels * bytes : 0);
     const at::DataPtr scratch =

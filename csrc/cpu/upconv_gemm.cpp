@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/blocks.h"
 #include "common/packed_b.h"
 
 namespace tokenfusion {
@@ -56,10 +57,12 @@ int64_t run_of(const Tensor& out, int64_t scale) {
   return out.stride(1) != 1 || out.stride(3) == out.size(1) ? scale * out.size(1) : out.size(1);
 }
 
-// Whether the product takes the dtype on this processor, and the channels that lie together fill its panels.
+// Whether the product takes the dtype on this processor, there are more pixels of x than make a block (for fewer, to
+// pack the weight is as much work as to multiply by it), and the channels that lie together fill its panels.
 bool gemm_pays(const Tensor& out, int64_t scale) {
   const at::ScalarType dtype = out.scalar_type();
-  if (!gemm_takes(dtype)) return false;
+  const int64_t pixels = out.size(0) * (out.size(2) / scale) * (out.size(3) / scale);
+  if (pixels <= kPixels || !gemm_takes(dtype)) return false;
   const int64_t run = run_of(out, scale), panel = gemm_kernels(dtype).panel;
   return at::divup(run, panel) * panel <= run + run / 8;
 }
@@ -97,8 +100,8 @@ void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, con
   // Blocks of rows of x, numbered over the batch, within an image or, where that is possible, beyond its end.
   const bool joined = images_follow(out) && images_follow(x) && (!skip.defined() || images_follow(skip));
   const int64_t together = joined ? x.size(0) * height : height;
-  const int64_t most = at::divup(kPixels, kernels.rows) * kernels.rows;
-  const int64_t rows = at::divup(together, at::divup(together * width, most));
+  const int64_t most = std::max<int64_t>(1, at::divup(kPixels, kernels.rows) * kernels.rows / width);
+  const int64_t rows = block_length(together, most, joined ? 1 : x.size(0));
   const int64_t blocks = at::divup(together, rows), all_blocks = joined ? blocks : x.size(0) * blocks;
   const int64_t depth = std::max({x.size(1), up_channels, skip.defined() ? skip.size(1) : 0});
   at::parallel_for(0, all_blocks, 1, [&](int64_t begin, int64_t end) {

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import tokenfusion
+from tests.forms import forced
 from tests.parity import assert_parity, assert_runs
 from tokenfusion.kernels import extension, gated_sum
 from tokenfusion.kernels.gated_sum import op
@@ -94,6 +95,25 @@ def test_strides(dtype):
     weights[0] = weights[0].t().contiguous().t()
     weights[1] = torch.stack([weights[1]] * 2, dim=2)[..., 1]
     check(branches, weights, *others)
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(), dict(tokens=1, inputs=1, outputs=1, count=1), dict(tokens=550, count=3)], ids=str
+)
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_library_s_products(sizes, strided, set_threads):
+    """Of more tokens than a block has, by any number of threads; slices and transposed weights."""
+    branches, weights, *others = problem(torch.float32, **sizes)
+    if strided:
+        branches = [torch.stack([branch] * 2, dim=3)[..., 1] for branch in branches]
+        weights = [weight.t().contiguous().t() for weight in weights]
+    arguments = branches, weights, *others
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        with torch.no_grad(), forced("cpu:library"):
+            with_projection, alone = projected(*arguments), gated_sum(*arguments[:4])
+        assert_parity(with_projection, plain(*arguments), exactly(*arguments), "projected")
+        assert_parity(alone, plain(*arguments[:4]), exactly(*arguments[:4]), "alone")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,23 @@ def _of(dtype: str) -> Iterator[Workload]:
     for sizes in ((8, 1024, 576, 192, 3), (8, 256, 1152, 384, 3)):
         yield Workload("gated_sum", (dtype, "inference", "projected"), sizes)
         yield Workload("gated_sum", (dtype, "training"), sizes)
+    yield from _of_one_image(dtype)
+
+
+def _of_one_image(dtype: str) -> Iterator[Workload]:
+    """Inference of a single image where its products are too small to be compared with those of a batch."""
+    for tokens, side, channels, segments in ((1024, 32, 192, 8), (256, 16, 384, 16)):
+        yield Workload("gated_sum", (dtype, "inference", "projected"), (1, tokens, 3 * channels, channels, 3))
+        for words in ("rows", "columns"):
+            sizes = (1, side, side, channels, segments, 2)
+            yield Workload("dynamic_mixing", (dtype, "inference", words), sizes)
+    for words in ("contiguous", "channels_last"):
+        for sizes in ((1, 768, 768, 49), (1, 256, 128, 1024)):
+            yield Workload("upconv_concat", (dtype, "inference", "k 2", words), sizes)
+        yield Workload("upconv_concat_project", (dtype, "inference", "k 2", words), (1, 2048, 768, 768, 49, 768))
+    for scale, inputs, pixels in ((2, 64, 12544), (4, 256, 3136), (8, 512, 784), (16, 1024, 196), (32, 2048, 49)):
+        words = (f"k {scale}", "contiguous", "no skip")
+        yield Workload("upconv_concat_project", (dtype, "inference", *words), (1, inputs, 4, 3, pixels, 1))
 
 
 WORKLOADS = tuple(itertools.chain.from_iterable(zip(*map(_of, _DTYPES), strict=True)))  # in a short time of both

@@ -26,7 +26,7 @@ _LARGE_MATRIX = 1 << 17  # bytes; below, and in bfloat16, PyTorch's products of 
 _write_kernel = define_without_gradient(
     "gated_sum_out_cpu",
     "(Tensor[] branches, Tensor[] weights, Tensor gates, Tensor bias, Tensor? proj_weight, Tensor? proj_bias,"
-    " Tensor(a!) out) -> ()",
+    " Tensor(a!) out, str form='') -> ()",
     flops=flops.forward,
 )
 _run_kernel_backward = define_without_gradient(
@@ -41,14 +41,15 @@ class _GatedSum(torch.autograd.Function):
     """Keeps the branches alone: the scaled weights of a batch can take more memory than its activations."""
 
     @staticmethod
-    def forward(ctx, by_kernel, backward_by_kernel, gates, bias, *tensors):
+    def forward(ctx, form, backward_by_kernel, gates, bias, *tensors):
+        """By the kernel in this form, or by PyTorch where form is None."""
         ctx.save_for_backward(gates, *tensors)
         ctx.by_kernel = backward_by_kernel
         branches, weights = _branches_and_weights(gates, tensors)
-        if not by_kernel:
+        if form is None:
             return reference.of_scaled(branches, reference.scaled(weights, gates), bias)
         out = branches[0].new_empty(*branches[0].shape[:2], gates.shape[2])
-        _write_kernel(branches, weights, gates, bias, None, None, out)
+        _write_kernel(branches, weights, gates, bias, None, None, out, form)
         return out
 
     @staticmethod
@@ -67,14 +68,15 @@ def _branches_and_weights(gates, tensors) -> tuple[Sequence[torch.Tensor], Seque
     return tensors[count:], tensors[:count]
 
 
-def _by_kernel(pays_backward):
-    """An implementation; pays_backward says of the weights whether the kernel makes the gradients, too."""
+def _by_kernel(pays_backward, form=""):
+    """An implementation; pays_backward says of the weights whether the kernel makes the gradients, too, and form whose
+    products those of the forward pass are."""
 
     def run(gates, bias, proj_weight, proj_bias, out, *tensors):
         branches, weights = _branches_and_weights(gates, tensors)
         if out is None:
-            return _GatedSum.apply(True, pays_backward(weights), gates, bias, *tensors)
-        _write_kernel(branches, weights, gates, bias, proj_weight, proj_bias, out)
+            return _GatedSum.apply(form, pays_backward(weights), gates, bias, *tensors)
+        _write_kernel(branches, weights, gates, bias, proj_weight, proj_bias, out, form)
         return out
 
     return run
@@ -82,7 +84,7 @@ def _by_kernel(pays_backward):
 
 def _run_reference(gates, bias, proj_weight, proj_bias, out, *tensors):
     if out is None:
-        return _GatedSum.apply(False, False, gates, bias, *tensors)
+        return _GatedSum.apply(None, False, gates, bias, *tensors)
     branches, weights = _branches_and_weights(gates, tensors)
     matrices, add = reference.scaled(weights, gates), torch.Tensor.baddbmm_
     if proj_weight is None:
@@ -137,6 +139,13 @@ def _backward_can_run(gates, bias, proj_weight, proj_bias, out, *tensors) -> str
     return None
 
 
+def _library_can_run(*call) -> str | None:
+    reason = _kernel_can_run(*call)
+    if reason is None and call[0].dtype != torch.float32:
+        return "sums of the library's products would be rounded to 16 bits"
+    return reason
+
+
 def _library_backward_can_run(*call) -> str | None:
     return _backward_can_run(*call) or _unless(_backward_pays(_branches_and_weights(call[0], call[5:])[1]))
 
@@ -155,6 +164,7 @@ OPERATOR = register(
     Implementation("cpu", _by_kernel(_backward_pays), _projecting_can_run, form="projecting"),
     Implementation("cpu", _by_kernel(lambda weights: True), _kernel_backward_can_run, form="own backward"),
     Implementation("cpu", _by_kernel(lambda weights: False), _library_backward_can_run, form="library backward"),
+    Implementation("cpu", _by_kernel(lambda weights: False, "library"), _library_can_run, form="library"),
     Implementation("reference", _run_reference, lambda *call: None),
     supporting=True,
     workloads=WORKLOADS,
@@ -182,11 +192,12 @@ def _check(branches, weights, biases, gates, proj_weight, proj_bias, out) -> Non
     rows = channels if proj_weight is None else len(proj_weight)
     named["proj_weight"], named["proj_bias"] = (proj_weight, (rows, channels)), (proj_bias, (rows,))
     named["out"] = out, (*x.shape[:2], rows)
+    others = f"for branches[0] {list(x.shape)} and gates {list(gates.shape)}"
     for name, (tensor, shape) in named.items():
         if tensor is not None:
             check_floating(name, tensor)
             check_same(name, tensor, "branches[0]", x)
-            check_shape(name, tensor, list(shape), f"for branches[0] {list(x.shape)} and gates {list(gates.shape)}")
+            check_shape(name, tensor, list(shape), others)
     if out is not None and not out.is_contiguous():
         raise ValueError(f"out: got strides {list(out.stride())}, expected a contiguous tensor")
     check_not_recorded("out", out, tensors)
