@@ -6,12 +6,19 @@ WARP = 32
 
 
 class Active:
-    """Threads that execute an instruction together: `index` into the batch in ascending order, or None for all."""
+    """Threads that execute an instruction together: `index` into the batch in ascending order, or None for all.
 
-    __slots__ = ("machine", "index", "_warps", "_full")
+    `at` selects them from an array over the batch: a slice where they are neighbours, which copies nothing.
+    """
+
+    __slots__ = ("machine", "index", "at", "_warps", "_full")
 
     def __init__(self, machine, index: np.ndarray | None):
-        self.machine, self.index = machine, index
+        self.machine, self.index, self.at = machine, index, index
+        if index is None:
+            self.at = slice(None)
+        elif len(index) and index[-1] - index[0] == len(index) - 1:
+            self.at = slice(int(index[0]), int(index[-1]) + 1)
         self._warps = self._full = None
 
     @property
@@ -47,7 +54,7 @@ class Active:
 
     def of(self, values: np.ndarray) -> np.ndarray:
         """These threads' part of an array over the batch."""
-        return values if self.index is None else values[self.index]
+        return values[self.at]
 
     def by_warp(self, values: np.ndarray) -> np.ndarray:
         """[warps, 32] of an array over the batch; all warps are full."""

@@ -67,11 +67,7 @@ class Registers:
         else:
             raise Fault(f"{operand.name} is narrower than {kind}")
 
-        def read(active):
-            index = active.index
-            return values if index is None else values[index]
-
-        return read
+        return lambda active: values[active.at]
 
     def constant(self, operand, kind: str):
         """An immediate or the address of a symbol as a scalar."""
@@ -114,11 +110,7 @@ class Registers:
                 raise Fault(f"{operand.name} is wider than {kind}")
 
         def write(active, values):
-            index = active.index
-            if index is None:
-                register[:] = values
-            else:
-                register[index] = values
+            register[active.at] = values
 
         return write
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tokenfusion.layers import drop_in
+from tokenfusion.layers.own_layer import OwnLayer
 from tokenfusion.surgery.report import FuseReport, ModuleReport
 from tokenfusion.surgery.rules import rules
 from tokenfusion.surgery.rules.rule import first_plan, with_forward_on_instance
@@ -80,7 +81,7 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
         if plan.reason is None:
             plans[name] = module, plan
             absorbed.update(plan.absorbs)
-    report = FuseReport(tuple(reports))
+    report = FuseReport(tuple(reports), sum(isinstance(module, OwnLayer) for module in model.modules()))
     if strict and report.left:
         raise ValueError(f"model: not every module can be replaced, and strict was asked for\n{report}")
     for name, (module, plan) in plans.items():

@@ -21,9 +21,11 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `tokenfusion.fuse` did, module by module; printing it gives a line a module."""
+    """What `tokenfusion.fuse` did, module by module; printing it gives a line a module. own_layers is the number of
+    layers of tokenfusion's own that it met, which are fused without it."""
 
     modules: tuple[ModuleReport, ...]
+    own_layers: int = 0
 
     @property
     def replaced(self) -> tuple[ModuleReport, ...]:
@@ -34,6 +36,8 @@ class FuseReport:
         return tuple(module for module in self.modules if not module.replaced)
 
     def __str__(self) -> str:
+        if not self.modules and self.own_layers:
+            return f"fuse: nothing to replace: {self.own_layers} layers are tokenfusion's own, fused as they are"
         if not self.modules:
             return "fuse: no module of a kind that tokenfusion can replace"
         lines = [f"fuse: {len(self.replaced)} modules replaced, {len(self.left)} left alone"]

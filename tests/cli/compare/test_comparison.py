@@ -97,7 +97,7 @@ def test_a_model_of_the_package_is_set_beside_timms(capsys, photograph, tmp_path
 def test_a_model_with_nothing_to_replace_is_still_timed(capsys, photograph, tmp_path):
     record = tmp_path / "record.json"
     assert _compare(NOTHING_TO_FUSE, photograph, photograph, "--no-compile", "--rounds", 1, "--json", record) == 0
-    assert "found no module of a kind that it can replace" in capsys.readouterr().out
+    assert "no module of a kind that tokenfusion can replace; only the model" in capsys.readouterr().out
     facts = json.loads(record.read_text())
     assert facts["modules"] == []
     assert "difference" not in facts

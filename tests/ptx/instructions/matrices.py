@@ -34,10 +34,25 @@ def fragment_b(registers: int, halves: int):
     return _IN_GROUP * halves + half + 4 * halves * register, _GROUP + 0 * (register + half)
 
 
+def places(fragment, columns: int) -> np.ndarray:
+    """Which of [registers, 32, halves] elements each of a matrix is, row by row."""
+    rows, at = (np.moveaxis(each, 1, 2).reshape(-1) for each in np.broadcast_arrays(*fragment))
+    return np.argsort(rows * columns + at)
+
+
 def fragment_d(registers: int):
     """[registers, 32] rows and columns of the accumulators in float32: 8 columns and 16 rows for every 4 registers."""
     register = np.arange(registers)[:, None]
     return _GROUP + 8 * (register // 2 % 2), _IN_GROUP * 2 + register % 2 + 8 * (register // 4)
+
+
+def gathered(read: list, active) -> np.ndarray:
+    """[warps, registers, 32] bits of the registers of whole warps."""
+    bits = np.empty((active.count // WARP, len(read), WARP), np.uint32)
+    for number, each in enumerate(read):
+        values = each(active)
+        bits[:, number] = values if values.ndim == 0 else values.reshape(-1, WARP)
+    return bits
 
 
 def to_float(bits: np.ndarray, kind: str) -> np.ndarray:
@@ -51,8 +66,7 @@ def to_float(bits: np.ndarray, kind: str) -> np.ndarray:
 def check_tf32(bits: np.ndarray, active) -> None:
     """The lower 13 bits of a tf32 are to be zeros: what hardware does with others is not defined."""
     wrong = (bits & np.uint32(0x1FFF)) != 0
-    wrong &= (bits & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
-    if wrong.any():
+    if wrong.any() and (wrong & ((bits & np.uint32(0x7F800000)) != np.uint32(0x7F800000))).any():
         raise Fault("an operand is not rounded to tf32", active.threads[0])
 
 
@@ -76,17 +90,18 @@ def _mma(found, machine):
     if depth * 16 != at_a[0].size or depth * 8 != at_b[0].size or len(write_d) != (2 if half_result else 4):
         raise Fault("mma has another number of registers")
 
-    def matrix(active, read, at, shape):
-        bits = np.stack([np.broadcast_to(each(active), active.count).reshape(-1, WARP) for each in read], axis=1)
+    place_a, place_b = places(at_a, depth), places(at_b, 8)
+    place_d = at_d[0] * 8 + at_d[1]
+
+    def matrix(active, read, place, shape):
+        bits = gathered(read, active)
         if kind == "tf32":
             check_tf32(bits, active)
-        full = np.empty((len(bits), *shape))
-        full[:, at[0], at[1]] = np.moveaxis(to_float(bits, kind), -1, 2)
-        return full
+        return to_float(bits, kind).reshape(len(bits), -1)[:, place].reshape(-1, *shape).astype(np.float64)
 
     def run(active):
-        product = matrix(active, read_a, at_a, (16, depth)) @ matrix(active, read_b, at_b, (depth, 8))
-        product = product[:, at_d[0], at_d[1]]  # [warps, registers, 32]
+        product = matrix(active, read_a, place_a, (16, depth)) @ matrix(active, read_b, place_b, (depth, 8))
+        product = product.reshape(-1, 128)[:, place_d]  # [warps, registers, 32]
         if half_result:
             for pair, (read, write) in enumerate(zip(read_c, write_d)):
                 before = to_float(np.broadcast_to(read(active), active.count), "f16").reshape(-1, WARP, 2)

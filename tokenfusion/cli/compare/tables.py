@@ -46,7 +46,7 @@ def print_top(out: Console, classified: list[dict], pretrained: bool) -> None:
 
 def print_modules(out: Console, report: FuseReport) -> None:
     if not report.modules:
-        show(out, "tokenfusion.fuse found no module of a kind that it can replace: only the model as it is is timed.")
+        show(out, f"{report}; only the model as it is is timed.")
         return
     outcomes = Counter(
         (module.kind, f"replaced ({module.op})" if module.replaced else f"left alone: {module.reason}")
