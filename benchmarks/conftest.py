@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.gpu_check.journaled import ROWS
 from benchmarks.gpu_check.program import gpu_kernels
-from benchmarks.measure import entries, environment, harness, problem, timing
+from benchmarks.measure import allocator, entries, environment, harness, problem, timing
 from benchmarks.report import record, summary, table
 from benchmarks.report.live import Live
 from tokenfusion import precision
@@ -34,6 +34,7 @@ def pytest_addoption(parser):
     group.addoption("--profile", choices=EFFORTS, default="quick", help="which cases to measure (default: quick)")
     group.addoption("--record", type=Path, metavar="FILE", help="where the record goes (default: benchmarks/results/)")
     group.addoption("--autotuned", action="store_true", help="beside torch.compile that tunes, too: minutes a case")
+    group.addoption("--warm-allocator", action="store_true", help="keep freed memory, so that no variant faults it in")
     kernels = [",".join(kernel) for kernel in gpu_kernels()]
     group.addoption("--without", choices=kernels, action="append", default=[], help="leave a GPU kernel out")
 
@@ -46,6 +47,11 @@ def pytest_configure(config):
     config.stash[_ROWS] = []
     if config.option.profile == "smoke":
         timing.most_bytes = 4 << 20
+    if config.option.warm_allocator:
+        try:
+            allocator.keep_freed_memory()
+        except OSError as error:
+            raise pytest.UsageError(f"--warm-allocator: {error}") from None
     problem.without.update(tuple(kernel.split(",")) for kernel in config.option.without)
 
 

@@ -135,6 +135,7 @@ def _conditions(conditions: dict, ceilings: dict) -> str:
         "date": conditions["date"],
         "profile": conditions["profile"],
         "caches": conditions["cache"],
+        "memory": conditions.get("memory"),
         "products in float32": conditions.get("float32_products"),
         **{f"at best: {name}": f"{rate:.3g}" for name, rate in ceilings.items()},
     }

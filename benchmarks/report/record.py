@@ -10,6 +10,7 @@ from benchmarks.report import table
 _ROOT = Path(__file__).parents[2]
 RECORDS = _ROOT / "benchmarks" / "records"  # kept in the repository
 RESULTS = _ROOT / "benchmarks" / "results"  # of a single run
+_METHOD = "variants in turn in every round, x = median of the ratios round by round"
 
 
 def save(path: Path, content: dict) -> Path:
@@ -71,6 +72,6 @@ def summary(conditions: dict) -> str:
         (
             ", ".join(str(part) for part in parts if part),
             f"{installed}, commit {conditions['commit']}, {conditions['date']}, profile {conditions['profile']}",
-            f"{conditions['cache']}; variants in turn in every round, x = median of the ratios round by round",
+            "; ".join(filter(None, (conditions["cache"], conditions.get("memory"), _METHOD))),
         )
     )
