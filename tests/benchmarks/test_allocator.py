@@ -8,14 +8,14 @@ import pytest
 from benchmarks.measure import allocator
 
 FAULTS = """
-import resource, torch
+import resource, numpy
 from benchmarks.measure import allocator
 if {kept}:
     allocator.keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):  # enough for the allocator to find places that fit
-        torch.ones(9 << 20)  # 36 MiB: more than glibc keeps by itself
+        numpy.ones(9 << 20, numpy.float32)  # 36 MiB: more than glibc keeps by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 print(faults(), allocator.policy(), sep=",")
