@@ -123,7 +123,7 @@ class BuildKernels(BuildExtension):
         return None
 
     def build_extension(self, ext):
-        """The instruction sets side by side where there are processors for it: one of the files takes a minute."""
+        """The instruction sets side by side where there are processors for it: each has few files, some large."""
         jobs = plan.jobs()
         at_once = min(len(plan.isa_flags()), jobs) if self.use_ninja else 1
         with plan.environment(MAX_JOBS=str(jobs // at_once)), ThreadPoolExecutor(at_once) as pool:

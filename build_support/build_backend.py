@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import unittest.mock
 
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist, get_requires_for_build_sdist  # noqa: F401  (hooks)
@@ -45,5 +46,9 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
-prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
-prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    with unittest.mock.patch.dict(sys.modules, torch=None):  # whose import takes seconds and is of no use here
+        return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+prepare_metadata_for_build_editable = prepare_metadata_for_build_wheel

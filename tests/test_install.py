@@ -1,11 +1,11 @@
 """Installation into fresh environments: with and without a compiler, with and without build isolation, broken builds.
 
 The environments see the torch of the environment that runs the tests through a .pth file, so that nothing is
-downloaded. The real sources are compiled once; the other builds use a stand-in for csrc/ that compiles in seconds.
+downloaded. A stand-in for csrc/, which compiles in seconds, is built; what the real sources need to be built as it is,
+they are asked by themselves.
 """
 
 import importlib.util
-import itertools
 import json
 import os
 import shutil
@@ -17,15 +17,20 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT
+from tokenfusion.kernels import extension
+
 SITE_PACKAGES = Path(torch.__file__).parent.parent
 COMPILER = (os.environ.get("CXX") or "c++").split()[0]
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler ({COMPILER})")
 
 BINDINGS = """
-#include <pybind11/pybind11.h>
+#include <Python.h>
 const char* kernel_isa();
-PYBIND11_MODULE(_C, module) { module.def("capability", &kernel_isa); }
+static PyObject* capability(PyObject*, PyObject*) { return PyUnicode_FromString(kernel_isa()); }
+static PyMethodDef methods[] = {{"capability", capability, METH_NOARGS, nullptr}, {}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 """
 KERNELS = """
 #define STRING_(x) #x
@@ -36,6 +41,12 @@ const char* NAME(TOKENFUSION_ISA)() { return STRING(TOKENFUSION_ISA); }
 """
 HOST = "const char* kernel_isa_default();\nconst char* kernel_isa() { return kernel_isa_default(); }\n"
 
+SHOW_EXTENSION = """
+import json
+from tokenfusion import _C
+from tokenfusion.kernels import extension
+print(json.dumps({"file": _C.__file__, "isa": _C.capability(), "why_not": extension.why_not()}))
+"""
 USE_CPU_KERNEL = """
 import torch, tokenfusion
 query, tokens = torch.randn(2, 3, 64), torch.randn(2, 50, 64)
@@ -79,16 +90,17 @@ def _checked(command, cwd, environ=None) -> str:
     return done.stdout
 
 
-def _copy_of_sources(folder: Path, small: bool = True) -> Path:
-    """The checkout without build products; small: with a stand-in for csrc/."""
-    products = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=products)
-    if small:
-        shutil.rmtree(folder / "csrc")
-        (folder / "csrc" / "cpu").mkdir(parents=True)
-        (folder / "csrc" / "bindings.cpp").write_text(BINDINGS)
-        (folder / "csrc" / "cpu" / "probe.cpp").write_text(HOST)
-        (folder / "csrc" / "cpu" / "probe_kernels.cpp").write_text(KERNELS)
+def _copy_of_sources(folder: Path) -> Path:
+    """What the package is built from, without build products and with a stand-in for csrc/."""
+    products = shutil.ignore_patterns("*.egg-info", "*.so", "_build_info.json", "__pycache__")
+    for name in ("build_support", "tokenfusion"):
+        shutil.copytree(ROOT / name, folder / name, ignore=products)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "csrc" / "cpu").mkdir(parents=True)
+    (folder / "csrc" / "bindings.cpp").write_text(BINDINGS)
+    (folder / "csrc" / "cpu" / "probe.cpp").write_text(HOST)
+    (folder / "csrc" / "cpu" / "probe_kernels.cpp").write_text(KERNELS)
     return folder
 
 
@@ -118,6 +130,12 @@ class Environment:
     def info(self) -> dict:
         return json.loads(_checked([self.python, "-m", "tokenfusion", "info", "--json"], self.outside))
 
+    def extension(self) -> dict:
+        return json.loads(self.execute(SHOW_EXTENSION))
+
+    def build_record(self) -> dict:
+        return json.loads((self.site_packages / "tokenfusion" / "_build_info.json").read_text())
+
 
 @pytest.fixture
 def environment(tmp_path):
@@ -136,14 +154,31 @@ def no_compiler(tmp_path):
     return _environ(CC="/nonexistent/cc", CXX="/nonexistent/c++", PATH=str(empty))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
-    """The folder in which the real sources were built, and the wheel."""
-    folder = _copy_of_sources(tmp_path_factory.mktemp("built") / "sources", small=False)
+    """The folder in which the wheel was built, and the wheel."""
+    folder = _copy_of_sources(tmp_path_factory.mktemp("built") / "sources")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
-    _checked(command, folder, _environ(TOKENFUSION_CPP="1", TOKENFUSION_CUDA="0"))  # nvcc takes minutes
+    _checked(command, folder, _environ(TOKENFUSION_CPP="1", TOKENFUSION_CUDA="0"))
     (wheel,) = (folder / "dist").glob("*.whl")
     return folder, wheel
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> Environment:
+    """Where the wheel was installed."""
+    environment = Environment(tmp_path_factory.mktemp("installed") / "venv")
+    environment.install(built[1])
+    return environment
+
+
+@pytest.fixture
+def library(installed):
+    """The extension of the wheel that was installed, which is as it was after a test that changes it."""
+    (path,) = (installed.site_packages / "tokenfusion").glob("_C.*")
+    content = path.read_bytes()
+    yield path
+    path.write_bytes(content)
 
 
 @needs_compiler
@@ -159,24 +194,34 @@ def test_wheel_holds_package_extension_and_record(built):
 
 
 @needs_compiler
-def test_installed_wheel_runs_its_kernel(built, environment):
-    environment.install(built[1])
-    environment.execute(USE_CPU_KERNEL)
-    info = environment.info()
+def test_installed_wheel_runs_its_extension(installed):
+    info = installed.info()
     assert info["backends"]["cpu"] == {"runs": True, "reason": None}
-    assert info["isa"] in plan.isa_flags()
+    assert info["isa"] == "default"
+
+
+@needs_compiler
+@pytest.mark.skipif(extension.why_not() is not None, reason="this checkout has no extension")
+def test_installed_package_runs_the_kernels_of_this_checkout(installed, library):
+    from tokenfusion import _C
+
+    shutil.copy(_C.__file__, library)
+    installed.execute(USE_CPU_KERNEL)
+    assert installed.info()["isa"] in plan.isa_flags()
 
 
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not there")
-def test_no_code_is_shared_between_instruction_sets(built):
+@pytest.mark.parametrize("isa", plan.isa_flags())
+def test_no_code_is_shared_between_instruction_sets(isa, tmp_path):
     """The linker keeps one copy of a weak function: AVX-512 code could reach a processor without it."""
-    (builds,) = built[0].glob("build/temp*/torch-*")
-    objects = {isa: sorted(builds.glob(f"{isa}/csrc/cpu/**/*_kernels.o")) for isa in plan.isa_flags()}
-    assert all(objects.values())
-    for path in itertools.chain(*objects.values()):
-        weak = [line for line in _checked(["nm", path], ROOT).splitlines() if line.split()[-2] in "WVu"]
-        assert weak == [], path
+    sources = sorted((ROOT / "csrc" / "cpu").rglob("*_kernels.cpp"))
+    assert sources
+    unoptimised = [*plan.cpp_compiler(), "-std=c++17", "-O0", *plan.isa_flags()[isa], f"-DTOKENFUSION_ISA={isa}"]
+    for source in sources:  # the compiler inlines nothing of what an optimised build might not
+        _checked([*unoptimised, "-c", source, "-o", "kernels.o"], tmp_path)
+        weak = [line for line in _checked(["nm", "kernels.o"], tmp_path).splitlines() if line.split()[-2] in "WVu"]
+        assert weak == [], source
 
 
 @needs_compiler
@@ -190,21 +235,18 @@ def test_leaving_out_after_a_build_removes_the_extension(built, tmp_path):
 
 
 @needs_compiler
-def test_extension_that_cannot_load_is_not_reported_as_missing(built, environment):
-    environment.install(built[1])
-    (library,) = (environment.site_packages / "tokenfusion").glob("_C.*")
+def test_extension_that_cannot_load_is_not_reported_as_missing(installed, library):
     library.write_bytes(b"not a library")
-    reason = environment.info()["backends"]["cpu"]["reason"]
+    reason = installed.info()["backends"]["cpu"]["reason"]
     assert reason.startswith(f"built for torch {torch.__version__}, found torch {torch.__version__}, and cannot load (")
-    environment.execute(USE_CPU_KERNEL.replace('"cpu"', '"reference"'))
+    installed.execute(USE_CPU_KERNEL.replace('"cpu"', '"reference"'))
 
 
 @needs_compiler
 def test_editable_install_finds_the_extension(sources, environment):
     environment.install("--no-build-isolation", "-e", sources, environ=_environ(TOKENFUSION_CPP="1"))
-    where = environment.execute("import tokenfusion._C as c; print(c.__file__, c.capability())")
-    assert where.split() == [str(next((sources / "tokenfusion").glob("_C.*"))), "default"]
-    assert environment.info()["backends"]["cpu"]["runs"]
+    loaded = environment.extension()
+    assert loaded == {"file": str(next((sources / "tokenfusion").glob("_C.*"))), "isa": "default", "why_not": None}
 
     environment.install("--no-build-isolation", "-e", sources, environ=_environ(TOKENFUSION_CPP="0"))
     assert not list((sources / "tokenfusion").glob("_C.*"))
@@ -244,11 +286,11 @@ def test_without_a_compiler_the_package_installs_and_says_why(environment, sourc
     expected = "no C++ compiler was found: '/nonexistent/c++' is not there, as CXX says"
     assert f"C++ extension: left out: {expected}" in output
     assert not list((environment.site_packages / "tokenfusion").glob("_C.*"))
-    environment.execute(USE_CPU_KERNEL.replace('"cpu"', '"auto"'))
     text = _checked([environment.python, "-m", "tokenfusion", "info"], environment.outside)
     assert f"not built: {expected}" in text
 
-    failed = _run([environment.python, "-c", USE_CPU_KERNEL], environment.outside)
+    by_default_then_insisting = USE_CPU_KERNEL.replace('"cpu"', '"auto"') + USE_CPU_KERNEL
+    failed = _run([environment.python, "-c", by_default_then_insisting], environment.outside)
     assert "backend 'cpu' cannot run here: cpu: not built: no C++ compiler" in failed.stdout
 
 
@@ -355,10 +397,10 @@ def test_cuda_sources_are_compiled_into_the_extension(environment, sources):
     )
     archs = _environ(TOKENFUSION_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
     environment.install("--no-build-isolation", sources, environ=archs)
-    build = environment.info()["build"]
+    build = environment.build_record()
     assert build["cuda"]["built"]
     assert build["cuda"]["archs"] == ["9.0+PTX"]
-    assert environment.execute("import torch, tokenfusion._C as c; print(c.capability())").strip() == "default"
+    assert environment.extension()["isa"] == "default"
 
 
 @needs_compiler
@@ -367,7 +409,7 @@ def test_cuda_sources_that_do_not_compile_leave_out_themselves_alone(environment
     (sources / "csrc" / "cuda").mkdir()
     (sources / "csrc" / "cuda" / "probe.cu").write_text("#error broken\n")
     environment.install("--no-build-isolation", sources)
-    build = environment.info()["build"]
+    build = environment.build_record()
     assert "the compilation failed" in build["cuda"]["reason"]
     assert build["cpp"]["built"], build["cpp"]["reason"]
-    assert environment.execute("import torch, tokenfusion._C as c; print(c.capability())").strip() == "default"
+    assert environment.extension()["isa"] == "default"

@@ -16,34 +16,21 @@ TF_INLINE Vec<A> in_register(Vec<A> v) {
   return v;
 }
 
-template <typename Dtype>
-class VectorProducts {
+// Products of a tile's tokens with queries. Each is a function that is called once per tile, whatever dtype the tokens
+// had: the compiler takes long over them.
+template <typename Sum>
+class TileProducts {
  public:
-  typedef Dtype T;
-  typedef typename Accumulator<T>::type A;
+  typedef Sum A;
   static constexpr int kTile = 16;  // tokens held in cache at a time
 
   const Params& p;
-  Scratch<A, kTile> s;
+  const Scratch<A, kTile> s;
 
-  VectorProducts(const Params& params, void* memory)
-      : p(params), s(memory, p.channels, p.queries), copied(static_cast<A*>(s.end)) {}
-  void* end() const { return copied + kTile * s.pitch; }
-
-  // Before the tiles of a part, whose sums go to `out`.
-  void begin(A* out) const {
-    for (int64_t i = 0; i < s.queries * s.pitch; i += VecOf<A>::lanes) store(out + i, Vec<A>{});
-  }
-
-  // s.scores[q][t] = query[q] . n_t and, backward, s.weights[q][t] = grad_context[q] . n_t
-  TF_INLINE void dot(const TileRows<T, kTile>& rows, A (&rstd)[kTile], Prefetch& next) {
-    place(rows, rstd);
-    dot_tile(s.query, rstd, s.scores, next);
-    if (p.grad_context != nullptr) dot_tile(s.grad_context, rstd, s.weights, next);
-  }
+  TileProducts(const Params& params, void* memory) : p(params), s(memory, p.channels, p.queries) {}
 
   // out[q] = out[q] * keep[q] + sum_t weights[q][t] tile[t]
-  TF_INLINE void accumulate(const A* weights, A* out, Prefetch& next) const {
+  TF_NOINLINE void accumulate(const A* weights, A* out, Prefetch& next) const {
     constexpr int lanes = VecOf<A>::lanes;
     each_block<A>(s.channels, [&](int64_t c, auto vectors) {
       for (int64_t q = 0; q < s.queries; q += kPair) {
@@ -79,8 +66,8 @@ class VectorProducts {
   // first and slope is rstd_t times the second. out is null for rows beyond the tile's count and for those that need
   // none.
   template <typename Gradient>
-  TF_INLINE void write_token_gradients(const A (&rstd)[kTile], const A (&mean)[kTile], const A (&slope)[kTile],
-                                       Gradient* const (&out)[kTile], int count) const {
+  TF_NOINLINE void write_token_gradients(const A (&rstd)[kTile], const A (&mean)[kTile], const A (&slope)[kTile],
+                                         Gradient* const (&out)[kTile], int count) const {
     constexpr int lanes = VecOf<A>::lanes;
     each_block<A>(s.channels, [&](int64_t c, auto vectors) {
       for (int t = 0; t < count; t += 2) {
@@ -104,7 +91,7 @@ class VectorProducts {
           for (int i = 0; i < width; ++i) {
             const int64_t at = c + i * lanes;
             const Vec<A> centred = load(tile + (t + r) * step + at);
-            const int64_t n = p.channels - at < lanes ? p.channels - at : lanes;
+            const int64_t n = i < width - 1 ? lanes : p.channels - at;  // the last vector alone may end the row
             Vec<A> grad = (sums[r][i] - mean[t + r] - centred * slope[t + r]) * rstd[t + r];
             if (p.add_gradients) grad += load_lanes(out[t + r] + at, n);
             store_lanes(out[t + r] + at, grad, n);
@@ -114,15 +101,75 @@ class VectorProducts {
     });
   }
 
+ protected:
+  const A* tile;  // tokens less their means, `step` apart
+  int64_t step;
+
+  // out[q][t] = matrix[q] . n_t
+  TF_NOINLINE void multiply(const A* matrix, const A (&rstd)[kTile], A* out, Prefetch& next) const {
+    constexpr int lanes = VecOf<A>::lanes;
+    constexpr int tokens = lanes / kPair;
+    for (int t = 0; t < kTile; t += tokens) {
+      const A* const token_rows = tile + t * step;
+      for (int64_t q = 0; q < s.queries; q += kPair) {
+        const A* const query = matrix + q * s.pitch;
+        Vec<A> sums[lanes] = {};
+        for (int64_t c = 0; c < s.channels; c += lanes) {
+          next.line();
+          const Vec<A> first = load(query + c), second = load(query + s.pitch + c);
+#pragma GCC unroll 8
+          for (int i = 0; i < tokens; ++i) {
+            const Vec<A> token = in_register<A>(load(token_rows + i * step + c));
+            sums[i] += first * token;
+            sums[tokens + i] += second * token;
+          }
+        }
+        const Vec<A> dots = sum_each<A>(sums);
+        __builtin_memcpy(out + q * kTile + t, &dots, sizeof(dots) / 2);
+        __builtin_memcpy(out + (q + 1) * kTile + t, reinterpret_cast<const char*>(&dots) + sizeof(dots) / 2,
+                         sizeof(dots) / 2);
+      }
+    }
+    for (int64_t q = 0; q < s.queries; ++q)
+      for (int t = 0; t < kTile; t += lanes) store(out + q * kTile + t, load(out + q * kTile + t) * load(rstd + t));
+  }
+};
+
+template <typename Dtype>
+class VectorProducts : public TileProducts<typename Accumulator<Dtype>::type> {
+  typedef TileProducts<typename Accumulator<Dtype>::type> Base;
+
+ public:
+  typedef Dtype T;
+  typedef typename Base::A A;
+  using Base::kTile;
+  using Base::p;
+  using Base::s;
+
+  VectorProducts(const Params& params, void* memory) : Base(params, memory), copied(static_cast<A*>(s.end)) {}
+  void* end() const { return copied + kTile * s.pitch; }
+
+  // Before the tiles of a part, whose sums go to `out`.
+  void begin(A* out) const {
+    for (int64_t i = 0; i < s.queries * s.pitch; i += VecOf<A>::lanes) store(out + i, Vec<A>{});
+  }
+
+  // s.scores[q][t] = query[q] . n_t and, backward, s.weights[q][t] = grad_context[q] . n_t
+  TF_INLINE void dot(const TileRows<T, kTile>& rows, A (&rstd)[kTile], Prefetch& next) {
+    place(rows, rstd);
+    this->multiply(s.query, rstd, s.scores, next);
+    if (p.grad_context != nullptr) this->multiply(s.grad_context, rstd, s.weights, next);
+  }
+
   // After the tiles of a part.
   void finish(A*) const {}
 
  private:
   static constexpr int kChains = 4;
 
-  A* copied;      // [kTile, pitch]
-  const A* tile;  // tokens less their means, `step` apart
-  int64_t step;
+  A* copied;  // [kTile, pitch]
+  using Base::step;
+  using Base::tile;
 
   // The tile lies in place where nothing has to be done to it, and its rows do not fall into one set of the cache.
   TF_INLINE void place(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) {
@@ -141,7 +188,7 @@ class VectorProducts {
   }
 
   // Copies the rows, less their means where they are normalised: n_t = tile[t] * rstd[t].
-  TF_INLINE void load_tile(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) const {
+  TF_NOINLINE void load_tile(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) const {
     constexpr int lanes = VecOf<A>::lanes;
     static_assert(kTile % lanes == 0, "a tile is made of whole groups of rows");
     for (int first = 0; first < kTile; first += lanes) {
@@ -176,35 +223,6 @@ class VectorProducts {
     each_vector<A>(channels - whole, [&](int64_t c, int64_t n) { f(whole + c, n, 0); });
   }
   static TF_INLINE Vec<A> sum_of(const Vec<A> (&v)[kChains]) { return (v[0] + v[1]) + (v[2] + v[3]); }
-
-  // out[q][t] = matrix[q] . n_t
-  TF_INLINE void dot_tile(const A* matrix, const A (&rstd)[kTile], A* out, Prefetch& next) const {
-    constexpr int lanes = VecOf<A>::lanes;
-    constexpr int tokens = lanes / kPair;
-    for (int t = 0; t < kTile; t += tokens) {
-      const A* const token_rows = tile + t * step;
-      for (int64_t q = 0; q < s.queries; q += kPair) {
-        const A* const query = matrix + q * s.pitch;
-        Vec<A> sums[lanes] = {};
-        for (int64_t c = 0; c < s.channels; c += lanes) {
-          next.line();
-          const Vec<A> first = load(query + c), second = load(query + s.pitch + c);
-#pragma GCC unroll 8
-          for (int i = 0; i < tokens; ++i) {
-            const Vec<A> token = in_register<A>(load(token_rows + i * step + c));
-            sums[i] += first * token;
-            sums[tokens + i] += second * token;
-          }
-        }
-        const Vec<A> dots = sum_each<A>(sums);
-        __builtin_memcpy(out + q * kTile + t, &dots, sizeof(dots) / 2);
-        __builtin_memcpy(out + (q + 1) * kTile + t, reinterpret_cast<const char*>(&dots) + sizeof(dots) / 2,
-                         sizeof(dots) / 2);
-      }
-    }
-    for (int64_t q = 0; q < s.queries; ++q)
-      for (int t = 0; t < kTile; t += lanes) store(out + q * kTile + t, load(out + q * kTile + t) * load(rstd + t));
-  }
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 """`pytest benchmarks/ --benchmark-only` end to end: what it prints, keeps and hands to pytest-benchmark."""
 
+import copy
 import importlib
 import json
 import os
@@ -40,12 +41,19 @@ def own_lines(stdout: str) -> list[str]:
     return [line for line in lines if not line.startswith("  Outliers: ")]
 
 
-def test_smoke_profile_writes_a_record(tmp_path):
-    path = tmp_path / "record.json"
-    table = run_benchmarks("benchmarks/", "--record", str(path))
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> tuple[str, dict, dict]:
+    """What a run of all benchmarks prints, its record, and what pytest-benchmark saves."""
+    folder = tmp_path_factory.mktemp("smoke")
+    record, saved = folder / "record.json", folder / "saved.json"
+    stdout = run_benchmarks("benchmarks/", "--record", str(record), "--benchmark-json", str(saved))
+    return stdout, json.loads(record.read_text()), json.loads(saved.read_text())
+
+
+def test_smoke_profile_writes_a_record(smoke):
+    table, loaded, _ = smoke
     assert max(map(len, own_lines(table))) <= COLUMNS
     assert re.search(r"^ 1/\d+ .* about \d+:\d\d left$", table, re.MULTILINE)
-    loaded = json.loads(path.read_text())
     assert loaded["conditions"]["versions"]["torch"] == torch.__version__
     assert {row["group"] for row in loaded["rows"]} == {
         "single_query_attention, the op",
@@ -82,11 +90,9 @@ def test_smoke_profile_writes_a_record(tmp_path):
         assert row["times_eager"] == 1 or row["variant"] != "eager"
 
 
-def test_every_variant_is_an_entry_of_pytest_benchmark(tmp_path):
-    saved, options = tmp_path / "saved.json", ("benchmarks/ops/tied_ffn", f"--benchmark-storage={tmp_path}")
-    stdout = run_benchmarks(*options, "--record", str(tmp_path / "record.json"), "--benchmark-json", str(saved))
-    entries = json.loads(saved.read_text())["benchmarks"]
-    rows = json.loads((tmp_path / "record.json").read_text())["rows"]
+def test_every_variant_is_an_entry_of_pytest_benchmark(smoke):
+    stdout, record, saved = smoke
+    entries, rows = saved["benchmarks"], record["rows"]
     assert len(entries) == len(rows) == len({entry["fullname"] for entry in entries})
     for entry, row in zip(entries, rows, strict=True):
         assert entry["name"] == row["variant"] and entry["extra_info"]["row"] == row
@@ -94,11 +100,15 @@ def test_every_variant_is_an_entry_of_pytest_benchmark(tmp_path):
         assert entry["stats"]["rounds"] == row["rounds"] == len(entry["stats"]["data"])
     assert "benchmark 'tied_ffn gelu N70 C16 F40': 2 tests" in stdout
 
-    slower = json.loads(saved.read_text())
-    for entry in slower["benchmarks"]:
-        entry["stats"] |= {"median": entry["stats"]["median"] / 1e6}
-    saved.write_text(json.dumps(slower))
-    compare = ("--benchmark-compare", str(saved), "--benchmark-compare-fail=median:99%")
+
+def test_a_run_that_is_slower_than_a_saved_one_fails(smoke, tmp_path):
+    faster = copy.deepcopy(smoke[2])
+    for entry in faster["benchmarks"]:
+        entry["stats"]["median"] /= 1e6
+    saved = tmp_path / "saved.json"
+    saved.write_text(json.dumps(faster))
+    options = "benchmarks/ops/tied_ffn", f"--benchmark-storage={tmp_path}", "--record", str(tmp_path / "record.json")
+    compare = f"--benchmark-compare={saved}", "--benchmark-compare-fail=median:99%"
     done = subprocess.run(**command(*options, *compare), capture_output=True, check=False)
     assert done.returncode != 0 and "Performance has regressed" in done.stdout + done.stderr
 

@@ -253,5 +253,5 @@ def test_the_calls_of_a_model(tmp_path):
     assert {workload.kind[1] for workload in workloads} == {"inference", "training"}
     assert {workload.sizes for workload in workloads} == {(2, 196, 256, 4), (2, 400, 128, 4)}
     assert model.training
-    found = tokenfusion.tune(model, (images,), train=False, path=tmp_path / "tuning.json")
+    found = tokenfusion.tune(model, (images[:1],), train=False, path=tmp_path / "tuning.json")
     assert {finding.workload.kind[1] for finding in found.findings} == {"inference"}

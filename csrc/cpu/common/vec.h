@@ -25,6 +25,7 @@
 #endif
 
 #define TF_INLINE inline __attribute__((always_inline))
+#define TF_NOINLINE __attribute__((noinline))
 
 namespace tokenfusion {
 namespace TOKENFUSION_ISA_NAMESPACE {
@@ -342,21 +343,63 @@ TF_INLINE void each_vector(int64_t channels, F f) {
   if (c < channels) f(c, channels - c);
 }
 
-// The first `count` lanes; beyond them nothing is read or written.
-template <typename T, typename A = typename Accumulator<T>::type>
-TF_INLINE Vec<A> load_lanes(const T* p, int64_t count) {
-  if (count >= VecOf<A>::lanes) return load(p);
+// load and store of the end of a row, of `count` lanes, fewer than a vector has; beyond them nothing is read or
+// written.
+#if defined(__AVX512F__)
+TF_INLINE uint32_t first_bits(int64_t count) { return count > 0 ? (1u << count) - 1 : 0; }
+
+template <typename T, typename A>
+TF_INLINE Vec<A> load_end(const T* p, int64_t count) {
+  const uint32_t mask = first_bits(count);
+  T row[VecOf<A>::lanes];
+  if constexpr (sizeof(T) == 2) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), _mm256_maskz_loadu_epi16(mask, p));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_storeu_si512(row, _mm512_maskz_loadu_epi32(mask, p));
+  } else {
+    _mm512_storeu_si512(row, _mm512_maskz_loadu_epi64(mask, p));
+  }
+  return load(row);
+}
+
+template <typename T, typename A>
+TF_INLINE void store_end(T* p, Vec<A> v, int64_t count) {
+  const uint32_t mask = first_bits(count);
+  T row[VecOf<A>::lanes];
+  store(row, v);
+  if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(p, mask, _mm512_loadu_si512(row));
+  } else {
+    _mm512_mask_storeu_epi64(p, mask, _mm512_loadu_si512(row));
+  }
+}
+#else
+template <typename T, typename A>
+TF_INLINE Vec<A> load_end(const T* p, int64_t count) {
   Vec<A> v{};
   for (int i = 0; i < VecOf<A>::lanes; ++i)
     if (i < count) v[i] = widen(p[i]);
   return v;
 }
 
-template <typename T, typename A = typename Accumulator<T>::type>
-TF_INLINE void store_lanes(T* p, Vec<A> v, int64_t count) {
-  if (count >= VecOf<A>::lanes) return store(p, v);
+template <typename T, typename A>
+TF_INLINE void store_end(T* p, Vec<A> v, int64_t count) {
   for (int i = 0; i < VecOf<A>::lanes; ++i)
     if (i < count) narrow(p + i, v[i]);
+}
+#endif
+
+// The first `count` lanes; beyond them nothing is read or written.
+template <typename T, typename A = typename Accumulator<T>::type>
+TF_INLINE Vec<A> load_lanes(const T* p, int64_t count) {
+  return count >= VecOf<A>::lanes ? load(p) : load_end<T, A>(p, count);
+}
+
+template <typename T, typename A = typename Accumulator<T>::type>
+TF_INLINE void store_lanes(T* p, Vec<A> v, int64_t count) {
+  count >= VecOf<A>::lanes ? store(p, v) : store_end<T, A>(p, v, count);
 }
 
 }  // namespace
