@@ -18,7 +18,11 @@ from tokenfusion.kernels import extension
 
 precision.use_ieee()  # eager's error in TF32 would allow any
 os.environ["TOKENFUSION_TUNING"] = "0"  # what was measured on this machine decides nothing here
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # inductor compiles for each instruction set to see: 20 s
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it runs in the background
+for _device in (torch.cuda, torch.xpu, torch.mtia):
+    if not _device.is_available():  # torch.manual_seed formats the whole stack for each that may yet start: 2 ms
+        _device.manual_seed_all = lambda seed: None
 
 ROOT = Path(__file__).parent.parent
 SLOW = {  # marker: where its tests are
