@@ -30,8 +30,9 @@ class TileProducts {
   TileProducts(const Params& params, void* memory) : p(params), s(memory, p.channels, p.queries) {}
 
   // out[q] = out[q] * keep[q] + sum_t weights[q][t] tile[t]
-  TF_NOINLINE void accumulate(const A* weights, A* out, Prefetch& next) const {
+  TF_NOINLINE void accumulate(const A* weights, A* out, Prefetch& to_advance) const {
     constexpr int lanes = VecOf<A>::lanes;
+    Prefetch next = to_advance;  // in a register
     each_block<A>(s.channels, [&](int64_t c, auto vectors) {
       for (int64_t q = 0; q < s.queries; q += kPair) {
         constexpr int count = decltype(vectors)::value;
@@ -59,6 +60,7 @@ class TileProducts {
         }
       }
     });
+    to_advance = next;
   }
 
   // Gradient of the tile's tokens: with dn_t = sum_q p_qt dcontext_q + ds_qt query_q, that of token t is
@@ -106,8 +108,9 @@ class TileProducts {
   int64_t step;
 
   // out[q][t] = matrix[q] . n_t
-  TF_NOINLINE void multiply(const A* matrix, const A (&rstd)[kTile], A* out, Prefetch& next) const {
+  TF_NOINLINE void multiply(const A* matrix, const A (&rstd)[kTile], A* out, Prefetch& to_advance) const {
     constexpr int lanes = VecOf<A>::lanes;
+    Prefetch next = to_advance;  // in a register
     constexpr int tokens = lanes / kPair;
     for (int t = 0; t < kTile; t += tokens) {
       const A* const token_rows = tile + t * step;
@@ -130,6 +133,7 @@ class TileProducts {
                          sizeof(dots) / 2);
       }
     }
+    to_advance = next;
     for (int64_t q = 0; q < s.queries; ++q)
       for (int t = 0; t < kTile; t += lanes) store(out + q * kTile + t, load(out + q * kTile + t) * load(rstd + t));
   }
