@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import unittest.mock
 
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist, get_requires_for_build_sdist  # noqa: F401  (hooks)
@@ -47,8 +46,11 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
 
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-    with unittest.mock.patch.dict(sys.modules, torch=None):  # whose import takes seconds and is of no use here
+    sys.modules["torch"] = None  # whose import takes seconds and is of no use here
+    try:
         return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+    finally:
+        del sys.modules["torch"]
 
 
 prepare_metadata_for_build_editable = prepare_metadata_for_build_wheel

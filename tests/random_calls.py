@@ -114,7 +114,7 @@ def _tied_ffn(pick):
 def _upconv_shapes(pick):
     scale = pick.choice((2, 2, 4, 8))
     batch, channels, up = pick.choice((0, 1, 2, 3)), pick.choice((1, 3, 16, 33)), pick.choice((1, 4, 16, 24))
-    height, width = pick.choice((1, 3, 5)), pick.choice((1, 2, 7))
+    height, width = pick.choice((1, 3, 5)), pick.choice((1, 2, 7, 41))
     skip = (batch, pick.choice((1, 5, 16)), scale * height, scale * width)
     bias = (up,) if pick.random() < 0.8 else None
     return (batch, channels, height, width), (channels, up, scale, scale), bias, skip

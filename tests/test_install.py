@@ -39,7 +39,11 @@ KERNELS = """
 #define NAME(isa) NAME_(isa)
 const char* NAME(TOKENFUSION_ISA)() { return STRING(TOKENFUSION_ISA); }
 """
-HOST = "const char* kernel_isa_default();\nconst char* kernel_isa() { return kernel_isa_default(); }\n"
+HOST = """
+#include <c10/core/DeviceType.h>
+const char* kernel_isa_default();
+const char* kernel_isa() { return c10::DeviceTypeName(c10::DeviceType::CPU).empty() ? "" : kernel_isa_default(); }
+"""
 
 SHOW_EXTENSION = """
 import json
@@ -289,8 +293,9 @@ def test_without_a_compiler_the_package_installs_and_says_why(environment, sourc
     text = _checked([environment.python, "-m", "tokenfusion", "info"], environment.outside)
     assert f"not built: {expected}" in text
 
-    by_default_then_insisting = USE_CPU_KERNEL.replace('"cpu"', '"auto"') + USE_CPU_KERNEL
-    failed = _run([environment.python, "-c", by_default_then_insisting], environment.outside)
+    by_default = USE_CPU_KERNEL.replace('"cpu"', '"auto"') + 'print("ran by default")\n'
+    failed = _run([environment.python, "-c", by_default + USE_CPU_KERNEL], environment.outside)
+    assert "ran by default" in failed.stdout
     assert "backend 'cpu' cannot run here: cpu: not built: no C++ compiler" in failed.stdout
 
 

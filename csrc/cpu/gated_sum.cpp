@@ -26,6 +26,7 @@ namespace {
 
 // Rows whose sums stay in the cache until they are projected: groups of the own product's, and of the library's.
 constexpr int64_t kStrips = 8, kLibraryRows = 256;
+constexpr int64_t kRowsTogether = 16;  // of the library's, at least: each product reads all weights
 
 GemmLines transposed(const GemmLines& m) { return {m.data, m.depth_stride, m.line_stride, nullptr}; }
 
@@ -55,7 +56,8 @@ GemmLines lines_of(const Tensor& tokens, int64_t image, int64_t first) {
 // With the library's products: a block of each is scaled and added to the sums while it is in the cache.
 void forward_by_library(at::TensorList branches, at::TensorList weights, const Tensor& gates, const Tensor& bias,
                         const OptionalTensor& proj_weight, const OptionalTensor& proj_bias, const Tensor& out) {
-  const int64_t tokens = out.size(1), channels = gates.size(2), rows = block_length(tokens, kLibraryRows, out.size(0));
+  const int64_t tokens = out.size(1), channels = gates.size(2),
+                rows = block_length(tokens, kLibraryRows, out.size(0), kRowsTogether);
   const int64_t blocks = at::divup(tokens, rows);
   at::parallel_for(0, out.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;

@@ -13,7 +13,7 @@
 namespace tokenfusion {
 namespace {
 
-constexpr int64_t kPixels = 112;  // pixels of x in a block, about: whole strips of the product's rows
+constexpr int64_t kPixels = 112;  // of x in a block, about and at most; no more are too few for the product
 
 std::optional<PackedB> packed(const GemmKernels::ForDtype& kernels, const OptionalTensor& matrix) {
   return matrix ? std::optional<PackedB>(std::in_place, kernels, *matrix) : std::nullopt;
@@ -101,7 +101,7 @@ void write_upconv(const Tensor& out, const Tensor& x_, const Tensor& weight, con
   const bool joined = images_follow(out) && images_follow(x) && (!skip.defined() || images_follow(skip));
   const int64_t together = joined ? x.size(0) * height : height;
   const int64_t most = std::max<int64_t>(1, at::divup(kPixels, kernels.rows) * kernels.rows / width);
-  const int64_t rows = block_length(together, most, joined ? 1 : x.size(0));
+  const int64_t rows = block_length(together, most, joined ? 1 : x.size(0), at::divup(kernels.rows, width));
   const int64_t blocks = at::divup(together, rows), all_blocks = joined ? blocks : x.size(0) * blocks;
   const int64_t depth = std::max({x.size(1), up_channels, skip.defined() ? skip.size(1) : 0});
   at::parallel_for(0, all_blocks, 1, [&](int64_t begin, int64_t end) {

@@ -8,8 +8,8 @@
 namespace tokenfusion {
 
 // What makes the products of an up-convolution, by the name of a form: "library", PyTorch's, into tiles, from which
-// they are brought to their places; "tiles", the CPU's own into tiles; "" that at once where the channels that lie
-// together fill its panels, else into tiles.
+// they are brought to their places; "tiles", the CPU's own into tiles; "" that at once where there are many pixels and
+// the channels that lie together fill its panels, else into tiles.
 struct UpconvForm {
   bool in_place;
   Product product;  // of tiles, and of the backward pass

@@ -20,10 +20,10 @@ CALLS = {
     "single_query_attention": [((), (1, 300, 32, 3))],
     "tied_ffn": [((), (70, 16, 40))],
     "dynamic_mixing": [(("rows",), (3, 8, 8, 16, 2, 2)), (("columns",), (3, 8, 8, 16, 2, 2))],
-    "upconv_concat": [(words, (2, 24, 16, 15)) for words in _MAPS],
-    "upconv_add": [(words, (2, 24, 16, 15)) for words in _MAPS],
+    "upconv_concat": [(words, (8, 24, 32, 15)) for words in _MAPS],
+    "upconv_add": [(words, (8, 24, 32, 15)) for words in _MAPS],
     "upconv_concat_project": [
-        (words, sizes) for words in _MAPS for sizes in ((4, 8, 8, 4, 64, 8), (1, 64, 64, 64, 4, 8))
+        (words, sizes) for words in _MAPS for sizes in ((4, 8, 8, 16, 64, 8), (1, 64, 64, 64, 4, 8))
     ],
     "gated_sum": [(("projected",), (2, 80, 36, 16, 3)), ((), (2, 9, 36, 16, 3)), ((), (1, 9, 384, 256, 3))],
 }
@@ -134,9 +134,10 @@ def ran(operator: str, form: str, workload: Workload) -> dict[str, int]:
 
 @pytest.mark.parametrize("words", _MAPS)
 def test_whose_products_the_up_convolutions_are(words):
-    workload = Workload("upconv_concat", ("float32", "training", *words), (2, 24, 16, 15))
+    workload = Workload("upconv_concat", ("float32", "training", *words), (8, 24, 32, 15))
     library = ran("upconv_concat", "library", workload)
     assert library["aten::mm"] >= 3
+    assert ran("upconv_concat", "", workload) != ran("upconv_concat", "tiles", workload)
     if torch.float32 in extension.own_product_dtypes():
         assert not any("aten::mm" in ran("upconv_concat", form, workload) for form in ("", "tiles"))
 
@@ -208,7 +209,7 @@ def test_compiled_code_keeps_the_form_as_a_constant(form, direction):
 
 def test_threads_run_forms_of_their_own():
     """A form is an argument, so that calls side by side share nothing."""
-    workload = Workload("upconv_concat", ("float32", "training", "k 2", "contiguous"), (2, 24, 16, 15))
+    workload = Workload("upconv_concat", ("float32", "training", "k 2", "contiguous"), (8, 24, 32, 15))
     alone = {form: run("upconv_concat", form, workload) for form in ("", "tiles", "library")}
     differing = []
 

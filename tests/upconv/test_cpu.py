@@ -36,7 +36,8 @@ def test_every_scale(op, scale, formats, dtype):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("channels, projected", [((6, 5, 7), 6), ((6, 32, 7), 64)])
 def test_mixed_formats(channels, projected, op, formats):
-    check(op, make_inputs(op, batch=3, channels=channels, projected=projected, size=(3, 5), formats=formats))
+    """Of as many pixels as our own product wants, which takes the second channels."""
+    check(op, make_inputs(op, batch=8, channels=channels, projected=projected, size=(3, 5), formats=formats))
 
 
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
@@ -51,7 +52,7 @@ def test_mixed_formats(channels, projected, op, formats):
         dict(batch=2, channels=(16, 70, 5), size=(9, 130), scale=4),
         dict(batch=3, channels=(33, 64, 31), size=(7, 7), projected=64),  # what our own product takes
         dict(batch=2, channels=(50, 96, 40), size=(3, 131), projected=32),
-        dict(batch=2, channels=(20, 32, 3), size=(5, 9), scale=4, projected=30, dtype=torch.bfloat16),
+        dict(batch=3, channels=(20, 32, 3), size=(5, 9), scale=4, projected=32, dtype=torch.bfloat16),
     ],
     ids=str,
 )
@@ -75,7 +76,7 @@ def test_bias_and_skip(op, skip_first, skip, bias, formats, dtype):
 @pytest.mark.parametrize("composes", [False, True])
 def test_both_orders_of_the_projection(composes, projected, dtype, formats, monkeypatch):
     monkeypatch.setattr(project_op, "_composing_pays", lambda *_: composes)
-    check("project", make_inputs("project", size=(5, 6), projected=projected, formats=formats, dtype=dtype))
+    check("project", make_inputs("project", size=(8, 9), projected=projected, formats=formats, dtype=dtype))
 
 
 def test_composing_is_chosen_by_the_work():
@@ -161,10 +162,17 @@ def test_the_same_call_gives_the_same_bits(op, formats):
     check_repeats(OPS[op][0], inputs)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads(threads, set_threads):
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
+@pytest.mark.parametrize("channels, projected", [((16, 40, 8), 6), ((16, 32, 8), 64)])
+def test_any_number_of_threads(channels, projected, formats, threads, set_threads):
+    """Blocks go beyond the end of an image, or do not, where only a part of the images is taken."""
     set_threads(threads)
-    check("project", make_inputs("project", batch=3, channels=(16, 40, 8), size=(21, 31)))
+    for op in ("concat", "project"):
+        *tensors, grad = make_inputs(op, 3, channels, (7, 9), projected=projected, formats=formats)
+        check(op, (*tensors, grad))
+        apart = [t.detach()[::2] if t is not None and t.dim() == 4 and len(t) == 3 else t for t in (*tensors, grad)]
+        check(op, [None if t is None else t.detach().requires_grad_() for t in apart[:-1]] + apart[-1:])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -21,26 +21,28 @@ def mend() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_with_index
-    interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
+    _patch_once_a_launch(interpreter)
 
 
-def _once_a_launch(patch):
-    """patch, called once for the functions of a module until what the launch's first call returned is restored."""
-    seen = set()
+def _patch_once_a_launch(interpreter) -> None:
+    """Within a launch, a further call of a function of the same module finds the language as it needs it."""
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] | None = None  # modules, of the launch under way
 
     def patch_once(function):
-        if function.__module__ in seen:
+        if patched is not None and function.__module__ in patched:
             return None
-        scope, first = patch(function), not seen
-        seen.add(function.__module__)
-        if first:
-            restore = scope.restore
-
-            def restore_and_forget():
-                seen.clear()
-                restore()
-
-            scope.restore = restore_and_forget
+        scope = patch(function)
+        if patched is not None:
+            patched.add(function.__module__)
         return scope
 
-    return patch_once
+    def launch_of_its_own(self, *args, **kwargs):
+        nonlocal patched
+        before, patched = patched, set()
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            patched = before
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_of_its_own

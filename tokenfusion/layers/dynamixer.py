@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import nn
 
-from tokenfusion.kernels import dynamic_mixing
+from tokenfusion.kernels import dynamic_mixing, gated_sum
 from tokenfusion.kernels.checks import autocast, symbolic
 from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
-from tokenfusion.kernels.gated_sum import op as gated_sum
 from tokenfusion.kernels.linear import linear
 from tokenfusion.layers.drop_in import why_not_linear, why_not_part, within
 from tokenfusion.layers.own_layer import OwnLayer
@@ -273,7 +272,7 @@ class DynaMixerBlock(OwnLayer, nn.Module):
             gates = self.reweight(mean).unflatten(-1, (self.dim, count)).softmax(dim=-1)
             gates = gates.transpose(1, 2).to(mean.dtype).contiguous()
         inputs = [branch.flatten(1, 2) for branch, _ in branches]
-        return gated_sum.unchecked(inputs, weights, biases, gates, proj_weight, proj_bias, out=out).view(x.shape)
+        return gated_sum(inputs, weights, biases, gates, proj_weight, proj_bias, out=out).view(x.shape)
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ class ModuleReport:
 @dataclass(frozen=True)
 class FuseReport:
     """What `tokenfusion.fuse` did, module by module; printing it gives a line a module. own_layers is the number of
-    layers of tokenfusion's own that it met, which are fused without it."""
+    layers of tokenfusion's own that it met, which have fused forms of their own."""
 
     modules: tuple[ModuleReport, ...]
     own_layers: int = 0
@@ -37,7 +37,9 @@ class FuseReport:
 
     def __str__(self) -> str:
         if not self.modules and self.own_layers:
-            return f"fuse: nothing to replace: {self.own_layers} layers are tokenfusion's own, fused as they are"
+            return (
+                f"fuse: nothing to replace: tokenfusion's own layers ({self.own_layers}) have fused forms of their own"
+            )
         if not self.modules:
             return "fuse: no module of a kind that tokenfusion can replace"
         lines = [f"fuse: {len(self.replaced)} modules replaced, {len(self.left)} left alone"]

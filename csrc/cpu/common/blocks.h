@@ -8,8 +8,9 @@
 
 namespace tokenfusion {
 
-// The length of equal blocks of at most `most` items, and of a multiple of `step`, in each of `copies` of a loop over
-// `items`: of those with nearly the fewest blocks, the one that gives the busiest thread the least to do.
+// The length of equal blocks of a multiple of `step` items, and of at most `most` (rounded up to such a multiple), in
+// each of `copies` of a loop over `items`: of those with nearly the fewest blocks, the one that gives the busiest
+// thread the least to do.
 inline int64_t block_length(int64_t items, int64_t most, int64_t copies = 1, int64_t step = 1) {
   const int64_t threads = at::get_num_threads(), fewest = at::divup(std::max<int64_t>(items, 1), std::max(most, step));
   int64_t best = 0, least = 0;

@@ -3,7 +3,7 @@
 from math import prod
 
 
-def forward(branches, weights, gates, bias, proj_weight, proj_bias, out, form) -> int:
+def forward(branches, weights, gates, bias, proj_weight, proj_bias, out) -> int:
     return _of_layers(branches, weights) + (0 if proj_weight is None else 2 * prod(out) * proj_weight[1])
 
 

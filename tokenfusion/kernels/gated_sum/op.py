@@ -26,8 +26,9 @@ _LARGE_MATRIX = 1 << 17  # bytes; below, and in bfloat16, PyTorch's products of 
 _write_kernel = define_without_gradient(
     "gated_sum_out_cpu",
     "(Tensor[] branches, Tensor[] weights, Tensor gates, Tensor bias, Tensor? proj_weight, Tensor? proj_bias,"
-    " Tensor(a!) out, str form='') -> ()",
+    " Tensor(a!) out) -> ()",
     flops=flops.forward,
+    has_forms=True,
 )
 _run_kernel_backward = define_without_gradient(
     "gated_sum_backward_cpu",
@@ -242,20 +243,6 @@ def gated_sum(
     branches, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count : -3]
     gates, proj_weight, proj_bias = tensors[-3:]
     _check(branches, weights, biases, gates, proj_weight, proj_bias, out)
-    return unchecked(branches, weights, biases, gates, proj_weight, proj_bias, out=out)
-
-
-def unchecked(
-    branches: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    gates: torch.Tensor,
-    proj_weight: torch.Tensor | None = None,
-    proj_bias: torch.Tensor | None = None,
-    *,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """gated_sum of tensors that are known to fit together, all of one dtype."""
     batch, tokens = branches[0].shape[0], branches[0].shape[1]
     if not symbolic(gates) and gates.shape[0] == 1:  # then all images are one
         branches = [branch.flatten(0, 1).unsqueeze(0) for branch in branches]
