@@ -8,6 +8,8 @@ from torch import nn
 
 import tokenfusion
 
+SIZES = {"240": 120, "408": 204}  # half the images of timm's models, by the end of their names
+
 
 def small_crossvit(depth=((1, 2, 0), (1, 1, 2)), **options) -> crossvit.CrossVit:
     """Two encoders, with one and with two cross-attention blocks a branch, in 16 and 24 channels on 48 x 48 images."""

@@ -61,7 +61,7 @@ def probe_problem(group: str, case: Case, compiles: Sequence[str]) -> Problem:
     fused = copy.deepcopy(plain)
     tokenfusion.fuse(fused, strict=True)
     others = [(problem.PROJECTIONS, without_weights)]
-    if not case.backward:
+    if compiles and not case.backward:
         by_flex = copy.deepcopy(plain)
         by_flex.__class__ = FlexProbe
         others.append((problem.FLEX, by_flex))

@@ -8,13 +8,12 @@ import torch
 from timm.models.crossvit import CrossAttentionBlock as TimmCrossAttentionBlock
 
 import tokenfusion
-from tests.crossvit import randomize
+from tests.crossvit import SIZES, randomize
 from tests.models.small import small_images, small_model
 from tests.parity import assert_parity, assert_runs, longest_sum
 from tokenfusion.layers import CrossAttentionBlock
 
 FORWARD, BACKWARD = "single_query_attention_cpu", "single_query_attention_backward_cpu"
-SIZES = {"240": 120, "408": 204}  # of the images, half of theirs
 
 
 @pytest.mark.parametrize("name", timm.list_models("crossvit*"))
