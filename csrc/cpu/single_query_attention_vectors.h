@@ -16,8 +16,8 @@ TF_INLINE Vec<A> in_register(Vec<A> v) {
   return v;
 }
 
-// Products of a tile's tokens with queries, whatever dtype the tokens had: functions of their own, as the compiler takes
-// long over them, and a call for each tile costs nothing.
+// Products of a tile's tokens with queries, whatever dtype the tokens had: functions of their own, as the compiler
+// takes long over them, and a call for each tile costs nothing.
 template <typename Sum>
 class TileProducts {
  public:
