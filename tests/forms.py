@@ -23,5 +23,5 @@ def forced(name: str):
     it can run; and there is at least one such call."""
     with choices.using(_Always(name)), dispatch.observe() as seen:
         yield seen
-    chosen = {":".join(filter(None, (choice.backend, choice.form))) for choice in seen.choices}
+    chosen = {choice.name for choice in seen.choices}
     assert name in chosen, f"ran {sorted(chosen)}, expected {name}"

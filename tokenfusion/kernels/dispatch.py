@@ -35,6 +35,10 @@ class CannotRun(RuntimeError):
     """The backend asked for by name cannot take a call."""
 
 
+def _name(backend: str, form: str) -> str:
+    return f"{backend}:{form}" if form else backend
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One backend's form of an operator.
@@ -53,7 +57,7 @@ class Implementation:
     name: str = field(init=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "name", f"{self.backend}:{self.form}" if self.form else self.backend)
+        object.__setattr__(self, "name", _name(self.backend, self.form))
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,11 @@ class Choice:
     why_not: dict[str, str | None]
     workload: Workload | None = None
     form: str = ""
+
+    @property
+    def name(self) -> str:
+        """That of the `Implementation`."""
+        return _name(self.backend, self.form)
 
 
 @dataclass(frozen=True)
