@@ -44,6 +44,10 @@ def test_tables_of_trainings_are_those_of_their_records(page, monkeypatch):
     assert trainings.updated(text) == text, "run python -m benchmarks.convergence --update on it"
 
 
+def test_some_page_shows_trainings():
+    assert any("<!-- convergence " in page.read_text(encoding="utf-8") for page in PAGES)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_predicted_tables_are_those_of_their_counts(page, monkeypatch):
     monkeypatch.chdir(ROOT)

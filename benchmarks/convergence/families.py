@@ -15,11 +15,13 @@ HELD_OUT = 256  # images whose logits are compared
 
 @dataclass(frozen=True)
 class Family:
-    """name of the family, model of timm or of this package with its options, and the side of its square images."""
+    """name of the family, model of timm or of this package with its options, the side of its square images, and the
+    learning rate: one at which a training does not depend on the order of its sums for as long as it is compared."""
 
     name: str
     model: str
     size: int
+    rate: float
     options: tuple[tuple[str, object], ...]
 
     def make(self) -> nn.Module:
@@ -30,8 +32,8 @@ class Family:
         return model
 
 
-def _family(name: str, model: str, size: int, **options) -> Family:
-    return Family(name, model, size, tuple(options.items()))
+def _family(name: str, model: str, size: int, rate: float, **options) -> Family:
+    return Family(name, model, size, rate, tuple(options.items()))
 
 
 FAMILIES = [
@@ -39,6 +41,7 @@ FAMILIES = [
         "CrossViT of timm",
         "crossvit_tiny_240",
         48,
+        3e-4,
         img_scale=(1.0, 1.0),
         patch_size=(6, 8),
         embed_dim=(48, 96),
@@ -50,17 +53,19 @@ FAMILIES = [
         "DynaMixer",
         "dynamixer_s",
         32,
+        5e-4,
         patch_size=4,
         layers=(2, 2),
         embed_dims=64,
         num_heads=8,
         transitions=(False,),
     ),
-    _family("ViT-PE", "vit_pe_small_patch16_224", 32, patch_size=4, embed_dim=96, depth=4, num_heads=3),
+    _family("ViT-PE", "vit_pe_small_patch16_224", 32, 3e-4, patch_size=4, embed_dim=96, depth=4, num_heads=3),
     _family(
         "Token Fusion",
         "token_fusion_late",
         32,
+        3e-4,
         embed_dim=96,
         depth=4,
         num_heads=3,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -71,6 +72,13 @@ def test_table_and_plot(rows, tmp_path):
     path.write_text(json.dumps({"rows": rows}))
     page = f"before\n<!-- convergence {path} -->\nold\n<!-- end -->\nafter"
     assert show.updated(page) == f"before\n<!-- convergence {path} -->\n\n{text}\n\n<!-- end -->\nafter"
+
+
+def test_a_loss_that_is_no_number_is_seen(rows):
+    eager, reordered, fused = rows
+    broken = copy.copy(fused) | {"losses": [*fused["losses"][:-1], math.nan], "loss_distance": math.nan}
+    assert "| fused | nan |" in show.table([eager, reordered, broken])
+    assert show._distances(broken, eager)[-1] == math.inf > show._distances(fused, eager)[-1]
 
 
 def test_command(monkeypatch, rows, tmp_path, capsys):
