@@ -36,7 +36,9 @@ ON_TRITON = {
 }
 DTYPES = {"cpu": ("float32", "bfloat16"), "triton": ("float16",)}
 BACKWARD_BY_PYTORCH = {("gated_sum", "library"), ("gated_sum", "library backward")}
+THERE = {"AMX": extension.amx_allowed(), "a product of our own": bool(extension.own_product_dtypes())}
 NEEDS = {"vectors": "AMX", "vectors,few": "AMX"}
+NEEDS |= dict.fromkeys(("library", "tiles", "projecting", "own backward", "library backward"), "a product of our own")
 
 
 def call_of(workload: Workload) -> proof.Call:
@@ -77,8 +79,9 @@ def test_every_form_runs_where_it_is_chosen_and_is_right(operator, implementatio
     if dispatch.backends()[implementation.backend] is not None:
         pytest.skip(f"no {implementation.backend} here")
     calls = runnable(implementation, operator)
-    if not calls and NEEDS.get(implementation.form) == "AMX" and not extension.amx_allowed():
-        pytest.skip("no AMX here")
+    needed = NEEDS.get(implementation.form)
+    if not calls and not THERE.get(needed, True):
+        pytest.skip(f"there is not {needed} here")
     assert calls
     for call in calls:
         expected = proof.expected(call, OPERATORS[operator].implementations[-1])
@@ -137,9 +140,12 @@ def test_whose_products_the_up_convolutions_are(words):
     workload = Workload("upconv_concat", ("float32", "training", *words), (8, 24, 32, 15))
     library = ran("upconv_concat", "library", workload)
     assert library["aten::mm"] >= 3
-    assert ran("upconv_concat", "", workload) != ran("upconv_concat", "tiles", workload)
+    in_place, tiles = ran("upconv_concat", "", workload), ran("upconv_concat", "tiles", workload)
     if torch.float32 in extension.own_product_dtypes():
-        assert not any("aten::mm" in ran("upconv_concat", form, workload) for form in ("", "tiles"))
+        assert in_place != tiles
+        assert not any("aten::mm" in found for found in (in_place, tiles))
+    else:
+        assert in_place == tiles == library
 
 
 def test_whose_products_gated_sum_s_are():
@@ -187,6 +193,7 @@ def test_tall_tiles_take_more_memory():
     assert tall > short
 
 
+@pytest.mark.skipif(not extension.own_product_dtypes(), reason="every product is the library's here")
 @pytest.mark.parametrize("form, direction", [("library", "inference"), ("library", "training"), ("tiles", "inference")])
 def test_compiled_code_keeps_the_form_as_a_constant(form, direction):
     torch.compiler.reset()

@@ -43,7 +43,7 @@ Isa isa() {
 }
 
 bool amx_allowed() {
-  static const bool there = has_amx();
+  static const bool there = isa() == Isa::kAvx512 && has_amx();
   return there && switched_on;
 }
 

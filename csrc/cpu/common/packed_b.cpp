@@ -21,6 +21,7 @@ at::DataPtr allocate(int64_t bytes) { return c10::GetCPUAllocator()->allocate(by
 }  // namespace
 
 bool gemm_takes(at::ScalarType dtype) {
+  if (isa() == Isa::kDefault) return false;
   return dtype == at::kFloat || (dtype == at::kBFloat16 && TOKENFUSION_KERNELS(gemm).takes_bfloat16());
 }
 
@@ -62,7 +63,7 @@ void PackedB::multiply(const GemmLines& a, GemmCall call) const {
 
 void multiply(const Tensor& out_, const Tensor& a_, const Tensor& b_, Product product, bool accumulate) {
   const bool by_rows = out_.stride(1) == 1 || out_.size(1) == 1, by_columns = out_.stride(0) == 1 || out_.size(0) == 1;
-  const bool own = product == Product::kOwn && a_.scalar_type() == at::kFloat && isa() != Isa::kDefault;
+  const bool own = product == Product::kOwn && a_.scalar_type() == at::kFloat && gemm_takes(at::kFloat);
   if (!own || !(by_rows || by_columns)) {
     Tensor out = out_;
     accumulate ? at::addmm_out(out, out, a_, b_) : at::mm_out(out, a_, b_);

@@ -64,7 +64,7 @@ def _library_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | No
 
 
 def _tiles_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
-    reason = cpu_can_run(x, weight)
+    reason = _library_can_run(x, weight)
     return reason or (None if x.dtype == torch.float32 else "it differs in float32 alone")
 
 
