@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 import tokenfusion
 from tests.parity import assert_parity
+from tokenfusion.kernels import choices, dispatch
+from tokenfusion.kernels.choices import Table, Workload
 from tokenfusion.kernels.linear import linear
 
 ONEDNN = "mkldnn::_linear_pointwise"
@@ -62,6 +64,26 @@ def test_one_operator_in_inference(dtype):
         ran = operators(lambda: linear(x, weight, bias, "gelu"))
     assert ONEDNN in ran
     assert not any("addmm" in name or "aten::gelu" in name for name in ran)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_what_was_measured_is_followed(activation):
+    x, weight, bias = tensors()
+    kind = ("float32", "inference") if activation is None else ("float32", "inference", activation)
+    table = Table({Workload("linear", kind, (3 * 67, 40, 56)): "reference"})
+    with torch.no_grad(), choices.using(table):
+        assert ONEDNN not in operators(lambda: linear(x, weight, bias, activation))
+        unlike = None if activation else "gelu"
+        assert ONEDNN in operators(lambda: linear(x, weight, bias, unlike))
+
+
+def test_training_asks_for_no_measurement():
+    x, weight, bias = tensors()
+    with dispatch.observe() as seen:
+        linear(x, weight.requires_grad_(), bias)
+        with torch.no_grad():
+            linear(x, weight, bias)
+    assert [choice.workload.kind[1] for choice in seen.choices] == ["inference"]
 
 
 def few_rows(x, weight, bias):

@@ -97,6 +97,7 @@ def test_strides(dtype):
     check(branches, weights, *others)
 
 
+@pytest.mark.skipif(not extension.own_product_dtypes(), reason="every product is the library's here")
 @pytest.mark.parametrize(
     "sizes", [dict(), dict(tokens=1, inputs=1, outputs=1, count=1), dict(tokens=550, count=3)], ids=str
 )

@@ -249,9 +249,11 @@ def test_the_calls_of_a_model(tmp_path):
     tokenfusion.fuse(model)
     images = torch.randn(2, 3, 240, 240)
     workloads = search.workloads_of(model, (images,), trains=True)
-    assert {workload.operator for workload in workloads} == {"single_query_attention"}
-    assert {workload.kind[1] for workload in workloads} == {"inference", "training"}
-    assert {workload.sizes for workload in workloads} == {(2, 196, 256, 4), (2, 400, 128, 4)}
+    assert {workload.operator for workload in workloads} == {"single_query_attention", "linear"}
+    assert {workload.kind[1] for workload in workloads if workload.operator == "linear"} == {"inference"}
+    attention = [workload for workload in workloads if workload.operator == "single_query_attention"]
+    assert {workload.kind[1] for workload in attention} == {"inference", "training"}
+    assert {workload.sizes for workload in attention} == {(2, 196, 256, 4), (2, 400, 128, 4)}
     assert model.training
     found = tokenfusion.tune(model, (images[:1],), train=False, path=tmp_path / "tuning.json")
     assert {finding.workload.kind[1] for finding in found.findings} == {"inference"}

@@ -1,46 +1,18 @@
 """The linear layer with its bias and activation, in one pass over the output where that is faster."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tokenfusion.kernels import dispatch
+from tokenfusion.kernels.choices import Workloads
+from tokenfusion.kernels.dispatch import Implementation, register
 
 _MIN_ROWS = 128  # below, oneDNN spends more on its set-up than it saves
 _DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN = (torch.Tensor, nn.Parameter)  # no quantized or distributed weights
-
-
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
-) -> torch.Tensor:
-    """activation(x W^T + b).
-
-    In inference on a CPU oneDNN adds the bias and applies the activation to each tile of the product while it is in
-    cache. PyTorch's own product first fills the output with the bias, and the activation is one more pass over it.
-    Elsewhere, and under the reference backend, this is F.linear and F.gelu.
-
-    Args:
-        x: [..., C], floating point.
-        weight: [F, C], any strides; bias: [F] or None; both in the dtype of x, unless autocast is on.
-        activation: "gelu" (exact, with erf) or None.
-
-    Returns:
-        [..., F], a new tensor.
-
-    Raises:
-        ValueError: another activation.
-    """
-    if activation not in (None, "gelu"):
-        raise ValueError(f"activation: got {activation!r}, expected 'gelu' or None")
-    if _onednn_serves(x, weight, bias):
-        algorithm = ("none", [], "") if activation is None else ("gelu", [], "none")
-        bias = None if bias is None else bias.contiguous()  # whatever its strides, it is read as contiguous
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *algorithm)
-    out = F.linear(x, weight, bias)
-    if activation is None:
-        return out
-    return F.gelu(out) if torch.is_grad_enabled() else torch.ops.aten.gelu_(out)
 
 
 def kernels_may_run(*tensors: torch.Tensor) -> bool:
@@ -56,6 +28,7 @@ def is_plain_call(*tensors: torch.Tensor) -> bool:
         and all(
             type(tensor) in _PLAIN
             and tensor.device.type == "cpu"
+            and tensor.layout is torch.strided
             and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # autograd's is_grads_batched
             for tensor in tensors
         )
@@ -63,19 +36,84 @@ def is_plain_call(*tensors: torch.Tensor) -> bool:
     )
 
 
-def _onednn_serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _run_onednn(x, weight, bias, activation):
+    algorithm = ("none", [], "") if activation is None else (activation, [], "none")
+    bias = None if bias is None else bias.contiguous()  # whatever its strides, it is read as contiguous
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *algorithm)
+
+
+def _run_reference(x, weight, bias, activation):
+    out = F.linear(x, weight, bias)
+    if activation is None:
+        return out
+    return F.gelu(out) if torch.is_grad_enabled() else torch.ops.aten.gelu_(out)
+
+
+def _onednn_can_run(x, weight, bias, activation) -> str | None:
     parameters = (weight,) if bias is None else (weight, bias)
-    return (
-        kernels_may_run(x, *parameters)
-        and x.dtype in _DTYPES
-        and all(parameter.dtype == x.dtype for parameter in parameters)
-        and weight.dim() == 2
-        and x.shape[-1] == weight.shape[1]
-        and (bias is None or bias.shape == weight.shape[:1])
-        and x.numel() >= _MIN_ROWS * x.shape[-1] > 0
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()  # FlopCounterMode, for one, knows PyTorch's own product alone
-        and torch.backends.mkldnn.enabled
-        and torch.backends.mkldnn.is_available()
-        and (x.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    if not kernels_may_run(x, *parameters):
+        return "a gradient may be recorded, the call is compiled or recorded, or its tensors are not plain ones"
+    if x.dtype not in _DTYPES or any(parameter.dtype != x.dtype for parameter in parameters):
+        return f"oneDNN's product takes float32 or bfloat16, and x is {x.dtype}"
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        return "its sizes do not match"
+    if not x.numel() >= _MIN_ROWS * x.shape[-1] > 0:
+        return f"of less than {_MIN_ROWS} rows PyTorch's product is faster"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast chooses the dtype"
+    if torch._C._len_torch_dispatch_stack():  # FlopCounterMode, for one, knows PyTorch's own product alone
+        return "a dispatch mode looks at the call"
+    if not (torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()):
+        return "there is no oneDNN"
+    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN does not take bfloat16 on this processor"
+    return None
+
+
+def _workload_of(x, weight, bias, activation):
+    rows = math.prod(x.shape[:-1])
+    return (() if activation is None else (activation,)), (rows, x.shape[-1], weight.shape[0])
+
+
+def _example(words, sizes, make):
+    rows, channels, features = sizes
+    weight, bias = make(features, channels, scale=channels**-0.5), make(features)
+    return make(rows, channels), weight, bias, words[0] if words else None
+
+
+OPERATOR = register(
+    "linear",
+    Implementation("cpu", _run_onednn, _onednn_can_run),
+    Implementation("reference", _run_reference, lambda x, weight, bias, activation: None),
+    supporting=True,
+    workloads=Workloads(("rows", "C", "F"), None, _workload_of, _example),
+)
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+) -> torch.Tensor:
+    """activation(x W^T + b).
+
+    In inference on a CPU oneDNN adds the bias and applies the activation to each tile of the product while it is in
+    cache. PyTorch's own product first fills the output with the bias, and the activation is one more pass over it; it
+    is the faster one where its library serves the make of the processor well, which `tokenfusion tune` finds out.
+    Elsewhere, and under the reference backend, this is F.linear and F.gelu.
+
+    Args:
+        x: [..., C], floating point.
+        weight: [F, C], any strides; bias: [F] or None; both in the dtype of x, unless autocast is on.
+        activation: "gelu" (exact, with erf) or None.
+
+    Returns:
+        [..., F], a new tensor.
+
+    Raises:
+        ValueError: another activation.
+    """
+    if activation not in (None, "gelu"):
+        raise ValueError(f"activation: got {activation!r}, expected 'gelu' or None")
+    call = x, weight, bias, activation
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _run_reference(*call)
+    return OPERATOR.select(*call).run(*call)

@@ -219,7 +219,9 @@ def _proven(workload: Workload, limit: _Limit) -> tuple[proof.Call, list[Impleme
     """A call of a workload, the implementations that are right, why the others are not, and which is built in."""
     operator = OPERATORS[workload.operator]
     call = proof.call_of(operator, workload, machine.device())
-    can_run = [each for each in operator.implementations if each.can_run(*call.selecting) is None]
+    with torch.set_grad_enabled(call.maker.trains), using(Table({})), dispatch.backend("auto"):
+        can_run = [each for each in operator.implementations if each.can_run(*call.selecting) is None]
+        built_in = operator.select(*call.selecting).name
     limit.check()
     expected = proof.expected(call, operator.implementations[-1])
     reasons = {}
@@ -228,8 +230,6 @@ def _proven(workload: Workload, limit: _Limit) -> tuple[proof.Call, list[Impleme
         of_its_own = proof.call_of(operator, workload, machine.device())  # a wrong one may write anywhere
         reasons[each.name] = proof.why_wrong(of_its_own, each, expected)
     right = [each for each in can_run if reasons[each.name] is None]
-    with using(Table({})), dispatch.backend("auto"):
-        built_in = operator.select(*call.selecting).name
     return call, right, {name: reason for name, reason in reasons.items() if reason is not None}, built_in
 
 

@@ -33,6 +33,11 @@ def _of(dtype: str) -> Iterator[Workload]:
     for sizes in ((8, 1024, 576, 192, 3), (8, 256, 1152, 384, 3)):
         yield Workload("gated_sum", (dtype, "inference", "projected"), sizes)
         yield Workload("gated_sum", (dtype, "training"), sizes)
+    for rows in (256, 1600, 6400):
+        for channels, features in ((192, 192), (192, 576), (576, 192), (384, 384), (384, 1152), (1152, 384)):
+            yield Workload("linear", (dtype, "inference"), (rows, channels, features))
+            if features > channels:
+                yield Workload("linear", (dtype, "inference", "gelu"), (rows, channels, features))
     yield from _of_one_image(dtype)
 
 
