@@ -55,7 +55,7 @@ def _changed(path: Path, **changes) -> None:
         (lambda path: _changed(path, device="cpu-riscv"), "device 'cpu-riscv', here"),
         (lambda path: _changed(path, threads=77), "threads 77, here"),
         (lambda path: path.write_text(path.read_text().replace('"choice"', '"chosen"')), "an entry lacks"),
-        (lambda path: path.write_text(path.read_text().replace("50", '"many"')), "an entry lacks"),
+        (lambda path: path.write_text(path.read_text().replace(" 50,", ' "many",')), "an entry lacks"),
         (lambda path: path.write_text(path.read_text().replace('"schema": 1', '"schema": 2')), "schema 2, expected 1"),
         (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
     ],
