@@ -25,8 +25,9 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "takes_bfloat16", [] { return TOKENFUSION_KERNELS(gemm).takes_bfloat16(); },
       "Whether the CPU kernels' own matrix product takes bfloat16 here.");
-  module.def("amx_allowed", &tokenfusion::amx_allowed,
-             "Whether these kernels have tiles: the processor has AMX, the system permits it, nobody has switched it off.");
+  module.def(
+      "amx_allowed", &tokenfusion::amx_allowed,
+      "Whether these kernels have tiles: the processor has AMX, the system permits it, nobody has switched it off.");
   module.def("allow_amx", &tokenfusion::allow_amx,
              "Switch the kernels that use AMX off, or on again where it is there.");
 #ifdef TOKENFUSION_WITH_CUDA

@@ -23,6 +23,22 @@ def upconv(backend, **changes):
     return call("upconv_concat", backend, *given.values(), False, False)
 
 
+def upconv_backward(backend, **changes):
+    given = dict(grad_up=torch.randn(2, 4, 8, 10), x=X, weight=WEIGHT) | changes
+    return call("upconv_concat_backward", backend, *given.values(), [True] * 3)
+
+
+def upconv_add(backend, **changes):
+    given = dict(x=X, weight=WEIGHT, bias=None, skip=torch.randn(2, 4, 8, 10), proj_up=None, proj_skip=None) | changes
+    return call("upconv_concat_project", backend, *given.values(), False)
+
+
+def upconv_add_backward(backend, **changes):
+    given = dict(grad_out=torch.randn(2, 4, 8, 10), x=X, weight=WEIGHT, skip=None, proj_up=None, proj_skip=None)
+    given |= dict(needed=[True] * 3 + [False] * 3) | changes
+    return call("upconv_concat_project_backward", backend, *given.values())
+
+
 def ffn(backend, **changes):
     given = dict(x=torch.randn(5, 8), weight=torch.randn(16, 8), bias_in=torch.randn(16), bias_out=None) | changes
     return call("tied_ffn", backend, *given.values(), "gelu", False)
@@ -67,10 +83,13 @@ def packed(offsets, **changes):
     return dict(tokens=torch.randn(1, 9, 16), offsets=torch.tensor(offsets)) | changes
 
 
-ON_BOTH = (ffn, ffn_backward, mixing, mixing_backward, attention, attention_backward)
+ON_BOTH = (
+    *(upconv, upconv_backward, upconv_add, upconv_add_backward),
+    *(ffn, ffn_backward, mixing, mixing_backward, attention, attention_backward),
+)
 
 
-@pytest.mark.parametrize("operator", [upconv, *ON_BOTH])
+@pytest.mark.parametrize("operator", ON_BOTH)
 def test_what_is_right_runs(operator):
     operator("cpu")
 
@@ -92,12 +111,6 @@ def test_what_is_right_for_a_gpu_fails_for_want_of_it_alone(operator, changes, b
 @pytest.mark.parametrize(
     "operator, changes",
     [
-        (upconv, dict(bias=torch.randn(3))),
-        (upconv, dict(bias=torch.randn(4).double())),
-        (upconv, dict(weight=torch.randn(3, 4, 3, 3))),
-        (upconv, dict(weight=torch.randn(3, 4, 0, 0))),
-        (upconv, dict(skip=torch.randn(2, 1, 8, 9))),
-        (upconv, dict(bias=torch.randn(4, device="meta"))),
         (attention, dict(lengths=torch.tensor([3, 10]))),
         (attention, dict(lengths=torch.tensor([-1, 3]))),
         (attention_backward, dict(lengths=torch.tensor([3, 10]))),
@@ -120,6 +133,21 @@ def test_what_is_too_short_or_of_another_dtype_is_an_error(operator, changes):
 @pytest.mark.parametrize(
     "operator, changes",
     [
+        (upconv, dict(bias=torch.randn(3))),
+        (upconv, dict(bias=torch.randn(4).double())),
+        (upconv, dict(weight=torch.randn(3, 4, 3, 3))),
+        (upconv, dict(weight=torch.randn(3, 4, 0, 0))),
+        (upconv, dict(skip=torch.randn(2, 1, 8, 9))),
+        (upconv, dict(bias=torch.randn(4, device="meta"))),
+        (upconv_backward, dict(grad_up=torch.randn(2, 4, 8, 8))),
+        (upconv_backward, dict(grad_up=torch.randn(2, 4, 8, 10).double())),
+        (upconv_backward, dict(weight=torch.randn(2, 4, 2, 2))),
+        (upconv_add, dict(bias=torch.randn(3))),
+        (upconv_add, dict(skip=torch.randn(2, 3, 8, 10))),
+        (upconv_add, dict(proj_up=torch.randn(5, 3))),
+        (upconv_add, dict(proj_skip=torch.randn(4, 3))),
+        (upconv_add_backward, dict(grad_out=torch.randn(2, 3, 8, 10))),
+        (upconv_add_backward, dict(skip=torch.randn(2, 4, 8, 10, device="meta"))),
         (ffn, dict(bias_in=torch.randn(15))),
         (ffn, dict(bias_out=torch.randn(8, device="meta"))),
         (ffn, dict(weight=torch.randn(16, 8).double())),

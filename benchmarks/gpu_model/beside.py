@@ -2,26 +2,29 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch._C import _profiler
 
 from benchmarks.gpu_model.limits import Launch
 
 _PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm")
 _ADDING = ("aten::addmm",)
 _COUNTED = (*_PRODUCTS, "aten::sum", "aten::copy_", "aten::div", "aten::mul", "aten::add")
-_ITEMSIZE = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8}
 
 
 class _Tensor(NamedTuple):
     shape: list[int]
+    strides: list[int]
     itemsize: int
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
+        """Of memory: what was expanded is there once."""
+        once = (size for size, stride in zip(self.shape, self.strides, strict=True) if stride)
+        return math.prod(once) * self.itemsize
 
 
 @contextlib.contextmanager
@@ -31,17 +34,25 @@ def pytorch_operations() -> Iterator[list[Launch]]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profile:
         yield found
-    end = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() in _COUNTED and event.start_ns() >= end:
-            end = event.start_ns() + event.duration_ns()  # what it calls, a GPU does not do apart
-            found.append(_launch(event.name(), event.shapes(), event.dtypes()))
+    found.extend(_counted(profile.profiler.kineto_results.experimental_event_tree()))
 
 
-def _launch(name: str, shapes: list[list[int]], dtypes: list[str]) -> Launch:
-    tensors = [
-        _Tensor(shape, _ITEMSIZE[dtype]) for shape, dtype in zip(shapes, dtypes, strict=True) if dtype in _ITEMSIZE
-    ]
+def _counted(events: Iterable[_profiler._ProfilerEvent]) -> Iterator[Launch]:
+    """Of the outermost operations that count: what they call, a GPU does not do apart."""
+    for event in events:
+        if event.name in _COUNTED:
+            yield _launch(event.name, list(_tensors(event.extra_fields.inputs)))
+        else:
+            yield from _counted(event.children)
+
+
+def _tensors(inputs: list) -> Iterator[_Tensor]:
+    for each in inputs:
+        if isinstance(each, _profiler._TensorMetadata) and each.dtype.is_floating_point:
+            yield _Tensor(each.sizes, each.strides, each.dtype.itemsize)
+
+
+def _launch(name: str, tensors: list[_Tensor]) -> Launch:
     sizes = [each.bytes for each in tensors]
     if name in _PRODUCTS:
         return _product(name, tensors)

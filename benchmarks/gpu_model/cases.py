@@ -140,7 +140,9 @@ def _tied_ffn(backend: str, direction: str, dtype: str, N: int = 12608, C: int =
     )
 
 
-def _upconv(direction: str, format: str, sizes: dict[str, int], dtype: str = "bfloat16") -> Case:
+def _upconv(
+    direction: str, format: str, sizes: dict[str, int], backend: str = "triton", dtype: str = "bfloat16"
+) -> Case:
     B, Cin, Cout, Cs, size, k, Cp = (sizes[name] for name in ("B", "Cin", "Cout", "Cs", "size", "k", "Cp"))
     image = partial(_numbers, dtype=dtype, channels_last=format == "nhwc")
     tensor = partial(_numbers, dtype=dtype)
@@ -172,7 +174,7 @@ def _upconv(direction: str, format: str, sizes: dict[str, int], dtype: str = "bf
         elements = 2 * coarse, 2 * weights, pixels * (2 * Cs + Cp if Cp else Cout)
     return Case(
         "upconv_concat_project" if Cp else "upconv_concat",
-        "triton",
+        backend,
         direction,
         dtype,
         {**sizes, "format": format},
@@ -194,7 +196,8 @@ _MAPS = (
     {"B": 64, "Cin": 768, "Cout": 768, "Cs": 768, "size": 7, "k": 2},
     {"B": 16, "Cin": 256, "Cout": 128, "Cs": 128, "size": 64, "k": 2},
 )
-_UPCONVS = (*(sizes | {"Cp": 0} for sizes in _MAPS), _MAPS[0] | {"Cp": 768}, _MAPS[1] | {"Cp": 64})
+_JOINED = tuple(sizes | {"Cp": 0} for sizes in _MAPS)
+_PROJECTED = _MAPS[0] | {"Cp": 768}, _MAPS[1] | {"Cp": 64}
 _SMALL_MAP = {"B": 1, "Cin": 128, "Cout": 64, "Cs": 64, "size": 16, "k": 2}
 
 CASES = (
@@ -208,7 +211,11 @@ CASES = (
     ),
     *(_tied_ffn(backend, direction, dtype) for dtype, direction, backend in product(_DTYPES, _PASSES, _BACKENDS)),
     *(_tied_ffn(backend, direction, "bfloat16", **_NARROW) for direction, backend in product(_PASSES, _BACKENDS)),
-    *(_upconv(direction, format, sizes) for sizes, direction, format in product(_UPCONVS, _PASSES, _FORMATS)),
+    *(
+        _upconv(direction, format, sizes, backend)
+        for sizes, direction, format, backend in product(_JOINED, _PASSES, _FORMATS, _BACKENDS)
+    ),
+    *(_upconv(direction, format, sizes) for sizes, direction, format in product(_PROJECTED, _PASSES, _FORMATS)),
 )
 
 # What tests hold to its budget: the same kernels and tiles, on less.
@@ -231,6 +238,8 @@ SMALL_CASES = (
         for Cp, direction, format in product((0, 64), _PASSES, _FORMATS)
         if not (Cp and direction == BACKWARD)  # the same kernels as without
     ),
+    *(_upconv(direction, format, _SMALL_MAP | {"Cp": 0}, "cuda") for direction, format in product(_PASSES, _FORMATS)),
+    *(_upconv(direction, "nchw", _SMALL_MAP | {"Cp": 0, "size": 7}, "cuda") for direction in _PASSES),
 )
 
 

@@ -62,16 +62,17 @@ def _cuda(case: Case, capability: int) -> list[Launch]:
     from tests.ptx import gpu, sources
 
     os.environ.pop("TRITON_INTERPRET", None)  # which they set: here Triton compiles
+    stem = sources.stem_of(case.operator)
     device = next(device for device in DEVICES.values() if device.capability == capability)
 
     def assemble(kernel: Kernel) -> machine_code.MachineCode:
-        text = sources.program(case.operator).modules[capability][kernel.name]
+        text = sources.program(stem).modules[capability][kernel.name]
         return machine_code.assemble(text, kernel.name, capability, *_tools(Path(plan.find_nvcc().home) / "bin"))
 
     recorder = Recorder(assemble)
     with (
         mock.patch.object(gpu, "launch", recorder),
-        gpu.Gpu(case.operator, capability, device.multiprocessors, device.shared_of_block),
+        gpu.Gpu(stem, capability, device.multiprocessors, device.shared_of_block),
     ):
         return _run(case, recorder)
 

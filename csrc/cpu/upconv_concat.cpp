@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/upconv_checks.h"
 #include "upconv_backward.h"
 #include "upconv_gemm.h"
 #include "upconv_tiles.h"
@@ -21,9 +22,7 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
   if (x.numel() == 0) return;
   if (skip) {
     const Tensor slice = out.narrow(1, skip_first ? 0 : channels, skipped);
-    const bool in_place =
-        slice.is_alias_of(*skip) && slice.data_ptr() == skip->data_ptr() && slice.strides() == skip->strides();
-    if (!in_place) slice.copy_(*skip);
+    if (!upconv::is_same_memory(slice, *skip)) slice.copy_(*skip);
   }
   const Tensor up = out.narrow(1, skip_first ? skipped : 0, channels);
   const UpconvForm form = upconv_form(name, up, weight.size(2));
@@ -45,28 +44,26 @@ void write(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
 
 Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip,
                bool skip_first, bool channels_last, std::string_view form) {
-  check_upconv(x, weight, bias, skip);
-  const int64_t scale = weight.size(2), channels = weight.size(1) + (skip ? skip->size(1) : 0);
-  Tensor out = empty_map({x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x, channels_last);
+  upconv::check_operands(x, weight, bias, skip);
+  const int64_t channels = weight.size(1) + (skip ? skip->size(1) : 0);
+  Tensor out = empty_map(upconv::map_sizes(x, weight, channels), x, channels_last);
   write(x, weight, bias, skip, skip_first, out, form);
   return out;
 }
 
 void forward_out(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip,
                  bool skip_first, Tensor& out, std::string_view form) {
-  check_upconv(x, weight, bias, skip);
-  check_map("out", out, x, weight, weight.size(1) + (skip ? skip->size(1) : 0));
-  TORCH_CHECK_VALUE(out.stride(1) == 1 || out.stride(3) == 1, "out: got strides ", out.strides(),
-                    ", expected 1 for the channels or for the last dimension");
+  upconv::check_operands(x, weight, bias, skip);
+  upconv::check_out(out, x, weight, weight.size(1) + (skip ? skip->size(1) : 0));
   write(x, weight, bias, skip, skip_first, out, form);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_up, const Tensor& x, const Tensor& weight,
                                             std::array<bool, 3> needed, std::string_view form) {
-  check_upconv(x, weight, std::nullopt, std::nullopt);
-  check_map("grad_up", grad_up, x, weight, weight.size(1));
+  upconv::check_operands(x, weight, std::nullopt, std::nullopt);
+  upconv::check_map("grad_up", grad_up, x, weight, weight.size(1));
   const Product product = upconv_form(form, grad_up, weight.size(2)).product;
-  return upconv_backward(with_planes_or_pixels(grad_up), x, weight, needed, product);
+  return upconv_backward(upconv::with_planes_or_pixels(grad_up), x, weight, needed, product);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/checks.h"
+#include "../common/upconv_checks.h"
 #include "upconv_backward.h"
 #include "upconv_gemm.h"
 #include "upconv_tiles.h"
@@ -31,25 +31,14 @@ void write_skip(const UpconvTiles& tiles, const UpconvBlock& block, const Tensor
   }
 }
 
-void check_operands(const Tensor& x, const Tensor& weight, const OptionalTensor& skip, const OptionalTensor& proj_up,
-                    const OptionalTensor& proj_skip) {
-  check_upconv(x, weight, std::nullopt, skip);
-  if (proj_up) check_rank("proj_up", *proj_up, 2);
-  const int64_t channels = proj_up ? proj_up->size(0) : weight.size(1);
-  check("proj_up", proj_up, {channels, weight.size(1)}, x.options());
-  if (proj_skip && skip) check("proj_skip", *proj_skip, {channels, skip->size(1)}, x.options());
-  TORCH_CHECK_VALUE(!skip || proj_skip || skip->size(1) == channels, "skip: got shape ", skip->sizes(), ", expected ",
-                    channels, " channels");
-}
-
 Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip,
                const OptionalTensor& proj_up, const OptionalTensor& proj_skip, bool channels_last,
                std::string_view name) {
-  check_operands(x, weight, skip, proj_up, proj_skip);
+  upconv::check_projected_operands(x, weight, skip, proj_up, proj_skip);
   const int64_t scale = weight.size(2), up_channels = weight.size(1);
   const int64_t channels = proj_up ? proj_up->size(0) : up_channels;
   check("bias", bias, {channels}, x.options());
-  Tensor out = empty_map({x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x, channels_last);
+  Tensor out = empty_map(upconv::map_sizes(x, weight, channels), x, channels_last);
   if (x.numel() == 0) return out;
   const UpconvForm form = upconv_form(name, out, scale);
   if (form.in_place) {
@@ -150,10 +139,10 @@ Gradients backward(const Tensor& grad_out_, const Tensor& x, const Tensor& weigh
                    const OptionalTensor& proj_up, const OptionalTensor& proj_skip, std::array<bool, 6> needed,
                    std::string_view form) {
   const auto [need_x, need_weight, need_bias, need_skip, need_proj_up, need_proj_skip] = needed;
-  check_operands(x, weight, skip, proj_up, proj_skip);
-  check_map("grad_out", grad_out_, x, weight, proj_up ? proj_up->size(0) : weight.size(1));
-  TORCH_CHECK_VALUE((skip && proj_skip) || !(need_skip || need_proj_skip), "needed: there is no projected skip");
-  const Tensor grad_out = with_planes_or_pixels(grad_out_);
+  upconv::check_projected_operands(x, weight, skip, proj_up, proj_skip);
+  upconv::check_map("grad_out", grad_out_, x, weight, proj_up ? proj_up->size(0) : weight.size(1));
+  upconv::check_needed(skip, proj_skip, need_skip || need_proj_skip);
+  const Tensor grad_out = upconv::with_planes_or_pixels(grad_out_);
   const Product product = upconv_form(form, grad_out, weight.size(2)).product;
   Tensor grad_x, grad_weight, grad_bias, grad_proj_up = at::empty({0}, x.options());
   Tensor grad_skip = grad_proj_up, grad_proj_skip = grad_proj_up;

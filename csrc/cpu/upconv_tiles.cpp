@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "../common/checks.h"
+#include "../common/upconv_checks.h"
 #include "common/huge_pages.h"
 #include "common/kernels_for.h"
 
@@ -25,30 +25,9 @@ int64_t even(int64_t total, int64_t most) {
   return at::divup(total, std::max<int64_t>(1, at::divup(total, std::max<int64_t>(1, most))));
 }
 
-bool is_channels_last(const Tensor& x) { return x.stride(1) == 1 && !x.is_contiguous(); }
-
 Tensor pixels_of(const Tensor& map) { return map.permute({0, 2, 3, 1}).flatten(0, 1); }  // [B h, w, C]
 
 }  // namespace
-
-void check_map(const char* name, const Tensor& map, const Tensor& x, const Tensor& weight, int64_t channels) {
-  const int64_t scale = weight.size(2);
-  check(name, map, {x.size(0), channels, scale * x.size(2), scale * x.size(3)}, x.options());
-}
-
-void check_upconv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip) {
-  check_rank("x", x, 4);
-  check_rank("weight", weight, 4);
-  const int64_t scale = weight.size(2), channels = weight.size(1);
-  const bool known = scale == 2 || scale == 4 || scale == 8 || scale == 16 || scale == 32;
-  TORCH_CHECK_VALUE(known, "weight: got k = ", scale, ", expected 2, 4, 8, 16 or 32");
-  TORCH_CHECK_VALUE(channels > 0 && x.size(1) > 0, "weight: got shape ", weight.sizes(), ", expected no size of 0");
-  check("weight", weight, {x.size(1), channels, scale, scale}, x.options());
-  check("bias", bias, {channels}, x.options());
-  if (!skip) return;
-  check_rank("skip", *skip, 4);
-  check_map("skip", *skip, x, weight, skip->size(1));
-}
 
 Tensor empty_map(at::IntArrayRef sizes, const Tensor& like, bool channels_last) {
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
@@ -56,11 +35,8 @@ Tensor empty_map(at::IntArrayRef sizes, const Tensor& like, bool channels_last) 
 }
 
 Tensor in_format_of(const Tensor& gradient, const Tensor& tensor) {
-  return gradient.contiguous(is_channels_last(tensor) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
-}
-
-Tensor with_planes_or_pixels(const Tensor& map) {
-  return map.stride(3) == 1 || map.stride(1) == 1 ? map : map.contiguous();
+  return gradient.contiguous(upconv::is_channels_last(tensor) ? at::MemoryFormat::ChannelsLast
+                                                              : at::MemoryFormat::Contiguous);
 }
 
 Tensor empty_sum(at::IntArrayRef sizes, const Tensor& like) {
@@ -71,7 +47,7 @@ UpconvTiles::UpconvTiles(const Tensor& x, const Tensor& map, int64_t scale, Prod
     : x_(x),
       map_(map),
       planes_(map.stride(3) == 1),
-      x_channels_last_(is_channels_last(x)),
+      x_channels_last_(upconv::is_channels_last(x)),
       scale_(scale),
       batch_(x.size(0)),
       height_(x.size(2)),

@@ -12,20 +12,11 @@
 
 namespace tokenfusion {
 
-// Shapes and dtypes of an up-convolution, and of a skip connection at its resolution.
-void check_upconv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& skip);
-
-// [B, channels, k * h, k * w].
-void check_map(const char* name, const Tensor& map, const Tensor& x, const Tensor& weight, int64_t channels);
-
 // A gradient in the memory format of its tensor: channels_last, or contiguous.
 Tensor in_format_of(const Tensor& gradient, const Tensor& tensor);
 
 // An uninitialised map, in huge pages.
 Tensor empty_map(at::IntArrayRef sizes, const Tensor& like, bool channels_last);
-
-// The map itself, or a contiguous copy where neither its channels nor its rows are contiguous.
-Tensor with_planes_or_pixels(const Tensor& map);
 
 // Uninitialised, for UpconvTiles::accumulate: float32 where the tensor is bfloat16.
 Tensor empty_sum(at::IntArrayRef sizes, const Tensor& like);

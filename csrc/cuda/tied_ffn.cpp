@@ -2,9 +2,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -18,6 +16,7 @@
 #include <tuple>
 
 #include "../common/tied_ffn_checks.h"
+#include "common/products.h"
 #include "common/tensors.h"
 #include "tied_ffn_launch.h"
 
@@ -30,10 +29,6 @@ constexpr int64_t kTiles = 2, kChunkBytes = 64 << 20, kMinChunk = 128;
 
 constexpr int64_t kThreadsPerMultiprocessor = 1024;
 constexpr int64_t kMaxDepth = 32;  // a longer sum would lose precision
-
-int64_t divide_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
-
-int64_t multiprocessors(const Tensor& x) { return attribute(cudaDevAttrMultiProcessorCount, x.get_device()); }
 
 int64_t chunk_of(int64_t tokens, const Tensor& weight) {
   const int64_t features = weight.size(0), narrow = std::min(features, weight.size(1));
@@ -67,24 +62,6 @@ int64_t sums_of(int64_t tokens, int64_t chunk, const Tensor& weight) {
 
 // As cuBLAS and the kernels take them without another copy.
 Tensor with_dense_rows(const Tensor& t) { return t.stride(1) == 1 && t.stride(0) >= t.size(1) ? t : t.contiguous(); }
-Tensor with_aligned_rows(const Tensor& t) {
-  return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0
-             ? t
-             : t.clone(at::MemoryFormat::Contiguous);
-}
-
-// out = a b + bias. PyTorch decides by whose kernels, and in which precision: "TF32" is what it was set to.
-void multiply(Tensor out, const Tensor& a, const Tensor& b, const OptionalTensor& bias = std::nullopt) {
-  if (bias)
-    at::addmm_out(out, *bias, a, b);
-  else
-    at::mm_out(out, a, b);
-}
-
-// sum = a^T b, in float32, or that added to it.
-void add_product(Tensor sum, const Tensor& a, const Tensor& b, bool is_first) {
-  at::addmm_out(sum, sum, a.t(), b, at::kFloat, is_first ? 0 : 1);
-}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_in,
                                    const OptionalTensor& bias_out, std::string_view activation_name, bool hold) {
@@ -124,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor x = with_dense_rows(tied_ffn::flat(x_)), grad_y = with_dense_rows(tied_ffn::flat(grad_y_));
   const bool held = hidden_.numel() > 0;
-  const Tensor hidden = held ? with_aligned_rows(tied_ffn::flat(hidden_)) : hidden_;
+  const Tensor hidden = held ? with_aligned_memory(tied_ffn::flat(hidden_)) : hidden_;
   const int64_t tokens = x.size(0), features = weight.size(0), chunk = chunk_of(tokens, weight);
   const bool goes_back = needed[0] || needed[1] || needed[2];
   const Tensor activated_part = at::empty({needed[1] || (goes_back && !held) ? chunk : 0, features}, x.options());

@@ -85,6 +85,14 @@ def test_products_that_are_left_to_pytorch():
     assert seconds["matrix products"] == pytest.approx(2 * 6 * 4 * 8 / H100.fp32 / LIBRARY_SHARE)
 
 
+def test_a_matrix_that_all_products_of_a_batch_share_is_read_once():
+    with beside.pytorch_operations() as found:
+        torch.bmm(torch.zeros(6, 4).expand(3, 6, 4), torch.zeros(3, 4, 8))
+    (product,) = found
+    assert (product.read, product.written) == (4 * (24 + 3 * 32), 4 * 3 * 48)
+    assert product.flops == {"fp32": 2 * 3 * 6 * 4 * 8}
+
+
 @pytest.mark.parametrize("blocks, expected", [(132, 1), (133, 2 * 132 / 133), (297, 396 / 297), (66, 2)])
 def test_blocks_that_do_not_fill_the_last_wave(blocks, expected):
     assert limits.uneven(blocks, H100) == pytest.approx(expected)

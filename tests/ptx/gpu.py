@@ -46,15 +46,17 @@ class Launch:
 class Gpu:
     """While it is in force, tokenfusion::<operator>_cuda takes tensors of the CPU that were made meanwhile.
 
-    multiprocessors, shared_bytes (that a block may have at most): what the host asks of the device. edit: what is done
-    to a kernel's PTX, given its name, before it runs. interpret: whether it runs; kernels that do not leave all as it
-    is. late, order, approximate, blocks, observers: of tests.ptx.launch.launch. launches: what the host launched.
+    multiprocessors, shared_bytes (that a block may have at most), cache_bytes (of L2): what the host asks the device
+    for. edit: what is done to a kernel's PTX, given its name, before it runs. interpret: whether it runs; kernels that
+    do not leave all as it is. late, order, approximate, blocks, observers: of tests.ptx.launch.launch. launches: what
+    the host launched.
     """
 
     operator: str
     capability: int = 90
     multiprocessors: int = 1
     shared_bytes: int = 227 * 1024
+    cache_bytes: int = 50 << 20
     edit: Callable[[str, str], str] | None = None
     interpret: bool | Callable[[str], bool] = True
     late: bool = True
@@ -91,7 +93,7 @@ class Gpu:
             raise failure from None
 
     def _set_device(self):
-        self._host.set_device(self.multiprocessors, self.shared_bytes, self._callback)
+        self._host.set_device(self.multiprocessors, self.shared_bytes, self.cache_bytes, self._callback)
 
     def _receive(self, name, grid, block, arguments, shared_bytes) -> int:
         """A launch of the host's; what goes wrong is raised at the end, as no exception passes through C."""

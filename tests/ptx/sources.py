@@ -55,6 +55,11 @@ class Program:
         return sorted(self.modules[CAPABILITIES[0]])
 
 
+def stem_of(operator: str) -> str:
+    """Of the files in csrc/cuda that have the operator, whose name begins with it."""
+    return next(path.stem for path in (ROOT / "csrc/cuda").glob("*.cpp") if operator.startswith(path.stem))
+
+
 @functools.cache
 def program(operator: str) -> Program:
     """Compiled once for the same sources, by whichever process comes first."""

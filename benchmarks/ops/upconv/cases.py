@@ -130,15 +130,22 @@ CASES = {
 
 
 def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
-    """Calls that reach every GPU kernel: both formats, with and without skip, composed weights and not."""
-    for label, format, projected, has_skip, k in (
-        ("nchw", "nchw", 0, True, 2),
-        ("nhwc", "nhwc", 0, True, 2),
-        ("no skip", "nhwc", 0, False, 4),
-        ("composed weights", "nchw", 4, True, 2),
-        ("projected in the tile", "nhwc", 24, True, 2),
+    """Calls that reach every GPU kernel: both formats, with and without skip, composed weights and not, channels, rows
+    and images that are whole vectors and others."""
+    for label, format, projected, has_skip, k, channels, size in (
+        ("nchw", "nchw", 0, True, 2, 12, (5, 3)),
+        ("nhwc", "nhwc", 0, True, 2, 12, (5, 3)),
+        ("no skip", "nhwc", 0, False, 4, 12, (5, 3)),
+        ("composed weights", "nchw", 4, True, 2, 12, (5, 3)),
+        ("projected in the tile", "nhwc", 24, True, 2, 12, (5, 3)),
+        ("whole vectors, nhwc", "nhwc", 0, True, 2, 16, (5, 3)),
+        ("whole vectors, nchw", "nchw", 0, True, 2, 3, (8, 16)),
+        ("whole vectors, nchw, k 4", "nchw", 0, False, 4, 3, (4, 8)),
+        ("whole vectors, nchw, k 8", "nchw", 0, False, 8, 3, (2, 4)),
+        ("long odd rows", "nchw", 0, True, 2, 2, (27, 29)),
     ):
         generator = torch.Generator().manual_seed(0)
+        height, width = (k * length for length in size)
 
         def normal(*shape: int, fan_in: int = 1, generator=generator) -> torch.Tensor:
             return torch.randn(shape, generator=generator).div(fan_in**0.5).to(dtype).requires_grad_()
@@ -146,12 +153,12 @@ def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
         def image(*shape: int, normal=normal, format=format) -> torch.Tensor:
             return normal(*shape).detach().to(memory_format=FORMATS[format]).requires_grad_()
 
-        skip = image(2, 8, 5 * k, 3 * k) if has_skip else None
-        tensors = image(2, 20, 5, 3), normal(20, 12, k, k, fan_in=20), normal(12), skip
+        skip = image(2, 8, height, width) if has_skip else None
+        tensors = image(2, 20, *size), normal(20, channels, k, k, fan_in=20), normal(channels), skip
         if projected:
-            project = normal(projected, 20, fan_in=20), normal(projected)
+            project = normal(projected, channels + 8, fan_in=20), normal(projected)
             yield SmallCall("upconv_concat_project", label, upconv_concat_project, (*tensors, *project))
         else:
             yield SmallCall("upconv_concat", label, upconv_concat, tensors)
         if has_skip and not projected:
-            yield SmallCall("upconv_add", label, upconv_add, (*tensors[:3], image(2, 12, 5 * k, 3 * k)))
+            yield SmallCall("upconv_add", label, upconv_add, (*tensors[:3], image(2, channels, height, width)))

@@ -17,6 +17,12 @@ inline int64_t attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+inline int64_t multiprocessors(const Tensor& tensor) {
+  return attribute(cudaDevAttrMultiProcessorCount, tensor.get_device());
+}
+
+inline int64_t divide_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
+
 inline Dtype dtype_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
@@ -36,6 +42,13 @@ inline bool has_aligned_rows(const Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim() - 1; ++i)
     aligned = aligned && (tensor.size(i) == 1 || tensor.stride(i) * tensor.element_size() % 16 == 0);
   return aligned;
+}
+
+// The tensor itself, or a copy where it is not contiguous or does not begin at a multiple of 16 bytes.
+inline Tensor with_aligned_memory(const Tensor& t) {
+  return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0
+             ? t
+             : t.clone(at::MemoryFormat::Contiguous);
 }
 
 }  // namespace tokenfusion

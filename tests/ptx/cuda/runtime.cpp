@@ -23,7 +23,7 @@ struct Configuration {
   cudaStream_t stream;
 };
 
-int multiprocessors, most_shared_bytes;
+int multiprocessors, most_shared_bytes, cache_bytes;
 Launch launch;
 Configuration configuration;  // of the launch that is under way
 cudaError_t last_error = cudaSuccess;
@@ -42,8 +42,9 @@ cudaError_t note(cudaError_t error) {
 
 extern "C" {
 
-void set_device(int multiprocessors_, int most_shared_bytes_, Launch launch_) {
-  multiprocessors = multiprocessors_, most_shared_bytes = most_shared_bytes_, launch = launch_;
+void set_device(int multiprocessors_, int most_shared_bytes_, int cache_bytes_, Launch launch_) {
+  multiprocessors = multiprocessors_, most_shared_bytes = most_shared_bytes_, cache_bytes = cache_bytes_;
+  launch = launch_;
   for (auto& [_, function] : functions()) function.shared_bytes = kSharedBytesUnasked;
 }
 
@@ -59,6 +60,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = most_shared_bytes;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = cache_bytes;
       return cudaSuccess;
     default:
       return note(cudaErrorInvalidValue);

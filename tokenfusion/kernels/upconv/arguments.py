@@ -7,7 +7,7 @@ from tokenfusion.kernels.checks import check_floating, check_rank, check_same, s
 
 SCALES = (2, 4, 8, 16, 32)
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_upconv(x, weight, bias, skip) -> None:
@@ -72,7 +72,7 @@ CPU_FORMS = {"library": _library_can_run, "tiles": _tiles_can_run}  # see csrc/c
 
 
 def triton_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
-    return triton_support.why_not_tensor(x) or _why_not_kernel(x, weight, _TRITON_DTYPES) or _why_not_image(x, weight)
+    return triton_support.why_not_tensor(x) or _why_not_kernel(x, weight, _GPU_DTYPES) or _why_not_image(x, weight)
 
 
 def _why_not_image(x: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -87,3 +87,13 @@ def _deep_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
 
 
 TRITON_FORMS = {"deep": _deep_can_run}  # see concat/triton_host.py
+
+
+def cuda_can_run(x: torch.Tensor, weight: torch.Tensor, *others) -> str | None:
+    return extension.why_not_cuda_tensor(x) or _why_not_kernel(x, weight, _GPU_DTYPES) or _why_not_numbers(x, weight)
+
+
+def _why_not_numbers(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """These kernels count the numbers of an image in 32 bits."""
+    numbers = weight.shape[1] * x.shape[2] * x.shape[3] * weight.shape[2] ** 2
+    return None if numbers < 1 << 31 else f"an up-sampled image has {numbers} numbers, expected fewer than 2^31"

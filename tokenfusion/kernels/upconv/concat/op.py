@@ -7,7 +7,14 @@ from tokenfusion.kernels.checks import autocast, check_floating, check_not_recor
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.library import Form, define_differentiable, define_without_gradient, second_order
 from tokenfusion.kernels.upconv import reference
-from tokenfusion.kernels.upconv.arguments import CPU_FORMS, TRITON_FORMS, check_upconv, cpu_can_run, triton_can_run
+from tokenfusion.kernels.upconv.arguments import (
+    CPU_FORMS,
+    TRITON_FORMS,
+    check_upconv,
+    cpu_can_run,
+    cuda_can_run,
+    triton_can_run,
+)
 from tokenfusion.kernels.upconv.concat import flops
 from tokenfusion.kernels.upconv.concat.workloads import WORKLOADS
 from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
@@ -60,10 +67,13 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_BACKENDS = "cpu", "triton"
-_KERNELS = define_differentiable("upconv_concat", _BACKENDS, _FORWARD, _BACKWARD, with_forms=_BACKENDS)
+_BACKENDS = "cpu", "triton", "cuda"
+_WITH_FORMS = "cpu", "triton"
+_KERNELS = define_differentiable("upconv_concat", _BACKENDS, _FORWARD, _BACKWARD, with_forms=_WITH_FORMS)
 _WRITE = {
-    backend: define_without_gradient(f"upconv_concat_out_{backend}", _OUT_SCHEMA, flops=flops.forward, has_forms=True)
+    backend: define_without_gradient(
+        f"upconv_concat_out_{backend}", _OUT_SCHEMA, flops=flops.forward, has_forms=backend in _WITH_FORMS
+    )
     for backend in _KERNELS
 }
 
@@ -85,6 +95,7 @@ def _run_reference(x, weight, bias, skip, skip_first, out):
 
 OPERATOR = register(
     "upconv_concat",
+    Implementation("cuda", _run_on("cuda"), cuda_can_run, automatic=False),
     Implementation("triton", _run_on("triton"), triton_can_run, automatic=False),
     *(
         Implementation("triton", _run_on("triton", form), can_run, automatic=False, form=form)

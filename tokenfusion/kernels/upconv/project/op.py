@@ -9,7 +9,14 @@ from tokenfusion.kernels.checks import autocast, check_floating, check_rank, che
 from tokenfusion.kernels.dispatch import Implementation, register, transform
 from tokenfusion.kernels.library import Form, define_differentiable, second_order
 from tokenfusion.kernels.upconv import reference
-from tokenfusion.kernels.upconv.arguments import CPU_FORMS, TRITON_FORMS, check_upconv, cpu_can_run, triton_can_run
+from tokenfusion.kernels.upconv.arguments import (
+    CPU_FORMS,
+    TRITON_FORMS,
+    check_upconv,
+    cpu_can_run,
+    cuda_can_run,
+    triton_can_run,
+)
 from tokenfusion.kernels.upconv.project import flops
 from tokenfusion.kernels.upconv.project.workloads import WORKLOADS, WORKLOADS_OF_ADD
 from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
@@ -69,8 +76,8 @@ def _second_gradients(ctx, *grad_grads):
 
 _FORWARD = Form(_SCHEMA, _fake, flops.forward, _save, _gradients)
 _BACKWARD = Form(_BACKWARD_SCHEMA, _fake_backward, flops.backward, _save_backward, _second_gradients)
-_BACKENDS = "cpu", "triton"
-_KERNELS = define_differentiable("upconv_concat_project", _BACKENDS, _FORWARD, _BACKWARD, with_forms=_BACKENDS)
+_BACKENDS = "cpu", "triton", "cuda"
+_KERNELS = define_differentiable("upconv_concat_project", _BACKENDS, _FORWARD, _BACKWARD, with_forms=("cpu", "triton"))
 
 _MULTIPLICATIONS_PER_MOVE = 16  # in the time in which memory takes or gives a number
 
@@ -96,7 +103,7 @@ def _run_on(backend: str, *form: str, composes: bool | None = None):
     """composes says whether the weight is multiplied by its projection beforehand; None: where that is less work."""
 
     def run(x, weight, bias, skip, proj_up, proj_skip):
-        if _composing_pays(x, weight, proj_up) if composes is None else composes:
+        if proj_up is not None and (_composing_pays(x, weight, proj_up) if composes is None else composes):
             weight, proj_up = reference.compose(weight, proj_up), None
         return _KERNELS[backend](x, weight, bias, skip, proj_up, proj_skip, gives_channels_last(x, skip), *form)
 
@@ -121,6 +128,7 @@ def _otherwise_composed(composes: bool):
 
 
 def _implementations(*more: Implementation) -> Iterator[Implementation]:
+    yield Implementation("cuda", _run_on("cuda", composes=True), cuda_can_run, automatic=False)
     yield Implementation("triton", _run_on("triton"), triton_can_run, automatic=False)
     for form, can_run in TRITON_FORMS.items():
         yield Implementation("triton", _run_on("triton", form), can_run, automatic=False, form=form)
