@@ -16,8 +16,9 @@ def upconv(k: int = 2, **changes) -> nn.ConvTranspose2d:
 
 
 def fused_copy(plain: nn.Module) -> nn.Module:
+    """An up-convolution is fused as a part of a model, so that it defers."""
     fused = copy.deepcopy(plain)
-    tokenfusion.fuse(fused, strict=True)
+    tokenfusion.fuse(nn.ModuleList([fused]) if isinstance(fused, nn.ConvTranspose2d) else fused, strict=True)
     return fused
 
 

@@ -187,6 +187,58 @@ def test_what_is_known_computes_nothing():
     assert not [e.name for e in profile.function_events if "conv" in e.name]
 
 
+RESHAPES = {
+    "squeeze_": lambda y: y.squeeze_(),
+    "unsqueeze_": lambda y: y.unsqueeze_(0),
+    "transpose_": lambda y: y.transpose_(1, 2),
+    "swapdims_": lambda y: y.swapdims_(0, 1),
+    "other data": lambda y: setattr(y, "data", y.data[:, :, ::2].double()),
+    "resize_": lambda y: y.detach_().resize_(5, 7),
+    "resize_as_": lambda y: y.detach_().resize_as_(torch.empty(3)),
+}
+
+
+def facts(y):
+    flags = y.is_floating_point(), y.is_complex(), y.requires_grad, y.is_leaf
+    return y.shape, y.size(), y.size(0), y.dim(), y.ndim, len(y), y.numel(), y.nelement(), y.dtype, *flags
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("reshape", RESHAPES.values(), ids=RESHAPES)
+def test_a_result_given_another_shape_in_place(reshape, mode, asked):
+    found = []
+    for up in (upconv(), fused_copy(upconv())):
+        with mode():
+            y = up(inputs()[0][:1])
+            if asked:
+                y.sum()
+            reshape(y)
+            found.append(facts(y))
+    assert found[0] == found[1]
+
+
+@torch.no_grad()
+def test_a_result_given_other_memory_by_cpp():
+    found = []
+    for up in (upconv(), fused_copy(upconv())):
+        y = up(inputs()[0])
+        y.set_(torch.zeros(5))
+        found.append(facts(y))
+    assert found[0] == found[1]
+
+
+def test_a_loss_of_a_result_given_another_shape_in_place():
+    def use(up, x, skip):
+        y = up(x[:1])
+        y.squeeze_(0).transpose_(0, 2)
+        return F.binary_cross_entropy_with_logits(y, torch.ones(y.shape)), torch.cat(
+            (y.mT, skip[0].permute(2, 0, 1)), 1
+        )
+
+    check(use, runs=False)
+
+
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 

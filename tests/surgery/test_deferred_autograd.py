@@ -233,6 +233,42 @@ def test_the_gradient_of_the_result(edge, asked):
     check(use, tolerance=1e-4, runs=asked != "before")
 
 
+@pytest.mark.parametrize("form", [list, lambda inputs: inputs[0]], ids=["several", "one"])
+@pytest.mark.parametrize("asked", ["before", "after", "never"])
+@pytest.mark.parametrize("function", [False, True], ids=["method", "function"])
+def test_backward_into_the_result(form, asked, function):
+    def use(up, x, skip):
+        y = up(x)
+        if asked == "before":
+            y.sum()
+        loss = torch.cat((y, skip), 1).pow(3).sum()
+        if asked == "after":
+            y.sum()
+        into = form([y, skip])
+        for _ in range(2):
+            if function:
+                torch.autograd.backward([loss], retain_graph=True, inputs=into)
+            else:
+                loss.backward(retain_graph=True, inputs=into)
+        assert up.weight.grad is None and (skip.grad is None) == (into is y)
+        return y.grad
+
+    check(use, tolerance=1e-4, runs=asked != "before")
+
+
+def test_backward_from_the_result_and_into_it():
+    def use(up, x, skip):
+        y = up(x)
+        y.backward(torch.ones(2, 4, 6, 10), inputs=y)
+        assert up.weight.grad is None
+        changed = up(x)
+        changed.mul_(2)
+        changed.square().sum().backward(inputs=[changed])
+        return y.grad, changed.grad
+
+    check(use, runs=False)
+
+
 def test_the_gradient_of_a_changed_result():
     def use(up, x, skip):
         y = up(x)

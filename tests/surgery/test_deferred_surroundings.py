@@ -176,3 +176,26 @@ def test_fully_sharded(one_process):
     for part in (fused.up, fused.head, fused):
         fully_shard(part, mesh=mesh)
     assert_same_gradients(plain, fused, inputs())
+
+
+class Bottleneck(nn.Module):
+    """Concatenates the result of a block that ends in an up-convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = nn.Sequential(nn.Conv2d(6, 6, 1), upconv()), nn.Conv2d(7, 2, 1)
+
+    def forward(self, x, skip):
+        return self.head(torch.cat((self.block(x), skip), 1))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_a_sharded_block_that_ends_in_an_up_convolution(one_process, mode):
+    plain = Bottleneck()
+    fused = fused_copy(plain)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for part in (fused.block, fused):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    with mode():
+        torch.testing.assert_close(fused(*inputs()), plain(*inputs()))
+    assert_same_gradients(plain, fused, inputs())

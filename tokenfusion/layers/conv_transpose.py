@@ -5,6 +5,7 @@ from torch import nn
 
 from tokenfusion.kernels.upconv.arguments import SCALES
 from tokenfusion.kernels.upconv.concat.op import OPERATOR
+from tokenfusion.layers import settled
 from tokenfusion.layers.deferred import defer, only_runs
 from tokenfusion.layers.drop_in import DropIn, why_not_part
 
@@ -15,9 +16,10 @@ class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
     """A transposed convolution whose kernel is its stride, computed when its result is asked for.
 
     Takes and holds what nn.ConvTranspose2d does. Where a kernel runs, the result is a tensor that does not exist yet:
-    torch.cat of it with a skip connection runs upconv_concat, and anything else computes it (see `deferred.py`). Where
-    none runs, for small results, with hooks, under torch.compile, tracing, function transforms and modes, the
-    convolution runs at once. An inference tensor is copied, since it does not tell of changes.
+    torch.cat of it with a skip connection runs upconv_concat, and anything else computes it (see `deferred.py`), at
+    the latest the return of the model that was fused. Where none runs, where it is that model itself, for small
+    results, with hooks, sharded by FSDP, under torch.compile, tracing, function transforms and modes, the convolution
+    runs at once. An inference tensor is copied, since it does not tell of changes.
     """
 
     @staticmethod
@@ -42,7 +44,8 @@ class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
         """[B, Cin, h, w] -> [B, Cout, k h, k w]."""
         if torch.jit.is_scripting():
             return self.plain_forward(input, output_size)
-        if output_size is not None or not only_runs() or not self.fuses() or not self._is_served(input):
+        at_once = settled.settles(self) or "_is_fsdp_managed_module" in vars(self)  # which takes the weight away
+        if output_size is not None or at_once or not only_runs() or not self.fuses() or not self._is_served(input):
             return super().forward(input, output_size)
         if input.is_inference():  # it does not tell of changes; a copy costs less than the concatenation saves
             input = input.clone()

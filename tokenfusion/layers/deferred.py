@@ -2,14 +2,17 @@
 
 To everybody it is the tensor that the convolution gives. torch.cat of it and one other tensor along the channels runs
 upconv_concat, also after a padding by nothing; whatever else is asked of it, by a function, a method, an attribute or
-C++ code, computes the convolution once, as at the moment of the module's call, and goes on with that.
+C++ code, computes the convolution once, as at the moment of the module's call, and goes on with that. `settle` computes
+what is left when the forward of a fused model returns.
 
 For autograd the result is the convolution's node: its value and the concatenation come after it, so that a hook on the
 result, or its gradient, sees every use of it.
 """
 
 import contextlib
+import itertools
 import threading
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -26,9 +29,10 @@ from tokenfusion.kernels.upconv.reference import convolution_gives_wrong_gradien
 from tokenfusion.kernels.upconv.shapes import gives_channels_last
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+_BACKWARD = (torch.autograd.backward, torch.Tensor.backward)
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
-# What the result can tell of itself without being computed.
+# What the result can tell of itself without being computed. Once it is, it may have been given another shape in place.
 _KNOWN = {
     torch.Tensor.size,
     torch.Tensor.dim,
@@ -83,19 +87,26 @@ class _Call:
         self.mode = _Mode(tensors["x"].device)
         self.states = {name: _state(tensor) for name, tensor in tensors.items()}
 
-    def check_unchanged(self) -> None:
+    def why_not_now(self) -> str | None:
+        """What has changed since, so that the convolution would compute something else now."""
         for name, tensor in self.tensors.items():
             if _state(tensor) != self.states[name]:
                 what = "input" if name == "x" else name
-                raise RuntimeError(
+                return (
                     f"the {what} of a fused ConvTranspose2d was changed in place after its call and before its result "
                     "was used: use the result, or clone it, before the change; or call tokenfusion.unfuse"
                 )
         if self.mode.stream is not None and self.mode.stream != torch.cuda.current_stream(self.mode.stream.device):
-            raise RuntimeError(
+            return (
                 "the result of a fused ConvTranspose2d is used on another CUDA stream than that of its call: clone it "
                 "there first; or call tokenfusion.unfuse"
             )
+        return None
+
+    def check_unchanged(self) -> None:
+        reason = self.why_not_now()
+        if reason is not None:
+            raise RuntimeError(reason)
 
     def run(self) -> torch.Tensor:
         """The convolution's value; it is for the caller to record it."""
@@ -238,10 +249,40 @@ class _Deferred:
         )
 
 
+class _Outstanding(threading.local):
+    """The results of this thread that somebody still holds, in the order of their calls."""
+
+    def __init__(self):
+        self.results: weakref.WeakValueDictionary[int, DeferredUpConv] = weakref.WeakValueDictionary()
+        self.calls = itertools.count()
+
+    def add(self, result: "DeferredUpConv") -> None:
+        self.results[next(self.calls)] = result
+
+    def take(self) -> list["DeferredUpConv"]:
+        taken = list(self.results.values())
+        self.results.clear()
+        return taken
+
+
+_outstanding = _Outstanding()
+
+
 def _with_state(result: "DeferredUpConv", call: _Call) -> "DeferredUpConv":
     with torch._C.DisableTorchFunctionSubclass():
         result._deferred = _Deferred(call, result.grad_fn)
+    _outstanding.add(result)
     return result
+
+
+def settle() -> None:
+    """Computes what this thread has deferred, and somebody still holds.
+
+    A result whose input or weight was changed meanwhile stays as it is: its use is an error, and it may never be used.
+    """
+    for result in _outstanding.take():
+        if _state_of(result).call.why_not_now() is None:
+            _computed(result)
 
 
 class DeferredUpConv(torch.Tensor):
@@ -251,8 +292,10 @@ class DeferredUpConv(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _KNOWN:
+            state = _state_of(args[0])
+            known = next((made for made in (state.value, state.raw) if made is not None), args[0])
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+                return func(known, *args[1:], **kwargs)
         if func in _OF_THE_NODE and not _state_of(args[0]).value_has_other_history:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -263,6 +306,8 @@ class DeferredUpConv(torch.Tensor):
             fused = _pad_by_nothing(*args, **kwargs)
         elif func is torch.autograd.grad:
             args, kwargs = _with_edges(*args, **kwargs)
+        elif func in _BACKWARD:
+            kwargs["inputs"] = tree_map_only(DeferredUpConv, _retaining_edge, kwargs.get("inputs"))
         if fused is not None:
             return fused
         used: list[DeferredUpConv] = []
@@ -351,6 +396,13 @@ def _edge(result: DeferredUpConv) -> torch.Tensor | GradientEdge:
     if _state_of(result).value_has_other_history or not result.requires_grad:
         return _computed(result)
     return GradientEdge(result.grad_fn, result.output_nr)
+
+
+def _retaining_edge(result: DeferredUpConv) -> torch.Tensor | GradientEdge:
+    edge = _edge(result)
+    if isinstance(edge, GradientEdge):
+        result.retain_grad()
+    return edge
 
 
 def _is_as_called(result: DeferredUpConv) -> bool:

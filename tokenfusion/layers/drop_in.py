@@ -16,6 +16,7 @@ from torch.nn.modules import module as global_hooks
 from torch.utils.module_tracker import ModuleTracker
 
 from tokenfusion.kernels import dispatch
+from tokenfusion.layers import settled
 
 NAME = "_fused_as"  # an attribute of the module, so that its copies and pickles have it
 STATE = "_fused_state"  # another, of what it was when it was fused
@@ -122,7 +123,7 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
     if kind.forward is not _forwards[kind]:
         return f"{name}: the forward of {kind.__name__} was replaced"
     if (
-        state["_forward_hooks"]
+        (state["_forward_hooks"] and settled.has_others(state["_forward_hooks"]))
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]

@@ -5,7 +5,8 @@ from collections.abc import Collection
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from tokenfusion.layers import drop_in
+from tokenfusion.layers import drop_in, settled
+from tokenfusion.layers.conv_transpose import ConvTranspose2d
 from tokenfusion.layers.own_layer import OwnLayer
 from tokenfusion.surgery.report import FuseReport, ModuleReport
 from tokenfusion.surgery.rules import rules
@@ -40,7 +41,8 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
 
     and by upconv_concat, in U-Net decoders, nn.ConvTranspose2d with kernel = stride. The model's own forward runs:
     where torch.cat joins the result with one other tensor along the channels, both are one operator; whatever else is
-    done with it computes the convolution as before.
+    done with it computes the convolution as before. What a forward leaves is computed when it returns, by a hook on the
+    model.
 
     A module that cannot be replaced is left as it was, and the report says why: dropout of attention weights in
     training in timm's modules, rotary or normalised keys, parts of another class, hooks that would no longer run. At
@@ -87,6 +89,8 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
     for name, (module, plan) in plans.items():
         plan.apply()
         drop_in.name(module, name)
+    if any(isinstance(module, ConvTranspose2d) for module, _ in plans.values()):
+        settled.add(model)
     return report
 
 
@@ -114,6 +118,7 @@ def unfuse(model: nn.Module) -> None:
             raise ValueError(f"model: {name or 'the model itself'} cannot be unfused: {reason}; take that off first")
     for module in fused.values():
         drop_in.restore(module)
+    settled.remove(model)
 
 
 def _check_module(model: nn.Module) -> None:

@@ -1,0 +1,55 @@
+"""The hook by which a fused model leaves no deferred result behind: they are computed when its forward returns.
+
+What outlives the model's forward may be used after its weights or inputs were changed in ways that no tensor tells of,
+such as `parameter.data.add_`, or memory that NumPy writes to.
+"""
+
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from tokenfusion.layers.deferred import settle
+
+_KEY = "tokenfusion"  # torch's are numbers, which start again in the process that a copy is sent to
+
+
+def settle_after(_module: nn.Module, _inputs: tuple, _output: object) -> None:
+    """The hook; a function of this file, so that a pickled model finds it."""
+    if not torch.compiler.is_compiling():
+        settle()
+
+
+def settles(module: nn.Module) -> bool:
+    return _KEY in module._forward_hooks
+
+
+def add(model: nn.Module) -> None:
+    """Has the model settle, and no module in it before it is done."""
+    remove(model)
+    model._forward_hooks[_KEY] = settle_after
+    model._forward_hooks_always_called[_KEY] = True
+
+
+def remove(model: nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_hooks_always_called):
+            hooks.pop(_KEY, None)
+
+
+def has_others(hooks: dict) -> bool:
+    return len(hooks) > (_KEY in hooks)
+
+
+def _scriptable(module: nn.Module) -> nn.Module:
+    """What TorchScript compiles, which takes a hook for code of the model: the module without the hook."""
+    if not settles(module):
+        return module
+    without = copy.copy(module)
+    vars(without)["_forward_hooks"] = OrderedDict(module._forward_hooks)
+    del without._forward_hooks[_KEY]
+    return without
+
+
+nn.Module.__prepare_scriptable__ = _scriptable  # a model that was fused may be of any class, and a copy or unpickled
