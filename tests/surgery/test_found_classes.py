@@ -313,3 +313,109 @@ def test_a_part_without_sizes_in_the_place_of_a_linear_layer(caplog):
     module.kv = nn.Sequential(module.kv)
     check_original(module, tokens()[:, :1], tokens())
     assert "kv is Sequential" in caplog.text
+
+
+class ZeroIsPadding(Changing):
+    def changed(self, x):
+        return torch.where((x == 0).all(dim=-1, keepdim=True), 1.0, x)
+
+
+class Cleaned(Changing):
+    def changed(self, x):
+        return torch.nan_to_num(x)
+
+
+class Finite(Changing):
+    def changed(self, x):
+        return x.masked_fill(x.isinf(), 0.0)
+
+
+class Refusing(Changing):
+    def changed(self, x):
+        if not x.isfinite().all():
+            raise ValueError("tokens are not finite")
+        return x
+
+
+class Limited(Changing):
+    def changed(self, x):
+        return x.clamp(-50.0, 50.0)
+
+
+class QueryIsCleaned(Changing):
+    def forward(self, q, x):
+        return super().forward(torch.nan_to_num(q), x)
+
+
+class AutocastInside(Changing):
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, q, x):
+        return super().forward(q, x)
+
+
+class CastBack(AutocastInside):
+    def forward(self, q, x):
+        return super().forward(q, x).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "kind", [ZeroIsPadding, Cleaned, Finite, Refusing, Limited, QueryIsCleaned, AutocastInside, CastBack]
+)
+def test_what_ordinary_tokens_in_float64_would_not_show(kind):
+    assert "does not compute attention of few queries" in reason(kind())
+
+
+def test_meta_tensors():
+    module = fused(Changing).to("meta")
+    x = tokens().to("meta")
+    assert module(x[:, :1], x).shape == (len(x), 1, DIM)
+
+
+@pytest.mark.parametrize("name", ["details", "arguments", "original", "found", "fuses"])
+def test_attributes_of_the_fused_class_names(name):
+    class Named(Changing):
+        def __init__(self):
+            super().__init__()
+            setattr(self, name, nn.Identity() if name == "original" else "its own")
+
+        def forward(self, q, x):
+            getattr(self, name)
+            return super().forward(q, x)
+
+    assert reason(Named()) == f"it has attributes of the names that its fused class has: {name}"
+
+
+def test_attributes_that_come_later():
+    module = fused(Changing)
+    module.details, module.arguments = "its own", 1
+    check_original(module, tokens()[:, :1], tokens())
+
+
+def test_a_module_that_its_fused_class_makes():
+    module = fused(Changing)
+    other = type(module)()
+    other.load_state_dict(module.state_dict())
+    for each in (other, copy.deepcopy(other)):
+        check_original(each.eval(), tokens()[:, :1], tokens())
+
+
+class OwnPickle(Changing):
+    def __reduce__(self):
+        return OwnPickle, (), vars(self)
+
+
+def test_a_class_with_its_own_pickles():
+    assert reason(OwnPickle()) == "its class has a way of its own to be pickled"
+
+
+class Recording(Changing):
+    def changed(self, x):
+        RECORDED.append(x[:, :1] * 2)
+        return x
+
+
+RECORDED = []
+
+
+def test_a_class_that_keeps_tensors_elsewhere():
+    assert "does not compute attention of few queries" in reason(Recording())

@@ -1,6 +1,7 @@
 """DynaMixer's operation and block (arXiv:2201.12083) around dynamic_mixing, with the official parameter names."""
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from tokenfusion.kernels.checks import autocast, symbolic
 from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
 from tokenfusion.kernels.linear import linear
+from tokenfusion.layers.block_inference import are_plain
 from tokenfusion.layers.drop_in import why_not_linear, why_not_part, within
 from tokenfusion.layers.own_layer import OwnLayer
 
@@ -83,9 +85,9 @@ class DynaMixerOp(OwnLayer, nn.Module):
         Raises:
             ValueError: another number of tokens or channels than the layer was made for.
         """
-        if self.generator == "dynamic" and self.fuses():
-            return self._mix_fused(x, dim)
         self._check(x, dim)
+        if self.generator == "dynamic" and self.fuses():
+            return mixed(self, x, dim, self.num_head)
         x = x.movedim(dim, 2)
         return apply_mixing(x, self.matrices(x)).movedim(2, dim)
 
@@ -108,14 +110,6 @@ class DynaMixerOp(OwnLayer, nn.Module):
         if torch.jit.is_scripting():
             return self.plain_forward(x)
         return self.out(self.mix(x.unsqueeze(1), 2).squeeze(1))
-
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self._mix_fused(x.unsqueeze(1), 2).squeeze(1))
-
-    def _mix_fused(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        self._check(x, dim)
-        weights = self.compress.weight, self.compress.bias, self.generate.weight, self.generate.bias
-        return dynamic_mixing(x, *weights, segments=self.num_head, dim=dim)
 
     def _check(self, x: torch.Tensor, dim: int) -> None:
         if not symbolic(x) and (x.shape[dim] != self.seq_len or x.shape[3] != self.dim):
@@ -193,9 +187,9 @@ class DynaMixerBlock(OwnLayer, nn.Module):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x)
+        self._check(x)
         if self.fuses():
             return self._fused(x)
-        self._check(x)
         return self.plain_forward(x)
 
     @staticmethod
@@ -237,42 +231,72 @@ class DynaMixerBlock(OwnLayer, nn.Module):
             )
 
     def _fused(self, x: torch.Tensor) -> torch.Tensor:
-        self._check(x)
-        x, *tensors = autocast(x, *self._tensors())
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._run(x, *tensors)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        images = max(1, _PIECE_BYTES // max(1, x[:1].nbytes)) if self.reweight else max(1, len(x))
-        for piece, target in zip(x.split(images), out.split(images)):
-            self._run(piece, *tensors, out=target.flatten(1, 2))
-        return out
-
-    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """The projection's weight and bias, then those of the branches' linear layers, first all weights."""
-        linears = [op.out for op, _ in self._directions()] + ([] if self.mlp_c is None else [self.mlp_c])
-        weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
-        return self.proj.weight, self.proj.bias, *weights, *biases
-
-    def _directions(self) -> list[tuple[DynaMixerOp, int]]:
-        """Each operation with the dimension that it mixes along."""
         along_w = self.mix_h if self.shared else self.mix_w
-        return [(op, dim) for op, dim in ((self.mix_h, 1), (along_w, 2)) if op is not None]
+        mixings = [Mixing(op, op.num_head, dim) for op, dim in ((self.mix_h, 1), (along_w, 2)) if op is not None]
+        branches = Branches(tuple(mixings), self.mlp_c, self.reweight, self.proj)
+        return run_block(branches, x, lambda: are_plain(self.reweight))
 
-    def _run(self, x, proj_weight, proj_bias, *of_branches, out=None) -> torch.Tensor:
-        """The block in the dtype of x; where no gradient is recorded, into `out`."""
-        branches = _mix_all(self._directions(), x, self.reweight is not None)
-        if self.mlp_c is not None:
-            branches.append((x, None if self.reweight is None else _mean(x)))
-        count = len(branches)
-        weights, biases = of_branches[:count], of_branches[count:]
-        if self.reweight is None:
-            gates = x.new_ones(1, count, self.dim)
-        else:  # the mean of a linear layer's output is that of its mean input
-            mean = sum(map(F.linear, (mean for _, mean in branches), weights, biases))
-            gates = self.reweight(mean).unflatten(-1, (self.dim, count)).softmax(dim=-1)
-            gates = gates.transpose(1, 2).to(mean.dtype).contiguous()
-        inputs = [branch.flatten(1, 2) for branch, _ in branches]
-        return gated_sum(inputs, weights, biases, gates, proj_weight, proj_bias, out=out).view(x.shape)
+
+class Mixing(NamedTuple):
+    """An operation, of this package or of somebody else's class, and the dimension that it mixes along."""
+
+    op: nn.Module
+    segments: int
+    dim: int
+
+
+class Branches(NamedTuple):
+    """What the fused form of a block reads and calls."""
+
+    mixings: tuple[Mixing, ...]
+    mlp_c: nn.Linear | None
+    reweight: nn.Module | None
+    proj: nn.Linear
+
+
+def mixed(op: nn.Module, x: torch.Tensor, dim: int, segments: int) -> torch.Tensor:
+    """x [B, H, W, D] mixed along dimension dim by an operation, without its output projection."""
+    weights = op.compress.weight, op.compress.bias, op.generate.weight, op.generate.bias
+    return dynamic_mixing(x, *weights, segments=segments, dim=dim)
+
+
+def run_block(branches: Branches, x: torch.Tensor, in_pieces: Callable[[], bool]) -> torch.Tensor:
+    """in_pieces: whether the reweighting gives the same for a few images at a time, without anybody seeing it."""
+    x, *tensors = autocast(x, *_tensors(branches))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _run(branches, x, *tensors)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    images = max(1, _PIECE_BYTES // max(1, x[:1].nbytes))
+    if branches.reweight is None or (images < len(x) and not in_pieces()):
+        images = max(1, len(x))
+    for piece, target in zip(x.split(images), out.split(images)):
+        _run(branches, piece, *tensors, out=target.flatten(1, 2))
+    return out
+
+
+def _tensors(branches: Branches) -> tuple[torch.Tensor | None, ...]:
+    """The projection's weight and bias, then those of the branches' linear layers, first all weights."""
+    linears = [mixing.op.out for mixing in branches.mixings] + ([] if branches.mlp_c is None else [branches.mlp_c])
+    weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
+    return branches.proj.weight, branches.proj.bias, *weights, *biases
+
+
+def _run(branches: Branches, x, proj_weight, proj_bias, *of_linears, out=None) -> torch.Tensor:
+    """The block in the dtype of x; where no gradient is recorded, into `out`."""
+    reweight, dim = branches.reweight, x.shape[-1]
+    parts = _mix_all(branches.mixings, x, reweight is not None)
+    if branches.mlp_c is not None:
+        parts.append((x, None if reweight is None else _mean(x)))
+    count = len(parts)
+    weights, biases = of_linears[:count], of_linears[count:]
+    if reweight is None:
+        gates = x.new_ones(1, count, dim)
+    else:  # the mean of a linear layer's output is that of its mean input
+        mean = sum(map(F.linear, (mean for _, mean in parts), weights, biases))
+        gates = reweight(mean).unflatten(-1, (dim, count)).softmax(dim=-1)
+        gates = gates.transpose(1, 2).to(mean.dtype).contiguous()
+    inputs = [part.flatten(1, 2) for part, _ in parts]
+    return gated_sum(inputs, weights, biases, gates, proj_weight, proj_bias, out=out).view(x.shape)
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:
@@ -280,20 +304,20 @@ def _mean(x: torch.Tensor) -> torch.Tensor:
 
 
 def _mix_all(
-    directions: list[tuple[DynaMixerOp, int]], x: torch.Tensor, with_mean: bool
+    mixings: tuple[Mixing, ...], x: torch.Tensor, with_mean: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """x mixed along each direction, and its mean where wanted; one product compresses the tokens for all of them."""
-    if any(op.generator != "dynamic" for op, _ in directions):
-        mixed = [op.mix(x, dim) for op, dim in directions]
-        return [(part, _mean(part) if with_mean else None) for part in mixed]
-    if not directions:
+    if any(isinstance(op, DynaMixerOp) and op.generator != "dynamic" for op, *_ in mixings):
+        parts = [op.mix(x, dim) for op, _, dim in mixings]
+        return [(part, _mean(part) if with_mean else None) for part in parts]
+    if not mixings:
         return []
-    ops = list(dict.fromkeys(op for op, _ in directions))
+    ops = list(dict.fromkeys(op for op, *_ in mixings))
     weight, bias = (torch.cat([getattr(op.compress, name) for op in ops]) for name in ("weight", "bias"))
     compressed = linear(x, weight, bias).chunk(len(ops), dim=-1)
     outs = []
-    for op, dim in directions:
+    for op, segments, dim in mixings:
         _, *generate = autocast(x, op.generate.weight, op.generate.bias)
         of_op = compressed[ops.index(op)]
-        outs.append(mix(x, of_op, *generate, segments=op.num_head, dim=dim, with_mean=with_mean))
+        outs.append(mix(x, of_op, *generate, segments=segments, dim=dim, with_mean=with_mean))
     return outs

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -26,7 +26,15 @@ from tokenfusion.layers.single_query_attention import (
     split_class_token,
     split_linear,
 )
-from tokenfusion.layers.watched import Watched, attribute, remember, watch, why_not_as_before
+from tokenfusion.layers.watched import (
+    UsedParts,
+    Watched,
+    attribute,
+    remember,
+    watch_all,
+    why_not_all_as_before,
+    why_not_modes,
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,8 @@ class FewQueries(Found):
     which must be what it was when the module was tried.
     """
 
+    arguments: ClassVar[Arguments]
+
     @classmethod
     def stand_in_for(cls, original: type[nn.Module]) -> None:
         cls.forward = functools.update_wrapper(renamed(FewQueries.forward, "forward"), original.forward)
@@ -96,27 +106,30 @@ class FewQueries(Found):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        remember(*self._fused_state.watched)
+        if STATE in vars(self):
+            remember(*self._fused_state.watched)
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
         parts, form = cls.details
         if module.training and not form.in_training:
             return "in training its forward is another one"
-        reason = why_not_parts(module, parts) or _why_not_modes(module, form.modes)
+        reason = why_not_parts(module, parts) or why_not_modes(module, form.modes)
         if reason is not None or not isinstance(module, cls):
             return reason
-        return why_not_as_tried(module, parts, module._fused_state)
+        state = getattr(module, STATE, None)
+        return "it was not tried" if state is None else why_not_as_tried(module, parts, state)
 
     def __prepare_scriptable__(self):
         kind = type(self).__name__
         raise RuntimeError(f"TorchScript cannot compile {kind} while it is fused; call tokenfusion.unfuse(model) first")
 
     def forward(self, *args, **kwargs):
-        parts, form = self.details
-        call = call_of(self.arguments, parts, form.extra, args, kwargs)
+        cls = type(self)
+        parts, form = cls.details
+        call = call_of(cls.arguments, parts, form.extra, args, kwargs)
         if call is None or not self.fuses() or not _serves(self, parts, form, call):
-            return self.original.forward(self, *args, **kwargs)
+            return cls.original.forward(self, *args, **kwargs)
         return finished(self, parts, form, attended(self, parts, form, call))
 
 
@@ -244,50 +257,33 @@ class State(NamedTuple):
 
 
 def state_of(module: nn.Module, parts: Parts) -> State:
-    seen = [*called_parts(module, parts), *filter(None, (parts.key, parts.value, parts.norm, parts.dropout))]
-    watched = tuple(
-        watch(path, each, *(() if path else parts.depends_on))
-        for path, each in module.named_modules()
-        if not any(f"{path}.".startswith(f"{name}.") for name in seen)
-    )
-    remember(*watched)
-    return State(watched, _sizes(module, parts))
+    return State(watch_all(module, used_parts(module, parts).names, *parts.depends_on), _sizes(module, parts))
 
 
 def _sizes(module: nn.Module, parts: Parts) -> tuple[torch.Size, ...]:
     return tuple([weight.shape for weight in _weights_read(module, parts)])
 
 
-def called_parts(module: nn.Module, parts: Parts) -> tuple[str, ...]:
-    """The names of the parts that are called as the class calls them, whatever they are."""
+def used_parts(module: nn.Module, parts: Parts) -> UsedParts:
     normed = type(part(module, parts.norm)) is nn.BatchNorm1d
-    names = (parts.query if parts.latent is None else None, parts.norm if normed else None, parts.out)
-    return tuple(filter(None, names))
+    called = (parts.query if parts.latent is None else None, parts.norm if normed else None, parts.out)
+    read = (parts.key, parts.value, parts.norm, parts.dropout)
+    return UsedParts(tuple(filter(None, called)), tuple(filter(None, read)), parts.dropout)
 
 
 def why_not_as_tried(module: nn.Module, parts: Parts, state: State) -> str | None:
     """What differs from this state of the module, or may do so without being seen."""
-    for then in state.watched:
-        reason = why_not_as_before(attribute(module, then.path) if then.path else module, then)
-        if reason is not None:
-            return reason
+    reason = why_not_all_as_before(module, state.watched)
+    if reason is not None:
+        return reason
     return None if _sizes(module, parts) == state.sizes else "its weights have other sizes than when it was tried"
-
-
-def _why_not_modes(module: nn.Module, paths: tuple[str, ...]) -> str | None:
-    """A trial has all of a module in training, or nothing of it."""
-    for path in paths:
-        each = part(module, path)
-        if each is not None and each.training is not module.training:
-            return f"{path} is {'' if each.training else 'not '}in training, unlike the module that it is in"
-    return None
 
 
 def _serves(module: nn.Module, parts: Parts, form: Form, call: Call) -> bool:
     """Whether the fused form is for tensors of this kind and size; others are the class's own business."""
     query = part(module, parts.latent) if call.query is None else call.query
     batch, count, channels = call.tokens.shape
-    if query.dtype != call.tokens.dtype or call.tokens.numel() == 0 or query.numel() == 0:
+    if call.tokens.is_meta or query.dtype != call.tokens.dtype or call.tokens.numel() == 0 or query.numel() == 0:
         return False
     if call.query is not None and (len(query) != batch or (call.extra and query.shape[-1] != channels)):
         return False

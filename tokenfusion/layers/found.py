@@ -1,12 +1,21 @@
 """Fused classes for classes of somebody else's, made when one is found."""
 
 import functools
+import inspect
 from collections.abc import Hashable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import nn
 
 from tokenfusion.layers.drop_in import DropIn
+
+
+class Agreement(NamedTuple):
+    """Where a fused form agrees with a class's own forward, beside in evaluation."""
+
+    in_training: bool
+    in_autocast: bool  # whether the result has the same dtype under autocast
+    modes: tuple[str, ...]  # the parts for which it counts whether they are in training
 
 
 class Found(DropIn):
@@ -23,7 +32,8 @@ class Found(DropIn):
 
     def __reduce_ex__(self, protocol):
         """By the class that it had, as this one can be imported nowhere."""
-        return _new_fused, (self.found, self.original, self.details), *super().__reduce_ex__(protocol)[2:]
+        cls = type(self)
+        return _new_fused, (cls.found, cls.original, cls.details), *super().__reduce_ex__(protocol)[2:]
 
 
 @functools.cache
@@ -38,3 +48,15 @@ def fused_class(found: type[Found], original: type[nn.Module], details: Hashable
 def _new_fused(found: type[Found], original: type[nn.Module], details: Hashable) -> nn.Module:
     fused = fused_class(found, original, details)
     return fused.__new__(fused)
+
+
+def why_not_names(module: nn.Module, found: type[Found]) -> str | None:
+    """Attributes of the module or its class that those of the fused class would hide, or its own way of pickling."""
+    bases = [base for base in found.__mro__ if issubclass(base, DropIn)]
+    names = {name for base in bases for name in (*vars(base), *inspect.get_annotations(base))} - {"forward"}
+    taken = sorted(name for name in names.intersection(dir(module)) if not name.startswith("__"))
+    if taken:
+        return f"it has attributes of the names that its fused class has: {', '.join(taken)}"
+    if any(getattr(type(module), name) is not getattr(object, name) for name in ("__reduce__", "__reduce_ex__")):
+        return "its class has a way of its own to be pickled"
+    return None

@@ -7,7 +7,7 @@ never as before: the values of buffers, and tensors and modules in attributes.
 
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,22 @@ class Watched(NamedTuple):
     deeper: tuple[tuple[str, object], ...]
     contained: tuple[tuple[str, tuple], ...]
     frozen: tuple[tuple[str, tuple], ...]
+
+
+class UsedParts(NamedTuple):
+    """The names of the parts of a module that its fused form knows, and nothing but them.
+
+    called are called as the class calls them, whatever they are; of the others, which are read past, dropout is one
+    whose rate may be any.
+    """
+
+    called: tuple[str, ...]
+    read: tuple[str, ...]
+    dropout: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.called + self.read
 
 
 class _Class(NamedTuple):
@@ -69,6 +85,35 @@ def watch(path: str, module: nn.Module, *deeper: str) -> Watched:
         tuple(contained.items()),
         tuple((name, value) for name, value in others.items() if name not in contained),
     )
+
+
+def watch_all(module: nn.Module, beside: Iterable[str] = (), *deeper: str) -> tuple[Watched, ...]:
+    """A module and all in it but the parts of the names `beside`; deeper is as in `watch`, of the module itself."""
+    watched = tuple(
+        watch(path, each, *(() if path else deeper))
+        for path, each in module.named_modules()
+        if not any(f"{path}.".startswith(f"{name}.") for name in beside)
+    )
+    remember(*watched)
+    return watched
+
+
+def why_not_all_as_before(module: nn.Module, watched: tuple[Watched, ...]) -> str | None:
+    """What differs from how they were in the module, or may do so without being seen."""
+    for then in watched:
+        reason = why_not_as_before(attribute(module, then.path) if then.path else module, then)
+        if reason is not None:
+            return reason
+    return None
+
+
+def why_not_modes(module: nn.Module, paths: tuple[str, ...]) -> str | None:
+    """A trial has all of a module in training, or nothing of it."""
+    for path in paths:
+        each = attribute(module, path)
+        if each is not None and each.training is not module.training:
+            return f"{path} is {'' if each.training else 'not '}in training, unlike the module that it is in"
+    return None
 
 
 def remember(*watched: Watched) -> None:

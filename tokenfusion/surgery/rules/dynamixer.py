@@ -4,7 +4,7 @@ They are recognised by the names and shapes of their parameters. That a module o
 paper says is tried out before it is replaced.
 """
 
-import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
@@ -14,74 +14,26 @@ from torch import nn
 
 from tokenfusion import layers
 from tokenfusion.kernels import dispatch
-from tokenfusion.layers.drop_in import (
-    dropout,
-    remember_forwards,
-    why_not_linear,
-    why_not_part,
-    why_not_watched,
-    within,
+from tokenfusion.layers.drop_in import dropout, remember_forwards, restore, why_not_part, why_not_watched, within
+from tokenfusion.layers.found import fused_class, why_not_names
+from tokenfusion.layers.found_dynamixer import (
+    OPS,
+    Details,
+    FoundBlock,
+    FoundDynaMixer,
+    FoundOp,
+    become,
+    why_not_parts,
 )
-from tokenfusion.layers.found import Found, fused_class
+from tokenfusion.layers.watched import watch_all, why_not_all_as_before
 from tokenfusion.surgery.rules.rule import Plan, with_forward_on_instance
-from tokenfusion.surgery.rules.trial import Draws, failed, same, with_drawn_parameters
+from tokenfusion.surgery.rules.trial import Draws, Trial, failed, found_out, same, with_drawn_parameters
 
-_OP_LINEARS = ("compress", "generate", "out")
-_BLOCK_LINEARS = ("mlp_c", "proj")
-_BIASED = ("compress", "generate")
-
-
-class _Found(Found):
-    """A module with the parameters of a layer of this package, and not its attributes."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            return self.plain_forward(x)
-        return self.layer._fused(self, x) if self.fuses() else self.original.forward(self, x)
-
-
-class _FoundOp(_Found, layers.DynaMixerOp):
-    layer, generator = layers.DynaMixerOp, "dynamic"
-    dim = property(lambda op: op.out.in_features)
-    seq_len = property(lambda op: isqrt(op.generate.out_features))
-    reduced_dim = property(lambda op: op.generate.in_features // op.seq_len)
-    num_head = property(lambda op: op.compress.out_features // op.reduced_dim)
-    sizes = property(lambda op: (op.seq_len, op.dim))  # of what it takes, after the batch
-
-    @staticmethod
-    def why_not(module: nn.Module) -> str | None:
-        return _why_not_linears(module, _OP_LINEARS) or _why_not_dropout(module)
-
-
-class _FoundBlock(_Found, layers.DynaMixerBlock):
-    layer, shared = layers.DynaMixerBlock, False
-    dim = property(lambda block: block.proj.in_features)
-    resolution = property(lambda block: (block.mix_h.seq_len, block.mix_w.seq_len))
-    sizes = property(lambda block: (*block.resolution, block.dim))
-
-    @staticmethod
-    def why_not(module: nn.Module) -> str | None:
-        for name in ("mix_h", "mix_w"):
-            op = module._modules.get(name)
-            reason = why_not_part(op, name, type(op)) or within(name, _why_not_op(op))
-            if reason is not None:
-                return reason
-        return _why_not_linears(module, _BLOCK_LINEARS) or _why_not_dropout(module)
-
-
-def _why_not_op(op: nn.Module) -> str | None:
-    return op.why_not_fused(op) if isinstance(op, _FoundOp) else _FoundOp.why_not(op)
-
-
-def _why_not_linears(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    for name in names:
-        part = module._modules.get(name)
-        reason = why_not_linear(part, name)
-        if reason is None and part.bias is None and name in _BIASED:
-            reason = f"{name} has no bias"
-        if reason is not None:
-            return reason
-    return None
+_OTHER = "its forward does not compute what the official code's does"
+_OP_LINEARS = FoundOp._kind.linears
+_BLOCK_LINEARS = FoundBlock._kind.linears
+_MANY = 67  # images, of which a reweighting gets a few at a time
+_tried: dict[tuple, Details | str] = {}
 
 
 def _is_op(module: nn.Module) -> bool:
@@ -106,7 +58,7 @@ def _is_block(module: nn.Module) -> bool:
     reweight = getattr(module, "reweight", None)
     if not all(hasattr(linear, "in_features") for linear in linears) or not isinstance(reweight, nn.Module):
         return False
-    ops = [getattr(module, name, None) for name in ("mix_h", "mix_w")]
+    ops = [getattr(module, name, None) for name in OPS]
     return all(isinstance(op, nn.Module) and _is_op(op) for op in ops) and len({op.out.in_features for op in ops}) == 1
 
 
@@ -114,40 +66,54 @@ def _is_block(module: nn.Module) -> bool:
 class StructuralRule:
     """As `DropInRule`, for modules of any class with a certain structure.
 
-    found is the package's layer for them, and parameters are the names of all the parameters that it has.
+    found is the fused form of them, parameters are the names of all the parameters that it has, and absorbs the names
+    of parts that are to be of such a structure, too.
     """
 
-    found: type[_Found]
+    found: type[FoundDynaMixer]
     looks_like: Callable[[nn.Module], bool]
     parameters: frozenset[str]
-    absorbs: tuple[str, ...] = ()
+    absorbs: "tuple[tuple[str, StructuralRule], ...]" = ()
     op: str = "dynamic_mixing"
 
     def plan(self, module: nn.Module) -> Plan | None:
-        kind = type(module).__name__
+        kind, parts = type(module), tuple(module._modules.get(name) for name, _ in self.absorbs)
         if isinstance(module, self.found):
-            return Plan(kind, self.found.why_not_fused(module), lambda: None, self._absorbed(module))
+            return Plan(kind.__name__, kind.why_not_fused(module), lambda: None, parts)
         own = isinstance(module, (layers.DynaMixerOp, layers.DynaMixerBlock, torch.jit.ScriptModule))
         if own or not self.looks_like(module):
             return None
-        remember_forwards(*(type(part) for part in self._absorbed(module)))
-        reason = (
+        plans = {name: rule.plan(module._modules[name]) for name, rule in self.absorbs}
+        found = (
             with_forward_on_instance(module)
+            or why_not_names(module, self.found)
             or why_not_watched()
-            or self.found.why_not(module)
+            or self._why_not_absorbed(module, plans)
+            or why_not_parts(module, self.found._kind)
+            or _why_not_dropout(module)
             or self._why_not_state(module)
-            or self._why_not_results(module)
+            or self._details(module)
         )
-        return Plan(kind, reason, lambda: self._replace(module), self._absorbed(module))
+        if isinstance(found, str):
+            return Plan(kind.__name__, found)
 
-    def _absorbed(self, module: nn.Module) -> tuple[nn.Module, ...]:
-        return tuple(module.get_submodule(name) for name in self.absorbs)
+        def apply() -> None:
+            for plan in plans.values():
+                plan.apply()
+            become(module, fused_class(self.found, kind, found))
 
-    def _replace(self, module: nn.Module) -> None:
-        for part in self._absorbed(module):
-            OP._replace(part)
-        if not isinstance(module, self.found):
-            module.__class__ = fused_class(self.found, type(module), None)
+        return Plan(kind.__name__, None, apply, parts)
+
+    def _why_not_absorbed(self, module: nn.Module, plans: dict[str, Plan]) -> str | None:
+        for name, rule in self.absorbs:
+            part = module._modules[name]
+            remember_forwards(type(part))
+            reason = why_not_part(part, name, type(part)) or within(name, why_not_parts(part, rule.found._kind))
+            if reason is None and plans[name].reason is not None:
+                reason = f"{name}: {plans[name].reason}"
+            if reason is not None:
+                return reason
+        return None
 
     def _why_not_state(self, module: nn.Module) -> str | None:
         names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
@@ -155,19 +121,42 @@ class StructuralRule:
             return f"it has other parameters than the official code's: {', '.join(sorted(names ^ self.parameters))}"
         return None
 
-    def _why_not_results(self, module: nn.Module) -> str | None:
-        """Compares both forward passes in float64, for parameters and tokens drawn at random."""
-        drawn = Draws()
+    def _details(self, module: nn.Module) -> Details | str:
+        """What a trial shows, or why the module is not to be replaced; tried once for what it holds and its sizes."""
         try:
-            plain = with_drawn_parameters(module, drawn)
-            fused = copy.deepcopy(plain)
-            self._replace(fused)
-            x = drawn(2, *fused.sizes)
-            with torch.no_grad(), dispatch.backend("reference"):
-                expected, got = type(plain).forward(plain, x), self.found.layer._fused(fused, x)
+            state = watch_all(module)
+            what = (self.found, type(module).forward, state)
+            if what not in _tried:
+                with torch.random.fork_rng(devices=[]), torch.inference_mode(False), dispatch.backend("reference"):
+                    _tried[what] = self._tried_details(module)
+            return why_not_all_as_before(module, watch_all(module, self.found._kind.used.names)) or _tried[what]
         except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
             return failed(error)
-        return None if same(got, expected) else "its forward does not compute what the official code's does"
+
+    def _tried_details(self, module: nn.Module) -> Details | str:
+        arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        if arguments != ("x",):
+            raise TypeError(f"its forward takes {', '.join(arguments)}, expected x alone")
+        kind, drawn = self.found._kind, Draws()
+        plain = with_drawn_parameters(module, drawn)
+        for name, _ in self.absorbs:
+            if isinstance(plain._modules[name], FoundOp):
+                restore(plain._modules[name])
+        trials = [Trial(plain, (drawn(batch, *kind.sizes(plain)),), kind.used) for batch in (2, 1)]
+        agreement = found_out(trials, kind.fused)
+        if agreement is None:
+            return _OTHER
+        in_pieces = self.found is FoundBlock and _works_in_pieces(plain.reweight, drawn(_MANY, plain.proj.in_features))
+        return Details(agreement, in_pieces)
+
+
+def _works_in_pieces(reweight: nn.Module, x: torch.Tensor) -> bool:
+    before = watch_all(reweight)
+    with torch.no_grad():
+        whole = reweight(x)
+        pieces = [torch.cat([reweight(piece) for piece in x.split(images)]) for images in (7, 1)]
+    unchanged = why_not_all_as_before(reweight, before) is None
+    return unchanged and all(each.shape == whole.shape and same(each, whole) for each in pieces)
 
 
 def _why_not_dropout(module: nn.Module, path: str = "") -> str | None:
@@ -184,12 +173,12 @@ def _names(*linears: str) -> frozenset[str]:
     return frozenset(f"{name}.{kind}" for name in linears for kind in ("weight", "bias"))
 
 
-_OPS = tuple(f"{op}.{name}" for op in ("mix_h", "mix_w") for name in _OP_LINEARS)
-OP = StructuralRule(_FoundOp, _is_op, _names(*_OP_LINEARS))
+OP = StructuralRule(FoundOp, _is_op, _names(*_OP_LINEARS))
 BLOCK = StructuralRule(
-    _FoundBlock,
+    FoundBlock,
     _is_block,
-    _names(*_OPS, "reweight.fc1", "reweight.fc2", "proj") | {"mlp_c.weight"},
-    absorbs=("mix_h", "mix_w"),
+    _names(*(f"{op}.{name}" for op in OPS for name in _OP_LINEARS), "reweight.fc1", "reweight.fc2", "proj")
+    | {"mlp_c.weight"},
+    absorbs=tuple((name, OP) for name in OPS),
 )
 RULES = (BLOCK, OP)

@@ -4,10 +4,9 @@ Names do not tell what a forward computes of such parts. That is found out by tr
 replaced.
 """
 
-import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -17,9 +16,9 @@ from tokenfusion.kernels import dispatch
 from tokenfusion.layers import few_queries
 from tokenfusion.layers.drop_in import DropIn, why_not_watched
 from tokenfusion.layers.few_queries import Arguments, FewQueries, Form, Parts
-from tokenfusion.layers.found import fused_class
+from tokenfusion.layers.found import fused_class, why_not_names
 from tokenfusion.surgery.rules.rule import DECIDED_PER_CALL, Plan, with_forward_on_instance
-from tokenfusion.surgery.rules.trial import Draws, failed, same, with_drawn_parameters
+from tokenfusion.surgery.rules.trial import Draws, Inputs, Trial, failed, found_out, with_drawn_parameters
 
 _OTHER = "its forward does not compute attention of few queries with these parts"
 _HEADS = dict(heads="num_heads")
@@ -85,7 +84,6 @@ _BY_NAMES = {frozenset(names.split()): parts for names, parts in _KNOWN.items()}
 _registered: dict[type[nn.Module], Parts] = {}
 _tried: dict[tuple, Form | str] = {}
 _MANY = 263  # tokens: more than what windows and thresholds are made for, and no multiple of anything
-Inputs = tuple[torch.Tensor, ...]
 
 
 def register_rule(
@@ -164,6 +162,7 @@ class FewQueriesRule:
         if isinstance(found, _Unlike) and kind not in _registered:
             return None
         reason = with_forward_on_instance(module) or (found if isinstance(found, str) else None)
+        reason = reason or why_not_names(module, FewQueries)
         if reason is not None:
             return Plan(kind.__name__, reason)
         return _plan(module, fused_class(FewQueries, kind, (parts, found)))
@@ -223,19 +222,20 @@ def _tried_form(module: nn.Module, parts: Parts, arguments: Arguments) -> Form |
         trials = []
         for batch, count, length, keywords in shown:
             inputs = _inputs(plain, parts, len(arguments.tensors), (batch, count, length), drawn)
-            trials.append(_Trial(plain, parts, arguments, inputs, keywords))
+            trials.append(Trial(plain, inputs, few_queries.used_parts(plain, parts), keywords))
         for form in _forms(plain, parts, extra):
-            if all(trial.agrees(form) for trial in trials) and all(
-                trial.agrees_in_all(form, training=False) for trial in trials
-            ):
-                return form._replace(
-                    in_training=all(trial.agrees_in_all(form, training=True) for trial in trials[::2]),  # of few tokens
-                    in_autocast=trials[0].agrees_in_autocast(form),
-                    modes=tuple(trials[0].modes()),
-                )
+            fused = functools.partial(_fused, parts, arguments, form)
+            found = found_out(trials, fused)
+            if found is not None:
+                return form._replace(**found._asdict())
         if any(trial.comparable for trial in trials):
             why_not = _OTHER
     return why_not
+
+
+def _fused(parts: Parts, arguments: Arguments, form: Form, module: nn.Module, *inputs: torch.Tensor, **keywords):
+    call = few_queries.call_of(arguments, parts, form.extra, inputs, keywords)
+    return few_queries.finished(module, parts, form, few_queries.attended(module, parts, form, call))
 
 
 def _ways(arguments: Arguments) -> Iterator[tuple[bool, list[tuple[int, int, int, dict]]]]:
@@ -271,118 +271,3 @@ def _inputs(module: nn.Module, parts: Parts, tensors: int, sizes: tuple[int, int
     query = few_queries.part(module, parts.query)
     query = drawn(batch, length, channels if query is None else query.in_features)
     return query, *(tokens,) * (tensors - 1)
-
-
-class _Trial:
-    """A call of a module, and its result."""
-
-    def __init__(self, module: nn.Module, parts: Parts, arguments: Arguments, inputs: Inputs, keywords: dict):
-        self.module, self.parts, self.arguments = module, parts, arguments
-        self.inputs, self.keywords = inputs, keywords
-        self.comparable = False  # whether a form gave a result of the same size
-        with torch.no_grad():
-            self.expected = self._original(_copy(module), inputs)
-
-    def agrees(self, form: Form) -> bool:
-        try:
-            with torch.no_grad():
-                got = self._fused(form, self.module, self.inputs)
-        except (RuntimeError, ValueError):  # sizes that do not fit
-            return False
-        return self._same(got, self.expected)
-
-    def agrees_in_all(self, form: Form, training: bool) -> bool:
-        """In gradients, random numbers, what the parts are given that are called, and what is kept, too."""
-        got, expected = (self._seen(forward, training) for forward in self._both(form))
-        return len(got) == len(expected) and all(map(_alike, got, expected))
-
-    def agrees_in_autocast(self, form: Form) -> bool:
-        module, inputs = copy.deepcopy(self.module).float(), _each(torch.Tensor.float, self.inputs)
-        try:
-            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                got, expected = (_result(forward(module, inputs)) for forward in self._both(form))
-        except RuntimeError:
-            return False
-        return got.dtype == expected.dtype
-
-    def modes(self) -> Iterator[str]:
-        """The paths of the parts that change the result when they alone are in training."""
-        module = _copy(self.module)
-        for then in few_queries.state_of(module, self.parts).watched[1:]:
-            each = few_queries.part(module, then.path)
-            each.training = True
-            with torch.no_grad():
-                if not self._same(self._original(module, self.inputs), self.expected):
-                    yield then.path
-            each.training = False
-        if self.parts.dropout is not None:
-            yield self.parts.dropout  # whatever its rate is today
-
-    def _both(self, form: Form) -> tuple[Callable, Callable]:
-        return functools.partial(self._fused, form), self._original
-
-    def _original(self, module: nn.Module, inputs: Inputs):
-        return type(module).forward(module, *inputs, **self.keywords)
-
-    def _fused(self, form: Form, module: nn.Module, inputs: Inputs):
-        call = few_queries.call_of(self.arguments, self.parts, form.extra, inputs, self.keywords)
-        out = few_queries.attended(module, self.parts, form, call)
-        return few_queries.finished(module, self.parts, form, out)
-
-    def _same(self, got, expected) -> bool:
-        if type(got) is not type(expected) or _result(got).shape != _result(expected).shape:
-            return False
-        self.comparable = True
-        rest, others = ([each is None for each in out] if isinstance(out, tuple) else [] for out in (got, expected))
-        return rest == others and same(_result(got), _result(expected))
-
-    def _seen(self, forward: Callable, training: bool) -> list:
-        """All that somebody outside can see of a call, of dropout at a rate of one half."""
-        module, seen = _copy(self.module).train(training), []
-        for name in few_queries.called_parts(module, self.parts):
-            few_queries.part(module, name).register_forward_pre_hook(functools.partial(_given, seen))
-        dropout = few_queries.part(module, self.parts.dropout)
-        if isinstance(dropout, nn.Dropout):
-            dropout.p = 0.5
-        before = few_queries.state_of(module, self.parts)
-        inputs = _each(lambda x: x.clone().requires_grad_(), self.inputs)
-        torch.manual_seed(0)
-        with torch.enable_grad():
-            out = _result(forward(module, inputs))
-            leaves = (*dict.fromkeys(inputs), *module.parameters())
-            gradients = torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
-        seen += [out, *module.buffers(), few_queries.why_not_as_tried(module, self.parts, before)]
-        return seen + [gradients]
-
-
-def _given(seen: list, part: nn.Module, args: tuple) -> None:
-    seen.append(None if isinstance(part, nn.BatchNorm1d) else args[0])  # whose channels are elsewhere
-
-
-def _result(out) -> torch.Tensor:
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _each(change: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs) -> Inputs:
-    """What is one tensor stays one."""
-    changed = {x: change(x) for x in dict.fromkeys(inputs)}
-    return tuple(changed[x] for x in inputs)
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """With the same parameters, which a trial only reads."""
-    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
-
-
-def _alike(got, expected) -> bool:
-    if isinstance(expected, tuple):  # gradients, of which those of keys' biases are what rounding leaves of zero
-        scale = max(each.abs().max() for each in expected if each is not None)
-        return all(
-            one is other is None or (None not in (one, other) and same(one, other, scale))
-            for one, other in zip(got, expected, strict=True)
-        )
-    if not isinstance(got, torch.Tensor) or not isinstance(expected, torch.Tensor):
-        return got is expected or got == expected
-    if not expected.is_floating_point():
-        return torch.equal(got, expected)
-    return got.shape == expected.shape and same(got, expected)

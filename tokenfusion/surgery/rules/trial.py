@@ -1,11 +1,25 @@
 """Trying out whether a module of somebody else's class computes what its fused form does."""
 
 import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from tokenfusion.layers.found import Agreement
+from tokenfusion.layers.watched import UsedParts, attribute, watch_all, why_not_all_as_before
+
+Inputs = tuple[torch.Tensor, ...]
+Forward = Callable[..., Any]  # of a module, its inputs and its keywords
 _TOLERANCE = 1e-6  # relative, in float64
+_TOLERANCE_OF_FLOAT32 = 1e-4
+_LARGE = 1e6
 
 
 class Draws:
@@ -26,14 +40,218 @@ def with_drawn_parameters(module: nn.Module, drawn: Draws) -> nn.Module:
     return plain.requires_grad_()
 
 
-def same(got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
+def same(
+    got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None, tolerance: float = _TOLERANCE
+) -> bool:
     """scale: of which size the rounding errors are; by default the largest value's."""
     scale = _largest(expected) if scale is None else scale
-    return bool(_largest(got - expected) <= _TOLERANCE * scale)
+    return bool(_largest(got - expected) <= tolerance * scale)
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x, float("inf"))
+
+
+class _Made(TorchDispatchMode):
+    """Sees the tensors that are made in a call."""
+
+    def __init__(self):
+        super().__init__()
+        self._storages: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = (each for each in tree_leaves(out) if isinstance(each, torch.Tensor))
+        self._storages += [StorageWeakRef(each.untyped_storage()) for each in made]
+        return out
+
+    def outlives(self, known: tuple) -> bool:
+        """Whether one is still there, of which nobody here knows, as in a list that is global."""
+        storages = {StorageWeakRef(each.untyped_storage()) for each in known if isinstance(each, torch.Tensor)}
+        return any(not each.expired() and each not in storages for each in self._storages)
+
+
+class Trial:
+    """A call of a module of somebody else's class, and its result."""
+
+    def __init__(self, module: nn.Module, inputs: Inputs, used: UsedParts, keywords: dict | None = None):
+        self.module, self.inputs, self.used = module, inputs, used
+        self.keywords = keywords or {}
+        self.comparable = False  # whether a fused form gave a result of the same size
+        each, made = _copy(module), _Made()
+        with torch.no_grad(), made:
+            self.expected = self._run(_original, each, inputs)
+        del each
+        self.keeps = made.outlives((*inputs, *module.parameters(), *module.buffers(), *tree_leaves(self.expected)))
+
+    def agrees(self, fused: Forward) -> bool:
+        try:
+            with torch.no_grad():
+                got = self._run(fused, self.module, self.inputs)
+        except (RuntimeError, ValueError):  # sizes that do not fit
+            return False
+        return self._same(got, self.expected)
+
+    def agrees_in_all(self, fused: Forward, training: bool) -> bool:
+        """In gradients, random numbers, what the parts are given that are called, and what is kept, too."""
+        got, expected = (self._seen(forward, training) for forward in (fused, _original))
+        return len(got) == len(expected) and all(map(_alike, got, expected))
+
+    def agrees_for_special_values(self, fused: Forward) -> bool:
+        """Which a class may leave out, replace, limit or refuse."""
+        module = _copy(self.module)
+        for inputs in _special(self.inputs):
+            got, expected = (self._outcome(forward, module, inputs) for forward in (fused, _original))
+            if got is None or expected is None:
+                agrees = got is expected
+            else:
+                agrees = type(got) is type(expected) and _same_where_finite(_result(got), _result(expected))
+            if not agrees:
+                return False
+        return True
+
+    def agrees_in_float32(self, fused: Forward) -> bool:
+        """Autocast in a forward leaves float64 alone, and gives another dtype here, or rounds more."""
+        got, expected = self._in_float32(fused, autocast=False)
+        return got.dtype == expected.dtype and same(got, expected, tolerance=_TOLERANCE_OF_FLOAT32)
+
+    def agrees_in_autocast(self, fused: Forward) -> bool:
+        try:
+            got, expected = self._in_float32(fused, autocast=True)
+        except RuntimeError:
+            return False
+        return got.dtype == expected.dtype
+
+    def modes(self) -> tuple[str, ...]:
+        """The paths of the parts that change the result when they alone are in training."""
+        module, paths = _copy(self.module), []
+        for then in watch_all(module, self.used.names)[1:]:
+            each = attribute(module, then.path)
+            each.training = True
+            with torch.no_grad():
+                if not self._same(self._run(_original, module, self.inputs), self.expected):
+                    paths.append(then.path)
+            each.training = False
+        return (*paths, *filter(None, [self.used.dropout]))  # whatever its rate is today
+
+    def _run(self, forward: Forward, module: nn.Module, inputs: Inputs):
+        return forward(module, *inputs, **self.keywords)
+
+    @torch.no_grad()
+    def _outcome(self, forward: Forward, module: nn.Module, inputs: Inputs):
+        """None for an exception; attention of torch as it is defined, as its CPU kernel loses NaN in queries."""
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                return self._run(forward, module, inputs)
+        except Exception:  # noqa: BLE001  (whatever a class raises)
+            return None
+
+    @torch.no_grad()
+    def _in_float32(self, fused: Forward, autocast: bool) -> list[torch.Tensor]:
+        module, inputs = copy.deepcopy(self.module).float(), _each(torch.Tensor.float, self.inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return [_result(self._run(forward, module, inputs)) for forward in (fused, _original)]
+
+    def _same(self, got, expected) -> bool:
+        if type(got) is not type(expected) or _result(got).shape != _result(expected).shape:
+            return False
+        self.comparable = True
+        rest, others = ([each is None for each in out] if isinstance(out, tuple) else [] for out in (got, expected))
+        return rest == others and same(_result(got), _result(expected))
+
+    def _seen(self, forward: Forward, training: bool) -> list:
+        """All that somebody outside can see of a call, of dropout at a rate of one half."""
+        module, seen = _copy(self.module).train(training), []
+        for name in self.used.called:
+            attribute(module, name).register_forward_pre_hook(functools.partial(_given, seen))
+        dropout = self.used.dropout and attribute(module, self.used.dropout)
+        if isinstance(dropout, nn.Dropout):
+            dropout.p = 0.5
+        before = watch_all(module, self.used.names)
+        inputs = _each(lambda x: x.clone().requires_grad_(), self.inputs)
+        torch.manual_seed(0)
+        with torch.enable_grad():
+            out = _result(self._run(forward, module, inputs))
+            leaves = (*dict.fromkeys(inputs), *module.parameters())
+            gradients = torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
+        return [*seen, out, *module.buffers(), why_not_all_as_before(module, before), gradients]
+
+
+def found_out(trials: list[Trial], fused: Forward) -> Agreement | None:
+    """None where the fused form is another than the class's own; every second trial is one of few tokens."""
+    if not all(trial.agrees(fused) for trial in trials) or any(trial.keeps for trial in trials):
+        return None
+    if not all(trial.agrees_in_all(fused, training=False) for trial in trials):
+        return None
+    if not all(trial.agrees_for_special_values(fused) for trial in trials[::2]):
+        return None
+    if not trials[0].agrees_in_float32(fused):
+        return None
+    return Agreement(
+        in_training=all(trial.agrees_in_all(fused, training=True) for trial in trials[::2]),
+        in_autocast=trials[0].agrees_in_autocast(fused),
+        modes=trials[0].modes(),
+    )
+
+
+def _original(module: nn.Module, *inputs: torch.Tensor, **keywords):
+    return type(module).forward(module, *inputs, **keywords)
+
+
+def _given(seen: list, part: nn.Module, args: tuple) -> None:
+    seen.append(None if isinstance(part, nn.BatchNorm1d) else args[0])  # whose channels are elsewhere
+
+
+def _result(out) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _each(change: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs) -> Inputs:
+    """What is one tensor stays one."""
+    changed = {x: change(x) for x in dict.fromkeys(inputs)}
+    return tuple(changed[x] for x in inputs)
+
+
+def _special(inputs: Inputs) -> Iterator[Inputs]:
+    """Each tensor by itself, large and with an infinite value, or with a row of zeros and, in another image, NaN."""
+    for each in dict.fromkeys(inputs):
+        large, zeros = _LARGE * each, each.clone()
+        _rows(large[-1])[-1, :1] = torch.inf
+        _rows(zeros[0])[-1] = 0.0
+        _rows(zeros[-1])[-1, :1] = torch.nan
+        for special in (large, zeros):
+            yield tuple(special if x is each else x for x in inputs)
+
+
+def _rows(image: torch.Tensor) -> torch.Tensor:
+    return image.flatten(0, -2)
+
+
+def _same_where_finite(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """And NaN and infinities in the same places."""
+    kinds = (torch.isnan, torch.isposinf, torch.isneginf)
+    if got.shape != expected.shape or not all(torch.equal(kind(got), kind(expected)) for kind in kinds):
+        return False
+    return same(*(each.nan_to_num(0.0, 0.0, 0.0) for each in (got, expected)))
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """With the same parameters, which a trial only reads."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+
+
+def _alike(got, expected) -> bool:
+    if isinstance(expected, tuple):  # gradients, of which those of keys' biases are what rounding leaves of zero
+        scale = max(each.abs().max() for each in expected if each is not None)
+        return all(
+            one is other is None or (None not in (one, other) and same(one, other, scale))
+            for one, other in zip(got, expected, strict=True)
+        )
+    if not isinstance(got, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        return got is expected or got == expected
+    if not expected.is_floating_point():
+        return torch.equal(got, expected)
+    return got.shape == expected.shape and same(got, expected)
 
 
 def failed(error: Exception) -> str:
