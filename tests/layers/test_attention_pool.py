@@ -51,6 +51,11 @@ def feature_map(batch=3, size=(4, 6), dtype=torch.float32):
     return torch.randn(batch, 48, *size, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
+def test_latents_without_tokens():
+    plain = latent_pool()
+    torch.testing.assert_close(fused_copy(plain)(tokens()[:, :0]), plain(tokens()[:, :0]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", LATENT)
 def test_latents(options, dtype):

@@ -90,3 +90,13 @@ def test_what_a_hook_keeps_does_not_change(name):
     )
     block_inference.run_blocks(model, X)
     assert all(torch.equal(output, copy) for output, copy in kept) and kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_nothing_in_the_place_of_a_linear_layer(name, runs_in_place):
+    model, x = blocks(), X.clone()
+    model[0].mlp.fc1, model[0].mlp.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
+    model[0].set_submodule(name, nn.Identity())
+    assert torch.equal(block_inference.run_blocks(model, x), model(x)) and torch.equal(x, X)
+    assert runs_in_place == [model[1]]

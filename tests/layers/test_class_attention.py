@@ -41,7 +41,7 @@ def test_parity(kind, tokens, bias, dtype):
     check_parity(fused_copy(plain), plain, *inputs(kind, tokens, dtype=dtype))
 
 
-@pytest.mark.parametrize("kind", ["ClassAttn", "ClassAttention", "ClassBlock"])
+@every_kind
 def test_a_class_token_alone(kind):
     plain = make(kind)
     torch.testing.assert_close(fused_copy(plain)(*inputs(kind, 1)), plain(*inputs(kind, 1)))
@@ -51,6 +51,13 @@ def test_a_class_token_alone(kind):
 def test_an_empty_batch(kind):
     plain = make(kind)
     assert fused_copy(plain)(*inputs(kind, batch=0)).shape == plain(*inputs(kind, batch=0)).shape
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_a_class_token_of_another_dtype(dtypes):
+    plain = make("LayerScaleBlockClassAttn")
+    tokens = [x.to(dtype) for x, dtype in zip(inputs("LayerScaleBlockClassAttn"), dtypes, strict=True)]
+    assert torch.equal(fused_copy(plain)(*tokens), plain(*tokens))
 
 
 @pytest.mark.parametrize("kind", ["ClassAttn", "LayerScaleBlockClassAttn", "ClassBlock"])
@@ -114,3 +121,24 @@ def test_nothing_of_the_size_of_the_tokens_is_written():
     fused, x = fused_copy(plain), inputs("LayerScaleBlockClassAttn", 4097, batch=1)
     with torch.no_grad():
         assert peak_extra_bytes(lambda: fused(*x)) < 0.05 * peak_extra_bytes(lambda: plain(*x))
+
+
+@every_kind
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tokens_made_in_inference_mode(kind, frozen):
+    """What timm does with them counts: it copies them, projects them by frozen layers, or raises."""
+    plain = make(kind).requires_grad_(not frozen)
+    getattr(plain, "attn", plain).q.requires_grad_(True)
+    with torch.inference_mode():
+        tokens = inputs(kind)
+    results = []
+    for module in (plain, fused_copy(plain)):
+        try:
+            out = module(*tokens)
+            results.append((out, torch.autograd.grad(out.square().sum(), getattr(module, "attn", module).q.weight)))
+        except RuntimeError as error:
+            results.append(str(error))
+    if isinstance(results[0], str):
+        assert results[0] == results[1]
+    else:
+        torch.testing.assert_close(*results)

@@ -52,6 +52,7 @@ def test_class_token_apart_from_the_patches():
     block = block_of(layers.CrossAttentionBlock)
     x = torch.randn(3, 21, 48)
     torch.testing.assert_close(block(x[:, :1], x[:, 1:]), block(x))
+    torch.testing.assert_close(block(x[:, :1], x[:, 1:1]), block(x[:, :1]))
 
 
 def test_the_key_bias_has_a_gradient_and_it_is_zero():
@@ -101,6 +102,18 @@ def test_multi_scale_block_with_drop_path_and_dropout():
     for candidate in (model, fused):
         torch.manual_seed(5)
         outs.append(candidate(images))
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_in_the_projections_draws_the_same_numbers():
+    model = small_crossvit()
+    for block in model.blocks:
+        for proj in (*block.projs, *block.revert_projs):
+            proj.append(torch.nn.Dropout(0.3))
+    model, outs = randomize(model).train(), []
+    for candidate in (model, fused_copy(model)):
+        torch.manual_seed(5)
+        outs.append(candidate(torch.ones(4, 3, 48, 48)))
     torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
 
 

@@ -429,3 +429,15 @@ def test_a_small_call_runs_torchs_forward(monkeypatch):
         monkeypatch.setattr("tokenfusion.layers.multihead_attention._LEAST_WORTHWHILE", least)
         with torch.no_grad(), assert_runs(*operators):
             module[0](query, tokens, tokens, need_weights=False)
+
+
+@pytest.mark.parametrize("call", [{}, {"need_weights": False}], ids=["weights", "none"])
+def test_tokens_made_in_inference_mode(call):
+    """torch copies some that are not contiguous, and trains."""
+    plain, (query, _) = Pool({"batch_first": True}, call), inputs(batch_first=True)
+    with torch.inference_mode():
+        tokens = torch.randn(B, N, C)
+    query.requires_grad_()
+    with assert_runs():
+        outs = [model(query, tokens) for model in (plain, fused_copy(plain))]
+    torch.testing.assert_close(*[torch.autograd.grad(out.square().sum(), query) for out in outs])

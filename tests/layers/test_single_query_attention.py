@@ -361,3 +361,10 @@ def test_packed_bags_are_as_padded_ones(form, gaps, extra):
         results.append([out, *torch.autograd.grad(out.sum(), (tokens, *layer.parameters()))])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_a_scale_of_each_head():
+    layer, tokens = randomize(SingleQueryAttention(48, 6, num_latents=1)), torch.randn(6, 9, 48)
+    layer.scale = torch.linspace(0.1, 1.0, 6)[:, None, None]
+    with assert_runs():
+        assert torch.equal(layer(tokens), layer.plain_forward(tokens))

@@ -121,6 +121,15 @@ def test_training_lowers_the_loss():
     assert losses[-1] < 0.3 * losses[0]
 
 
+@torch.no_grad()
+def test_a_layer_without_its_mlp():
+    model = small().eval()
+    layer = model.network[0][0]
+    layer.mlp = torch.nn.Identity()
+    x = torch.randn(2, 8, 8, 24)
+    assert torch.equal(layer(x), layer.plain_forward(x))
+
+
 def test_a_hook_keeps_what_it_saw():
     model, seen = small().eval(), []
     model.network[0][0].mlp.fc2.register_forward_hook(

@@ -13,6 +13,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules import module as every
 from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.surgery.subjects import Subject
@@ -139,6 +141,11 @@ def weight_of_a_subclass(model, part, undo):
     module.weight = nn.Parameter(module.weight.detach().as_subclass(Halving))
 
 
+def sparse_weight(model, part, undo):
+    module = model.get_submodule(part)
+    module.weight = nn.Parameter(module.weight.detach().to_sparse(), requires_grad=False)
+
+
 def bias_of_a_subclass(model, part, undo):
     module = model.get_submodule(part)
     module.bias = nn.Parameter(module.bias.detach().as_subclass(Halving))
@@ -218,6 +225,11 @@ def scale(model, part, undo):
 def own_attention(model, part, undo):
     module = model.get_submodule(part)
     module.fused_attn, module.scale = False, 0.9
+
+
+def scale_of_each_head(model, part, undo):
+    module = model.get_submodule(part)
+    module.fused_attn, module.scale = False, nn.Parameter(torch.linspace(0.2, 1.1, 4)[:, None, None])
 
 
 def pruned_heads(model, part, undo):
@@ -323,6 +335,37 @@ def gradients_of_samples(model, part, undo):
     return pytest.importorskip("opacus").GradSampleModule(model, strict=False)
 
 
+class _Softer(TorchFunctionMode):
+    """Attention of another temperature, however it is computed."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention or func is torch.Tensor.softmax or func is F.softmax:
+            args = (0.5 * args[0], *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+class _Coarse(TorchDispatchMode):
+    """An emulator of products with a fault."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return 1.1 * out if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.addmm) else out
+
+
+def under_a_function_mode(model, part, undo):
+    undo.enter_context(_Softer())
+
+
+def under_a_dispatch_mode(model, part, undo):
+    undo.enter_context(_Coarse())
+
+
+def attention_of_another_make(model, part, undo):
+    attention = F.scaled_dot_product_attention
+    softer = functools.wraps(attention)(lambda q, *args, **options: attention(0.5 * q, *args, **options))
+    undo.enter_context(mock.patch.object(F, "scaled_dot_product_attention", softer))
+
+
 def _on_all_modules(register: Callable, hook: Callable) -> Callable:
     def change(model, part, undo):
         undo.callback(register(hook).remove)
@@ -419,6 +462,7 @@ CHANGES = {
     "spectral_norm": Change(spectral_norm, _weights, unfuses=False),
     "weight of a subclass": Change(weight_of_a_subclass, _weights, copies=False),
     "bias of a subclass": Change(bias_of_a_subclass, _biases, copies=False),
+    "sparse weight": Change(sparse_weight, _true_linears, may_fail=True, copies=False, inference=True),
     "without bias": Change(without_bias, _weights),
     "more rows": Change(longer_by_its_weight, _true_linears, may_fail=True),
     "weight is a tensor": Change(weight_is_a_tensor, _weights),
@@ -434,6 +478,7 @@ CHANGES = {
     "heads and their size": Change(heads_and_their_size, _attn, may_fail=True),
     "scale": Change(scale, _attn),
     "own attention": Change(own_attention, _attn),
+    "scale of each head": Change(scale_of_each_head, _attn),
     "pruned heads": Change(pruned_heads, _attn, may_fail=True),
     "functional_call": Change(functional_call, _model),
     "used twice": Change(used_twice, _model),
@@ -449,6 +494,9 @@ CHANGES = {
     "dynamic int8": Change(dynamic_int8, _with_linears, inference=True),
     "offloaded": Change(offloaded, _called, inference=True, unfuses=False),
     "gradients of samples": Change(gradients_of_samples, _with_linears, may_fail=True),
+    "a function mode": Change(under_a_function_mode, _attn),
+    "a dispatch mode": Change(under_a_dispatch_mode, _attn),
+    "attention of another make": Change(attention_of_another_make, _attn),
     "forward hook on all": Change(
         _on_all_modules(every.register_module_forward_hook, lambda module, args, out: _noted(out)), _model
     ),

@@ -9,7 +9,13 @@ from timm.layers import attention_pool
 from torch import nn
 
 from tokenfusion.layers.drop_in import DropIn, why_not_linear, why_not_part
-from tokenfusion.layers.single_query_attention import absorbed_attention, scale_of, split_linear
+from tokenfusion.layers.single_query_attention import (
+    absorbed_attention,
+    scale_of,
+    split_linear,
+    why_not_pytorchs_attention,
+    why_not_scale,
+)
 
 
 class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
@@ -30,6 +36,8 @@ class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
             or why_not_part(parts.get("q"), "q", nn.Linear, nn.Identity)
             or why_not_part(parts.get("q_norm"), "q_norm", nn.Identity)
             or why_not_part(k_norm, "k_norm", nn.Identity)
+            or why_not_scale(module)
+            or why_not_pytorchs_attention()
         )
         queries = module.num_heads * module.latent_len
         if reason is None and queries >= channels / 2:  # measured in bfloat16, where matrix products are fastest
@@ -49,7 +57,7 @@ class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x, attn_mask)
-        if attn_mask is not None or not self.fuses():
+        if attn_mask is not None or not self.fuses(x) or x.shape[1] == 0:
             return super().forward(x, attn_mask)
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)

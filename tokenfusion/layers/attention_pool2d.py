@@ -10,7 +10,14 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from tokenfusion.layers.drop_in import DropIn, dropout, why_not_linear, why_not_part
-from tokenfusion.layers.single_query_attention import absorbed_attention, scale_of, split_class_token, split_linear
+from tokenfusion.layers.single_query_attention import (
+    absorbed_attention,
+    scale_of,
+    split_class_token,
+    split_linear,
+    why_not_pytorchs_attention,
+    why_not_scale,
+)
 
 
 @register_notrace_module
@@ -36,8 +43,11 @@ class AttentionPool2d(DropIn, attention_pool2d.AttentionPool2d):
             reason = why_not_linear(parts.get(name), name, 3 * rows // len(projections), columns)
             if reason is not None:
                 return reason
-        return why_not_part(drop, "drop", nn.Dropout, nn.Identity) or why_not_part(
-            parts.get("proj"), "proj", nn.Linear, nn.Identity
+        return (
+            why_not_part(drop, "drop", nn.Dropout, nn.Identity)
+            or why_not_part(parts.get("proj"), "proj", nn.Linear, nn.Identity)
+            or why_not_scale(module)
+            or why_not_pytorchs_attention()
         )
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -3,6 +3,8 @@
 On a CPU a fresh tensor of some megabytes costs more in page faults than the sum that fills it.
 """
 
+import itertools
+
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from timm.models.vision_transformer import Attention, Block, LayerScale
@@ -15,6 +17,7 @@ from tokenfusion.layers.drop_in import remember_forwards, why_not_part
 
 _PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.GELU, nn.ReLU)
 _PARTS += (Attention, Block, DropPath, LayerNorm, LayerScale, Mlp)
+_READ = {Attention: ("qkv", "proj"), Mlp: ("fc1", "fc2")}  # linear layers that are not called
 remember_forwards(*_PARTS)
 
 
@@ -35,7 +38,12 @@ def may_run_in_place(container: nn.Module, kind: type[nn.Module]) -> bool:
 
 def are_plain(*modules: nn.Module) -> bool:
     """Modules of PyTorch and timm with such parts, untouched: their results are new tensors that nobody else sees."""
-    return all(why_not_part(part, "", *_PARTS) is None for module in modules for part in module.modules())
+    return all(map(_is_plain_part, itertools.chain.from_iterable(module.modules() for module in modules)))
+
+
+def _is_plain_part(part: nn.Module) -> bool:
+    read = (part._modules.get(name) for name in _READ.get(type(part), ()))
+    return why_not_part(part, "", *_PARTS) is None and all(type(each) is nn.Linear for each in read)
 
 
 def _is_plain(block: nn.Module) -> bool:

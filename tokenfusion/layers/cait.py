@@ -16,7 +16,13 @@ from tokenfusion.layers.drop_in import (
     why_not_part,
     within,
 )
-from tokenfusion.layers.single_query_attention import absorbed_attention, scale_of, split_class_token
+from tokenfusion.layers.single_query_attention import (
+    absorbed_attention,
+    scale_of,
+    split_class_token,
+    why_not_pytorchs_attention,
+    why_not_scale,
+)
 
 
 def class_attention(attn: cait.ClassAttn, query_token: torch.Tensor, tokens, extra_token, norm) -> torch.Tensor:
@@ -49,6 +55,8 @@ class ClassAttn(DropIn, cait.ClassAttn):
             why_not_linear(key, "k", channels, channels)
             or why_not_linear(parts.get("v"), "v", channels, channels)
             or why_not_dropout(parts.get("attn_drop"), "attn_drop", module.training)
+            or why_not_scale(module)
+            or why_not_pytorchs_attention()
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,7 +69,7 @@ class ClassAttn(DropIn, cait.ClassAttn):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x)
-        if not self.fuses() or x.shape[1] == 1:
+        if not self.fuses(x) or x.shape[1] == 1:
             return super().forward(x)
         class_token, patches = split_class_token(x)
         return class_attention(self, class_token, patches, class_token.squeeze(1), norm=None)
@@ -95,7 +103,7 @@ class LayerScaleBlockClassAttn(DropIn, cait.LayerScaleBlockClassAttn):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x, x_cls)
-        if not self.fuses():
+        if not self.fuses(x, x_cls) or x.shape[1] == 0 or x.dtype != x_cls.dtype:
             return super().forward(x, x_cls)
         attended = class_attention(self.attn, self.norm1(x_cls), x, x_cls.squeeze(1), self.norm1)
         x_cls = x_cls + self.drop_path(self.gamma_1 * attended)

@@ -20,7 +20,7 @@ from tokenfusion.layers.drop_in import (
     why_not_part,
     within,
 )
-from tokenfusion.layers.single_query_attention import absorbed_attention, split_class_token
+from tokenfusion.layers.single_query_attention import absorbed_attention, split_class_token, why_not_scale
 
 remember_forwards(crossvit.CrossAttention)
 
@@ -46,7 +46,8 @@ class CrossAttentionBlock(DropIn, crossvit.CrossAttentionBlock):
             "attn",
             why_not_linear(parts.get("wk"), "wk", channels, channels)
             or why_not_linear(parts.get("wv"), "wv", channels, channels)
-            or why_not_dropout(parts.get("attn_drop"), "attn_drop", attn.training),
+            or why_not_dropout(parts.get("attn_drop"), "attn_drop", attn.training)
+            or why_not_scale(attn),
         )
 
     def forward(self, x: torch.Tensor, patches: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,10 +62,12 @@ class CrossAttentionBlock(DropIn, crossvit.CrossAttentionBlock):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x if patches is None else torch.cat((x, patches), dim=1))
-        if not self.fuses():
+        if not self.fuses(x if patches is None else patches):
             return super().forward(x if patches is None else torch.cat((x, patches), dim=1))
         if patches is None and x.shape[1] > 1:
             x, patches = split_class_token(x)
+        elif patches is not None and patches.shape[1] == 0:
+            patches = None
         attn = self.attn
         out = absorbed_attention(
             attn.wq(self.norm1(x)),
@@ -88,6 +91,8 @@ def exchange_class_tokens(
 ) -> list[torch.Tensor]:
     """Eq. 5 to 7 of CrossViT: each class token, projected to the width of the next branch, attends to its patches.
 
+    The parts are called in the order in which timm calls them, for whoever draws random numbers or counts.
+
     Args:
         class_tokens, patches: of each branch, [B, 1, C_i] and [B, N_i, C_i].
         projs, revert_projs: to the width of the next branch, and back.
@@ -97,10 +102,11 @@ def exchange_class_tokens(
     Returns:
         the new class tokens, [B, 1, C_i].
     """
+    projected = [proj(class_tokens[i]) for i, proj in enumerate(projs)]
     outs = []
-    for i, (proj, blocks, revert_proj) in enumerate(zip(projs, fusion, revert_projs)):
+    for i, (token, blocks, revert_proj) in enumerate(zip(projected, fusion, revert_projs)):
         first, *rest = blocks if isinstance(blocks, nn.Sequential) else (blocks,)
-        token, others = proj(class_tokens[i]), patches[(i + 1) % len(patches)]
+        others = patches[(i + 1) % len(patches)]
         if why_not_part(first, "", CrossAttentionBlock) is None:
             token = first(token, others)
         else:

@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import GradientEdge
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map_only
 
 from tokenfusion.kernels import dispatch, upconv_concat
 from tokenfusion.kernels.upconv.concat.op import OPERATOR
 from tokenfusion.kernels.upconv.reference import convolution_gives_wrong_gradient, gradient_as_product
 from tokenfusion.kernels.upconv.shapes import gives_channels_last
+from tokenfusion.layers.modes import functions_are_seen
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _BACKWARD = (torch.autograd.backward, torch.Tensor.backward)
@@ -456,9 +455,5 @@ def only_runs() -> bool:
         not torch.compiler.is_compiling()
         and dispatch.transform() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and (torch._C._len_torch_function_stack() == 0 or _only_places_new_tensors())
+        and not functions_are_seen()
     )
-
-
-def _only_places_new_tensors() -> bool:
-    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())

@@ -17,6 +17,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from tokenfusion.kernels import dispatch
 from tokenfusion.layers import settled
+from tokenfusion.layers.modes import functions_are_seen, operators_are_seen
 
 NAME = "_fused_as"  # an attribute of the module, so that its copies and pickles have it
 STATE = "_fused_state"  # another, of what it was when it was fused
@@ -60,14 +61,23 @@ class DropIn:
             return f"the forward of {cls.original.__name__} was replaced"
         return why_not_watched() or cls.why_not(module)
 
-    def fuses(self) -> bool:
-        """Whether this call may run fused. Where a change to the module is the reason that it may not, it is logged."""
-        if dispatch.transform() is not None:
+    def fuses(self, *kept: torch.Tensor) -> bool:
+        """Whether this call may run fused. Where a change to the module is the reason that it may not, it is logged.
+
+        kept: inputs that the fused backward pass reads and the original's may not, which copies or projects them first.
+        """
+        if dispatch.transform() is not None or any(map(_is_kept_by_no_backward_pass, kept)):
+            return False
+        if not torch.compiler.is_compiling() and (functions_are_seen() or operators_are_seen()):
             return False
         reason = self.why_not_fused(self)
         if reason is not None and not torch.compiler.is_compiling():
             _report(self, reason)
         return reason is None
+
+
+def _is_kept_by_no_backward_pass(tensor: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and tensor.is_inference()
 
 
 def name(module: nn.Module, path: str) -> None:
@@ -130,8 +140,12 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
     ):
         return f"{name} has hooks, which would not run as before"
     for parameter in state["_parameters"].values():
-        if parameter is not None and type(parameter) not in PLAIN:
+        if parameter is None:
+            continue
+        if type(parameter) not in PLAIN:
             return f"{name} has a parameter of class {type(parameter).__name__}"
+        if parameter.layout is not torch.strided:
+            return f"{name} has a sparse parameter, or one of another layout"
     return None
 
 

@@ -25,6 +25,7 @@ from tokenfusion.layers.single_query_attention import (
     attention_with_weights,
     split_class_token,
     split_linear,
+    why_not_pytorchs_attention,
 )
 from tokenfusion.layers.watched import (
     UsedParts,
@@ -114,7 +115,7 @@ class FewQueries(Found):
         parts, form = cls.details
         if module.training and not form.in_training:
             return "in training its forward is another one"
-        reason = why_not_parts(module, parts) or why_not_modes(module, form.modes)
+        reason = why_not_parts(module, parts) or why_not_modes(module, form.modes) or why_not_pytorchs_attention()
         if reason is not None or not isinstance(module, cls):
             return reason
         state = getattr(module, STATE, None)
@@ -128,7 +129,7 @@ class FewQueries(Found):
         cls = type(self)
         parts, form = cls.details
         call = call_of(cls.arguments, parts, form.extra, args, kwargs)
-        if call is None or not self.fuses() or not _serves(self, parts, form, call):
+        if call is None or not self.fuses(call.tokens) or not _serves(self, parts, form, call):
             return cls.original.forward(self, *args, **kwargs)
         return finished(self, parts, form, attended(self, parts, form, call))
 

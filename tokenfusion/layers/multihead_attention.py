@@ -11,7 +11,12 @@ from torch import nn
 from tokenfusion.kernels.checks import symbolic
 from tokenfusion.layers.attention_weights import additive, as_lengths
 from tokenfusion.layers.drop_in import PLAIN, DropIn, within
-from tokenfusion.layers.single_query_attention import Projection, absorbed_attention, attention_with_weights
+from tokenfusion.layers.single_query_attention import (
+    Projection,
+    absorbed_attention,
+    attention_with_weights,
+    why_not_pytorchs_attention,
+)
 
 _LEAST_WORTHWHILE = 3 << 20  # multiplications of the key projection; with fewer, what precedes the kernel takes longer
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
@@ -37,7 +42,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             return "add_zero_attn is set: a key and value of zeros"
         parts, out = module._parameters, module._modules.get("out_proj")
         of_out = within("out_proj", _why_not_tensors(out._parameters, "weight", "bias"))
-        reason = _why_not_tensors(parts, *_PROJECTIONS) or of_out
+        reason = _why_not_tensors(parts, *_PROJECTIONS) or of_out or why_not_pytorchs_attention()
         if reason is not None:
             return reason
         if module.kdim != module.vdim:
@@ -78,7 +83,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             or is_causal
             or not self._serves(query, key, need_weights)
             or not _are_masks(key_padding_mask, attn_mask, query, self._mask_shapes(query, key))
-            or not self.fuses()
+            or not self.fuses(key)
         ):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal

@@ -19,7 +19,7 @@ from tokenfusion.layers.attention_weights import (
     scores_of,
     weighted_sum,
 )
-from tokenfusion.layers.drop_in import why_not_linear, why_not_norm
+from tokenfusion.layers.drop_in import PLAIN, why_not_linear, why_not_norm
 from tokenfusion.layers.own_layer import OwnLayer
 
 
@@ -54,6 +54,20 @@ def split_class_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def scale_of(attn: nn.Module, head_dim: int) -> float:
     """What a module of timm multiplies its scores by: PyTorch's own attention does not ask for attn.scale."""
     return head_dim**-0.5 if attn.fused_attn else attn.scale
+
+
+def why_not_scale(attn: nn.Module) -> str | None:
+    """Why queries that are not split into heads may not be multiplied by attn.scale, as a temperature of each head."""
+    scale = getattr(attn, "scale", None)
+    if type(scale) in (int, float) or (type(scale) in PLAIN and scale.dim() == 0):
+        return None
+    return f"scale is {type(scale).__name__}, expected a number"
+
+
+def why_not_pytorchs_attention() -> str | None:
+    """Why PyTorch's own attention may not be read past by a layer that calls it."""
+    own = torch._C._nn.scaled_dot_product_attention
+    return None if F.scaled_dot_product_attention is own else "F.scaled_dot_product_attention was replaced"
 
 
 def absorbed_attention(
@@ -291,8 +305,12 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         """The keys' and values' parts are not called, nor the norm on all tokens."""
         parts, key, norm = module._modules, module._modules.get("k"), module._modules.get("norm")
         dim = key.in_features if type(key) is nn.Linear else 0
-        reason = why_not_linear(key, "k", dim, dim) or why_not_linear(parts.get("v"), "v", dim, dim)
-        return reason if norm is None else reason or why_not_norm(norm, "norm")
+        return (
+            why_not_linear(key, "k", dim, dim)
+            or why_not_linear(parts.get("v"), "v", dim, dim)
+            or why_not_scale(module)
+            or (None if norm is None else why_not_norm(norm, "norm"))
+        )
 
     def plain_forward(
         self,

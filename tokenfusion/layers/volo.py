@@ -16,7 +16,12 @@ from tokenfusion.layers.drop_in import (
     why_not_part,
     within,
 )
-from tokenfusion.layers.single_query_attention import absorbed_attention, split_class_token, split_linear
+from tokenfusion.layers.single_query_attention import (
+    absorbed_attention,
+    split_class_token,
+    split_linear,
+    why_not_scale,
+)
 
 
 def class_attention(attn: volo.ClassAttention, query_token: torch.Tensor, tokens, extra_token, norm) -> torch.Tensor:
@@ -46,8 +51,10 @@ class ClassAttention(DropIn, volo.ClassAttention):
     def why_not(module: nn.Module) -> str | None:
         parts, kv = module._modules, module._modules.get("kv")
         channels = kv.in_features if type(kv) is nn.Linear else 0
-        return why_not_linear(kv, "kv", 2 * module.num_heads * module.head_dim, channels) or why_not_dropout(
-            parts.get("attn_drop"), "attn_drop", module.training
+        return (
+            why_not_linear(kv, "kv", 2 * module.num_heads * module.head_dim, channels)
+            or why_not_dropout(parts.get("attn_drop"), "attn_drop", module.training)
+            or why_not_scale(module)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +67,7 @@ class ClassAttention(DropIn, volo.ClassAttention):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x)
-        if not self.fuses() or x.shape[1] == 1:
+        if not self.fuses(x) or x.shape[1] == 1:
             return super().forward(x)
         class_token, patches = split_class_token(x)
         return class_attention(self, class_token, patches, class_token.squeeze(1), norm=None)
@@ -93,7 +100,7 @@ class ClassBlock(DropIn, volo.ClassBlock):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x)
-        if not self.fuses() or x.shape[1] == 1:
+        if not self.fuses(x) or x.shape[1] == 1:
             return super().forward(x)
         class_token, patches = split_class_token(x)
         attended = class_attention(self.attn, self.norm1(class_token), patches, class_token.squeeze(1), self.norm1)

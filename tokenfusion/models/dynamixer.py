@@ -64,10 +64,18 @@ class MixerLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return self.plain_forward(x)
-        if not (may_run_in_place(self.attn, DynaMixerBlock) and are_plain(self.attn.proj, self.mlp, self.drop_path)):
+        if not self._runs_in_place():
             return self.plain_forward(x)
         x = add(self.drop_path(self.attn(self.norm1(x))), x)
         return add(self.drop_path(run_mlp(self.mlp, self.norm2(x))), x)
+
+    def _runs_in_place(self) -> bool:
+        return (
+            may_run_in_place(self.attn, DynaMixerBlock)
+            and type(self.attn.proj) is nn.Linear
+            and type(self.mlp) is Mlp
+            and are_plain(self.attn.proj, self.mlp, self.drop_path)
+        )
 
 
 class DynaMixer(CheckedModel):
