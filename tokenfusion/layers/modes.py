@@ -4,7 +4,8 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.flop_counter import _FlopCounterMode
+
+_COUNTER = "torch.utils.flop_counter"  # its mode has no public name
 
 
 def functions_are_seen() -> bool:
@@ -17,5 +18,5 @@ def functions_are_seen() -> bool:
 def operators_are_seen() -> bool:
     """By a TorchDispatchMode that is none of PyTorch's own tracing, nor its counter of operations, which knows ours."""
     return torch._C._len_torch_dispatch_stack() > 0 and any(
-        not (mode.is_infra_mode() or isinstance(mode, _FlopCounterMode)) for mode in _get_current_dispatch_mode_stack()
+        not (mode.is_infra_mode() or type(mode).__module__ == _COUNTER) for mode in _get_current_dispatch_mode_stack()
     )
