@@ -23,7 +23,7 @@ CASES = {
 
 
 class Unguarded(layers.CrossAttentionBlock):
-    def fuses(self) -> bool:
+    def fuses(self, *kept: torch.Tensor) -> bool:
         return True
 
 

@@ -77,12 +77,12 @@ class StructuralRule:
     op: str = "dynamic_mixing"
 
     def plan(self, module: nn.Module) -> Plan | None:
+        own = isinstance(module, (layers.DynaMixerOp, layers.DynaMixerBlock, torch.jit.ScriptModule))
+        if own or not (isinstance(module, self.found) or self.looks_like(module)):
+            return None
         kind, parts = type(module), tuple(module._modules.get(name) for name, _ in self.absorbs)
         if isinstance(module, self.found):
             return Plan(kind.__name__, kind.why_not_fused(module), lambda: None, parts)
-        own = isinstance(module, (layers.DynaMixerOp, layers.DynaMixerBlock, torch.jit.ScriptModule))
-        if own or not self.looks_like(module):
-            return None
         plans = {name: rule.plan(module._modules[name]) for name, rule in self.absorbs}
         found = (
             with_forward_on_instance(module)
