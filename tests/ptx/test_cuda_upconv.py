@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tokenfusion
 from tests.gradients import check_frozen, in_float64, with_gradients
@@ -19,6 +20,7 @@ from tests.sass import ELEMENTS
 from tests.upconv.cases import FORMATS, OPS, check, make_inputs
 from tokenfusion.kernels import extension, upconv_add, upconv_concat
 from tokenfusion.kernels.upconv.shapes import gives_channels_last
+from tokenfusion.layers.deferred import defer
 
 pytestmark = MARKS
 
@@ -295,6 +297,16 @@ def test_frozen_inputs(op, formats):
     with gpu():
         inputs = make_inputs(op, channels=(5, 8, 8), size=(4, 4), formats=formats, dtype=torch.bfloat16)
         check_frozen(OPS[op][0], inputs, *({i} for i in range(len(inputs) - 1)), {0, 1}, {0, 1, 2}, {1, 2})
+
+
+def test_gradients_of_a_deferred_up_convolution():
+    inputs = make_inputs(channels=(3, 16, 8), size=(3, 2), formats=UNIFORM[1])
+    of_plain = torch.autograd.grad(F.conv_transpose2d(*inputs[:3], stride=2).square().sum(), inputs[:3])
+    with gpu(), assert_runs("upconv_concat_backward_cuda"):
+        x, weight, bias, *_ = make_inputs(channels=(3, 16, 8), size=(3, 2), formats=UNIFORM[1])
+        found = torch.autograd.grad(defer(x, weight, bias).square().sum(), (x, weight, bias))
+    for each, expected in zip(found, of_plain, strict=True):
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -140,7 +140,7 @@ def _backward(grad, x, weight, needed):
     chosen = OPERATOR.select(x, weight)
     if chosen.backend != "reference":
         backward = getattr(torch.ops.tokenfusion, f"upconv_concat_backward_{chosen.backend}").default
-        return backward(grad, x, weight, needed, chosen.form)
+        return backward(grad, x, weight, needed, *filter(None, [chosen.form]))  # not every backend has forms
     of_x = None
     if needed[0] and convolution_gives_wrong_gradient(x):
         of_x, needed = gradient_as_product(grad, weight), (False, *needed[1:])
