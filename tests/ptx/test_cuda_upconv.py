@@ -17,7 +17,7 @@ from tests.ptx.gpu import Gpu, Launch
 from tests.ptx.schedule import Order
 from tests.ptx.sources import MARKS, check_same_code, program
 from tests.sass import ELEMENTS
-from tests.upconv.cases import FORMATS, OPS, check, make_inputs
+from tests.upconv.cases import FORMATS, MIXED, OPS, UNIFORM, check, check_out_and_its_slice, make_inputs
 from tokenfusion.kernels import extension, upconv_add, upconv_concat
 from tokenfusion.kernels.upconv.shapes import gives_channels_last
 from tokenfusion.layers.deferred import defer
@@ -25,8 +25,6 @@ from tokenfusion.layers.deferred import defer
 pytestmark = MARKS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]
-MIXED = [("nchw", "nhwc", "nchw", "nhwc"), ("nhwc", "nchw", "nchw", "nchw"), ("nhwc", "nchw", "nhwc", "nchw")]
 KERNEL = re.compile(r"\d(forward|backward)_(pixels|planes|tiles)_kernelI(f|6__half|13__nv_bfloat16)((?:Li\d+E)*)E")
 FAR = 2**31 + 64
 
@@ -273,15 +271,10 @@ def test_inputs_and_gradients_anywhere_in_memory(formats):
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
 def test_out_and_its_slice(formats):
     with gpu() as device:
-        x, weight, bias, skip, _ = (t.detach() for t in make_inputs(channels=(5, 8, 8), formats=formats))
+        inputs = make_inputs(channels=(5, 8, 8), formats=formats)
+        check_out_and_its_slice(inputs, "cuda")
+        x, weight, bias, skip, _ = (tensor.detach() for tensor in inputs)
         expected = upconv_concat(x, weight, bias, skip)
-        out = torch.full_like(expected, torch.nan)
-        with assert_runs("upconv_concat_out_cuda"):
-            upconv_concat(x, weight, bias, skip, out=out)
-        assert torch.equal(out, expected)
-        out[:, :8] = torch.nan
-        upconv_concat(x, weight, bias, out[:, 8:], out=out)
-        assert torch.equal(out, expected)
         for memory_format in FORMATS.values():
             wide = torch.full((2, 20, 9, 14), torch.nan).contiguous(memory_format=memory_format)
             part = wide[:, 2:18, 1:7, 3:13]

@@ -2,12 +2,15 @@
 
 import torch
 
-from tests.gradients import Tensors, in_float64, with_gradients
-from tests.parity import assert_parity, assert_trains
+from tests.gradients import Tensors, check_frozen, in_float64, with_gradients
+from tests.parity import assert_parity, assert_runs, assert_trains
 from tokenfusion.kernels import upconv_add, upconv_concat, upconv_concat_project
 from tokenfusion.kernels.upconv import reference
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+# Of x, weight, skip and the gradient of the result.
+UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]
+MIXED = [("nchw", "nhwc", "nchw", "nhwc"), ("nhwc", "nchw", "nchw", "nchw"), ("nhwc", "nchw", "nhwc", "nchw")]
 OPS = {
     "concat": (upconv_concat, reference.upconv_concat),
     "project": (upconv_concat_project, reference.upconv_concat_project),
@@ -72,3 +75,23 @@ def check(op: str, inputs: Tensors, **options) -> None:
     """The backend in force computes result and gradients of the op, and they obey the parity rule."""
     with assert_trains("upconv_concat" if op == "concat" else "upconv_concat_project"):
         check_parity(op, inputs, **options)
+
+
+def check_out_and_its_slice(inputs: Tensors, backend: str) -> None:
+    """The backend in force writes to out, also where the skip is there already."""
+    x, weight, bias, skip, _ = (tensor.detach() for tensor in inputs)
+    expected = upconv_concat(x, weight, bias, skip)
+    out = torch.full_like(expected, torch.nan)
+    with assert_runs(f"upconv_concat_out_{backend}"):
+        upconv_concat(x, weight, bias, skip, out=out)
+    assert torch.equal(out, expected)
+    out[:, : weight.shape[1]] = torch.nan
+    upconv_concat(x, weight, bias, out[:, weight.shape[1] :], out=out)
+    assert torch.equal(out, expected)
+
+
+def check_frozen_inputs_and_empty_batch(op: str, device: str) -> None:
+    function, inputs = OPS[op][0], make_inputs(op, device=device)
+    check_frozen(function, inputs, *({i} for i in range(len(inputs) - 1)))
+    out, *grads = with_gradients(function, make_inputs(op, batch=0, device=device))
+    assert out.shape[0] == 0 and all((grad == 0).all() for grad in grads)

@@ -8,7 +8,7 @@ import torch
 
 from tests.gradients import check_frozen, check_repeats, with_gradients
 from tests.parity import assert_parity, assert_runs
-from tests.upconv.cases import FORMATS, OPS, check, make_inputs
+from tests.upconv.cases import FORMATS, OPS, UNIFORM, check, make_inputs
 from tokenfusion.kernels import upconv_concat, upconv_concat_project
 from tokenfusion.kernels.upconv import reference
 from tokenfusion.kernels.upconv.project import op as project_op
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.backend("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 SCALES = (2, 4, 8, 16, 32)
 MIXED = [tuple(formats) for formats in itertools.product(FORMATS, repeat=4)]
-UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

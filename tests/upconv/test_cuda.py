@@ -5,17 +5,15 @@ import functools
 import pytest
 import torch
 
-from tests.gradients import check_frozen, check_repeats, with_gradients
-from tests.parity import assert_runs, assert_trains
+from tests.gradients import check_repeats, with_gradients
+from tests.parity import assert_trains
 from tests.upconv import cases
-from tests.upconv.cases import FORMATS, OPS, check
+from tests.upconv.cases import MIXED, OPS, UNIFORM, check, check_frozen_inputs_and_empty_batch, check_out_and_its_slice
 from tokenfusion.kernels import extension, upconv_concat
 
 pytestmark = pytest.mark.backend("cuda")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]
-MIXED = [("nchw", "nhwc", "nchw", "nhwc"), ("nhwc", "nchw", "nchw", "nchw"), ("nhwc", "nchw", "nhwc", "nchw")]
 on_gpu = pytest.mark.skipif(extension.why_not_cuda() is not None, reason=str(extension.why_not_cuda()))
 make_inputs = functools.partial(cases.make_inputs, device="cuda")
 
@@ -64,10 +62,7 @@ def test_bias_and_skip(op, skip_first, skip, bias):
 @on_gpu
 @pytest.mark.parametrize("op", OPS)
 def test_frozen_inputs_and_empty_batch(op):
-    inputs = make_inputs(op)
-    check_frozen(OPS[op][0], inputs, *({i} for i in range(len(inputs) - 1)))
-    out, *grads = with_gradients(OPS[op][0], make_inputs(op, batch=0))
-    assert out.shape[0] == 0 and all((g == 0).all() for g in grads)
+    check_frozen_inputs_and_empty_batch(op, "cuda")
 
 
 @on_gpu
@@ -82,15 +77,7 @@ def test_fifty_calls_are_bit_equal(op, formats, dtype):
 @on_gpu
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
 def test_out_and_its_slice(formats):
-    x, weight, bias, skip, _ = (t.detach() for t in make_inputs(formats=formats))
-    expected = upconv_concat(x, weight, bias, skip)
-    out = torch.full_like(expected, torch.nan).contiguous(memory_format=FORMATS[formats[0]])
-    with assert_runs("upconv_concat_out_cuda"):
-        upconv_concat(x, weight, bias, skip, out=out)
-    assert torch.equal(out, expected)
-    out[:, :3] = torch.nan
-    upconv_concat(x, weight, bias, out[:, 3:], out=out)
-    assert torch.equal(out, expected)
+    check_out_and_its_slice(make_inputs(formats=formats), "cuda")
 
 
 @on_gpu

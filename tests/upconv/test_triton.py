@@ -7,19 +7,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.gradients import check_frozen, with_gradients
 from tests.interpreter import DEVICE, DTYPES
-from tests.parity import assert_runs
 from tests.upconv import cases
-from tests.upconv.cases import FORMATS, OPS, check
+from tests.upconv.cases import MIXED, OPS, UNIFORM, check, check_frozen_inputs_and_empty_batch, check_out_and_its_slice
 from tokenfusion.kernels import upconv_concat
 from tokenfusion.kernels.upconv.project import op as project_op
 
 pytestmark = pytest.mark.backend("triton")
 
 make_inputs = functools.partial(cases.make_inputs, device=DEVICE)
-UNIFORM = [("nchw",) * 4, ("nhwc",) * 4]
-MIXED = [("nchw", "nhwc", "nchw", "nhwc"), ("nhwc", "nchw", "nchw", "nchw"), ("nhwc", "nchw", "nhwc", "nchw")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,23 +55,12 @@ def test_both_orders_of_the_projection(composes, monkeypatch):
 
 @pytest.mark.parametrize("op", OPS)
 def test_frozen_inputs_and_empty_batch(op):
-    inputs = make_inputs(op)
-    check_frozen(OPS[op][0], inputs, *({i} for i in range(len(inputs) - 1)))
-    out, *grads = with_gradients(OPS[op][0], make_inputs(op, batch=0))
-    assert out.shape[0] == 0 and all((g == 0).all() for g in grads)
+    check_frozen_inputs_and_empty_batch(op, DEVICE)
 
 
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
 def test_out_and_its_slice(formats):
-    x, weight, bias, skip, _ = (t.detach() for t in make_inputs(formats=formats))
-    expected = upconv_concat(x, weight, bias, skip)
-    out = torch.full_like(expected, torch.nan).contiguous(memory_format=FORMATS[formats[0]])
-    with assert_runs("upconv_concat_out_triton"):
-        upconv_concat(x, weight, bias, skip, out=out)
-    assert torch.equal(out, expected)
-    out[:, :3] = torch.nan
-    upconv_concat(x, weight, bias, out[:, 3:], out=out)
-    assert torch.equal(out, expected)
+    check_out_and_its_slice(make_inputs(formats=formats), "triton")
 
 
 def test_elements_beyond_the_range_of_32_bits():
