@@ -34,9 +34,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 
     Without a heading row if no column has a name.
     """
-    result = Table(
-        title=title, title_justify="left", title_style="bold", box=None, show_header=any(columns), pad_edge=False
-    )
+    style = dict(title_justify="left", title_style="bold", box=None, show_header=any(columns), pad_edge=False)
+    result = Table(title=title, min_width=cell_len(title), **style)
     for i, name in enumerate(columns):
         whole = name in numbers or i == 0
         width = max(map(cell_len, (name, *(row[i] for row in rows)))) if whole else None
