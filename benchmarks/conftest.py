@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu_check.journaled import ROWS
 from benchmarks.gpu_check.program import gpu_kernels
@@ -34,7 +35,7 @@ def pytest_addoption(parser):
     group.addoption("--profile", choices=EFFORTS, default="quick", help="which cases to measure (default: quick)")
     group.addoption("--record", type=Path, metavar="FILE", help="where the record goes (default: benchmarks/results/)")
     group.addoption("--autotuned", action="store_true", help="beside torch.compile that tunes, too: minutes a case")
-    group.addoption("--warm-allocator", action="store_true", help="keep freed memory, so that no variant faults it in")
+    group.addoption("--warm-allocator", action="store_true", help="time all once more with freed memory kept")
     kernels = [",".join(kernel) for kernel in gpu_kernels()]
     group.addoption("--without", choices=kernels, action="append", default=[], help="leave a GPU kernel out")
 
@@ -48,11 +49,19 @@ def pytest_configure(config):
     if config.option.profile == "smoke":
         timing.most_bytes = 4 << 20
     if config.option.warm_allocator:
-        try:
-            allocator.keep_freed_memory()
-        except OSError as error:
-            raise pytest.UsageError(f"--warm-allocator: {error}") from None
+        _try_warm_allocator()
     problem.without.update(tuple(kernel.split(",")) for kernel in config.option.without)
+
+
+def _try_warm_allocator():
+    """So that its thresholds are, from the first case on, what they are after a time with freed memory kept."""
+    if torch.cuda.is_available():
+        raise pytest.UsageError("--warm-allocator: for CPUs; PyTorch keeps the memory of a GPU in any case")
+    try:
+        with allocator.keeping_freed_memory():
+            pass
+    except OSError as error:
+        raise pytest.UsageError(f"--warm-allocator: {error}") from None
 
 
 def pytest_generate_tests(metafunc):
@@ -145,7 +154,7 @@ def run(benchmark, request):
     def run(problem):
         effort = EFFORTS[request.config.option.profile] if benchmark.enabled else _ONCE
         benchmark.skipped = True  # until there are samples: an interrupt is no misuse of the fixture
-        measured = harness.run(problem, effort)
+        measured = harness.run(problem, effort, kept=request.config.option.warm_allocator)
         entries.enter(benchmark, measured)
         if benchmark.enabled:
             request.config.stash[_ROWS].extend(measured.rows)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import allocator, problem, timing
+from benchmarks.measure import problem, timing
 from tokenfusion import environment, precision
 
 COMMIT = "TOKENFUSION_COMMIT"  # the variable that names the commit of a copy without git
@@ -48,7 +48,6 @@ def collect(profile: str) -> dict:
         "isa": facts["isa"],
         "commit": os.environ.get(COMMIT) or _commit(),
         "cache": timing.policy(),
-        "memory": allocator.policy(),
         "float32_products": precision.in_force(problem.device()),
         "tools": {"nvcc": _nvcc(), "compute-sanitizer": find_tool("compute-sanitizer")},
         "missing_packages": [name for name in _PACKAGES if not importlib.util.find_spec(name)],

@@ -5,14 +5,16 @@ import gc
 import math
 import random
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 import tokenfusion
-from benchmarks.measure import roofline
+from benchmarks.measure import allocator, roofline
 from benchmarks.measure.problem import AND_COMPILE, AUTOMATIC, COMPILED, Problem, Variant, dtype_of, package
 from benchmarks.measure.timing import MOST_CALLS, Replay, Ring, seconds_a_call
+from benchmarks.report.table import OTHER_TIMES
 from tokenfusion import measure
 from tokenfusion.kernels import choices, dispatch
 from tokenfusion.tuning.parity import Parity, compare, in_float64
@@ -50,13 +52,16 @@ class Inspection:
 
 @dataclass
 class Timed:
-    """A variant's samples: in `seconds` those that count, in `called` those of calls from Python where they differ."""
+    """A variant's samples: in `seconds` those that count, in `called` those of calls from Python where they differ,
+    in `kept` those with freed memory kept, where they were asked for.
+    """
 
     call: object
     ring: Ring
     backend: str | None = None
     seconds: list[float] = field(default_factory=list)
     called: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
     replay: Replay | None = None
 
     def from_python(self, calls: int) -> float:
@@ -74,9 +79,12 @@ class Timed:
             self.seconds.append(self.replay.seconds_a_call())
             self.called.append(self.from_python(calls))
 
+    def sample_kept(self, calls: int) -> None:
+        self.kept.append(self.from_python(calls))
 
-def run(problem: Problem, effort: Effort) -> Measured:
-    """Every variant of a problem, checked and timed."""
+
+def run(problem: Problem, effort: Effort, kept: bool = False) -> Measured:
+    """Every variant of a problem, checked and timed. kept: once more with freed memory kept, on a CPU."""
     problem = with_automatic(problem)
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -88,10 +96,11 @@ def run(problem: Problem, effort: Effort) -> Measured:
     entries = [*timed.values(), stream]
     calls, rounds = _plan(entries, effort)
     not_captured = _capture(entries, calls)
-    with _without_garbage_collection():
-        for _ in range(rounds):
-            for entry in random.sample(entries, len(entries)):
-                entry.sample(calls)
+    _sample(entries, calls, rounds, Timed.sample)
+    if kept:
+        with allocator.keeping_freed_memory():
+            _sample(entries, calls, 1, Timed.from_python)  # which faults in what is then kept
+            _sample(entries, calls, rounds, Timed.sample_kept)
     rows = [_row(problem, v, inspections[v.name], timed, stream) | not_captured for v in problem.variants]
     return Measured(rows, {name: entry.seconds for name, entry in timed.items()})
 
@@ -105,12 +114,14 @@ def with_automatic(problem: Problem) -> Problem:
     return replace(problem, variants=[*problem.variants, *automatic])
 
 
-@contextlib.contextmanager
-def _without_garbage_collection():
+def _sample(entries: list[Timed], calls: int, rounds: int, sample: Callable[[Timed, int], object]) -> None:
+    """All entries in turn in every round, without garbage collection."""
     gc.collect()
     gc.disable()
     try:
-        yield
+        for _ in range(rounds):
+            for entry in random.sample(entries, len(entries)):
+                sample(entry, calls)
     finally:
         gc.enable()
 
@@ -236,10 +247,11 @@ def _times(problem: Problem, timed: dict[str, Timed], entry: Timed, stream: Time
         "share_of_ceiling": max(memory, arithmetic) / seconds,
         "share_of_copy": problem.moved / seconds / roofline.bytes_per_second(written=True),
     }
-    if entry.called:
-        times |= {
-            "called_seconds": statistics.median(entry.called),
-            "called_times_eager": faster_than(eager, "called"),
-            "called_times_compiled": faster_than(COMPILED, "called"),
-        }
+    for kind in OTHER_TIMES:
+        if samples := getattr(entry, kind):
+            times |= {
+                f"{kind}_seconds": statistics.median(samples),
+                f"{kind}_times_eager": faster_than(eager, kind),
+                f"{kind}_times_compiled": faster_than(COMPILED, kind),
+            }
     return times

@@ -31,6 +31,8 @@ _GLOSSARY = {
     "round. Below 1x a variant is slower, and is marked so",
     "from Python": "on a GPU the median is that of replaying a CUDA graph, which leaves out what launching from Python "
     "costs; this is the time with it. Short calls are often bound by it",
+    "memory kept": "the time where memory that a call frees stays with the process. The C library gives tensors above "
+    "32 MiB back to the system, whose new pages cost what allocates most, which is eager, most",
     "peak MB": "the most memory held during a call beyond what was held before it, as PyTorch's allocator counts it "
     "(1 MB is 10^6 bytes). Weights are not in it",
     "GB/s": "bytes that must move (each input once in each pass, each output once) by the time. Variants that move "
@@ -135,7 +137,6 @@ def _conditions(conditions: dict, ceilings: dict) -> str:
         "date": conditions["date"],
         "profile": conditions["profile"],
         "caches": conditions["cache"],
-        "memory": conditions.get("memory"),
         "products in float32": conditions.get("float32_products"),
         **{f"at best: {name}": f"{rate:.3g}" for name, rate in ceilings.items()},
     }
@@ -173,14 +174,14 @@ def _figures(pictures: Mapping[str, bytes], conditions: dict) -> list[str]:
 
 
 def _rows(cases: list[tuple[dict, list[dict]]]) -> str:
-    replayed = any("called_seconds" in row for _, members in cases for row in members)
-    headings = (*table.HEADINGS, *(table.CALLED_HEADINGS if replayed else ()))
+    kinds = table.other_times(row for _, members in cases for row in members)
+    headings = (*table.HEADINGS, *(heading for kind in kinds for heading in table.other_headings(kind)))
     lines = []
     for case, members in table.by_size(cases):
         name = _text(table.case_name(case))
         lines.append(f'<tr class="case"><th colspan="{len(headings)}" scope="rowgroup">{name}</th></tr>')
         for row in members:
-            cells = (*table.cells(row), *(table.called_cells(row) if replayed else ()))
+            cells = (*table.cells(row), *(cell for kind in kinds for cell in table.other_cells(row, kind)))
             lines.append(_line(cells, kind="fault" if row["fault"] else "package" if row["backend"] else "other"))
     return _details(f"All {len(cases)} cases", _table(headings, lines))
 

@@ -45,7 +45,8 @@ class Live:
         name = table.case_name(rows[0]["case"]) if rows else item.name
         self._reporter.write_line(self._with_time_left(f"{place}{name}"))
         for row in rows:
-            self._reporter.write_line(table.line(row), **_colour(row))
+            for line in (table.line(row), *table.other_lines(row)):
+                self._reporter.write_line(line, **_colour(row))
         if fault and not rows:
             self._reporter.write_line(f"  {fault.splitlines()[0]}"[: _columns()], yellow=True)
         self._reporter.flush()

@@ -88,5 +88,9 @@ def _cell(row: dict | None) -> str:
         return "-"
     if row["fault"]:
         return "failed"
-    speedup = "" if row["variant"] == EAGER else f" ({table.times(row['times_eager'])})"
-    return table.duration(row["seconds"]) + speedup
+    is_eager = row["variant"] == EAGER
+    found = [] if is_eager else [table.times(row["times_eager"])]
+    if "kept_seconds" in row:
+        kept = table.duration(row["kept_seconds"]) if is_eager else table.times(row["kept_times_eager"])
+        found.append(f"{table.OTHER_TIMES['kept']} {kept}")
+    return table.duration(row["seconds"]) + (f" ({', '.join(found)})" if found else "")

@@ -72,6 +72,6 @@ def summary(conditions: dict) -> str:
         (
             ", ".join(str(part) for part in parts if part),
             f"{installed}, commit {conditions['commit']}, {conditions['date']}, profile {conditions['profile']}",
-            "; ".join(filter(None, (conditions["cache"], conditions.get("memory"), _METHOD))),
+            f"{conditions['cache']}; {_METHOD}",
         )
     )

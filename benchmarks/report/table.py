@@ -1,7 +1,7 @@
 """The rows of a record as a table: one line for each variant of a case."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 EAGER = "eager"
@@ -69,15 +69,25 @@ def cells(row: dict) -> tuple[str, ...]:
     )
 
 
-CALLED_HEADINGS = ("from Python", "x eager", "x compile")
+# Times beside the median, by the word that their keys in a row begin with.
+OTHER_TIMES = {"called": "from Python", "kept": "memory kept"}
 
 
-def called_cells(row: dict) -> tuple[str, ...]:
-    """The same of calls made from Python, in the order of CALLED_HEADINGS, where they were timed beside replays."""
-    if row["fault"] or "called_seconds" not in row:
-        return ("-",) * len(CALLED_HEADINGS)
-    times_eager, times_compiled = row["called_times_eager"], row["called_times_compiled"]
-    return duration(row["called_seconds"]), times(times_eager), times(times_compiled)
+def other_times(rows: Iterable[dict]) -> list[str]:
+    """Which of OTHER_TIMES there are."""
+    rows = list(rows)
+    return [kind for kind in OTHER_TIMES if any(f"{kind}_seconds" in row for row in rows)]
+
+
+def other_headings(kind: str) -> tuple[str, ...]:
+    return OTHER_TIMES[kind], "x eager", "x compile"
+
+
+def other_cells(row: dict, kind: str) -> tuple[str, ...]:
+    """The cells of another time, in the order of its headings."""
+    if row["fault"] or f"{kind}_seconds" not in row:
+        return ("-",) * len(other_headings(kind))
+    return duration(row[f"{kind}_seconds"]), times(row[f"{kind}_times_eager"]), times(row[f"{kind}_times_compiled"])
 
 
 def megabytes(count: int | None) -> str:
@@ -104,12 +114,18 @@ def line(row: dict) -> str:
     return _line(cells(row))
 
 
+def other_lines(row: dict) -> list[str]:
+    """What stands below the line of a row: its other times."""
+    kinds = [] if row["fault"] else other_times([row])
+    return [_line((f"  {OTHER_TIMES[kind]}", *other_cells(row, kind), *[""] * 4)) for kind in kinds]
+
+
 def _line(cells: tuple[str, ...]) -> str:
     if cells[-1].startswith(FAILED):
         return cut(f"  {cells[0]:<{_WIDTHS[0]}} {cells[-1]}", COLUMNS)
     name, *numbers = cells[: len(_WIDTHS)]
     aligned = "".join(f"{number:>{width}}" for number, width in zip(numbers, _WIDTHS[1:], strict=True))
-    return f"  {cut(name, _WIDTHS[0]):<{_WIDTHS[0]}}{aligned} {cells[-1]:>14}"
+    return f"  {cut(name, _WIDTHS[0]):<{_WIDTHS[0]}}{aligned} {cells[-1]:>14}".rstrip()
 
 
 def cut(text: str, columns: int) -> str:

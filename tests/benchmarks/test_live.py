@@ -62,3 +62,14 @@ def test_rows_stand_below_their_group_and_faults_are_said(clock):
     shown.ends(only, [row | {"fault": "RuntimeError: out of luck " + "x" * 90}], "v: RuntimeError")
     assert max(map(len, terminal.shown)) <= table.COLUMNS
     assert terminal.shown[-2] == "1/1 B 1" and "FAILED: RuntimeError: out of luck" in terminal.shown[-1]
+
+
+def test_another_time_of_a_row_stands_below_it(clock):
+    terminal, only = Terminal(), item("only", 1)
+    row = {"group": "g", "case": {"B": 1}, "variant": "v", "backend": None, "peak_bytes": None, "fault": None}
+    row |= {"seconds": 2.0, "times_eager": 3.0, "times_compiled": None, "bytes_per_second": 1e9, "error": None}
+    row |= {"share_of_ceiling": 0.5, "kept_seconds": 1.0, "kept_times_eager": 2.5, "kept_times_compiled": None}
+    live.Live(terminal, [only]).ends(only, [row], None)
+    first, second = terminal.shown[-2:]
+    assert second.split() == ["memory", "kept", "1", "s", "2.50x", "-"]
+    assert second.index("2.50x") == first.index("3.00x")

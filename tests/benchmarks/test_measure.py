@@ -1,5 +1,7 @@
 """How a problem is measured: what is checked first, what is timed, and on which inputs."""
 
+import contextlib
+
 import torch
 
 from benchmarks.measure import harness, problem, timing
@@ -55,27 +57,29 @@ def test_where_one_variant_cannot_be_captured_none_is(monkeypatch):
     assert [entry.replay for entry in entries] == [None, None]
 
 
-def test_variants_with_a_fault_are_not_timed():
-    def fails(x):
-        raise RuntimeError("no such luck\nsecond line")
-
-    variants = [
-        Variant("eager", lambda x: (2 * x,)),
-        Variant("wrong", lambda x: (2.001 * x,)),
-        Variant("not a number", lambda x: (x / 0,)),
-        Variant("fails", fails),
-        Variant("not of this package", lambda x: (2 * x,), backend="cpu"),
-        Variant("tokenfusion (reference)", lambda x: (2 * x,), backend="reference"),
-    ]
-    problem = Problem(
+def _doubling(*variants: Variant) -> Problem:
+    return Problem(
         group="doubling",
         case={"N": 3, "dtype": "float32"},
-        variants=variants,
+        variants=[Variant("eager", lambda x: (2 * x,)), *variants],
         make_inputs=lambda: (torch.randn(1 << 20),),
         reference=lambda x: (2 * x,),
         moved=8 << 20,
         written=True,
         flops=1 << 20,
+    )
+
+
+def test_variants_with_a_fault_are_not_timed():
+    def fails(x):
+        raise RuntimeError("no such luck\nsecond line")
+
+    problem = _doubling(
+        Variant("wrong", lambda x: (2.001 * x,)),
+        Variant("not a number", lambda x: (x / 0,)),
+        Variant("fails", fails),
+        Variant("not of this package", lambda x: (2 * x,), backend="cpu"),
+        Variant("tokenfusion (reference)", lambda x: (2 * x,), backend="reference"),
     )
     measured = harness.run(problem, harness.Effort(0.01, 3, 3))
     rows = {row["variant"]: row for row in measured.rows}
@@ -87,6 +91,26 @@ def test_variants_with_a_fault_are_not_timed():
     assert rows["not a number"]["error"] is None  # JSON knows no NaN
     assert rows["fails"]["fault"] == "RuntimeError: no such luck"
     assert rows["not of this package"]["fault"] == "expected backend cpu, ran plain PyTorch"
+
+
+def test_all_variants_are_timed_once_more_with_freed_memory_kept(monkeypatch):
+    states = []
+
+    @contextlib.contextmanager
+    def keeping():
+        states.append("kept")
+        yield
+        states.append("as before")
+
+    monkeypatch.setattr(harness.allocator, "keeping_freed_memory", keeping)
+    problem = _doubling(Variant("other", lambda x: (states.append("called"), 2 * x)[1:]))
+    rows = harness.run(problem, harness.Effort(0.01, 3, 3), kept=True).rows
+    assert [row["rounds"] for row in rows] == [3, 3]
+    assert all(row["kept_seconds"] > 0 and row["kept_times_compiled"] is None for row in rows)
+    assert rows[0]["kept_times_eager"] == 1 and rows[1]["kept_times_eager"] > 0
+    kept = states[states.index("kept") : states.index("as before")]
+    assert kept.count("called") >= 1 + 3 and states[-1] == "as before"  # to warm up, and each round
+    assert "kept_seconds" not in harness.run(problem, harness.Effort(0.01, 3, 3)).rows[0]
 
 
 def test_parity_takes_a_zero_gradient_for_what_it_is():

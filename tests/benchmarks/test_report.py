@@ -92,6 +92,16 @@ def test_page_is_well_formed_and_says_what_lost_and_what_is_missing(synthetic_re
     assert "torch.compile was not measured" in made
 
 
+def test_times_with_freed_memory_kept_stand_beside_the_others(synthetic_record):
+    loaded = record.load(synthetic_record)
+    for row in (loaded["rows"][0], loaded["rows"][2]):
+        row |= {"kept_seconds": row["seconds"] / 2, "kept_times_eager": 1.25, "kept_times_compiled": None}
+    assert "| 650 us (memory kept 325 us) | failed | 65 us (1.50x, memory kept 1.25x) |" in markdown.tables(loaded)
+    made = html.page(loaded, {})
+    assert '<th scope="col">memory kept</th>' in made and "325 us" in made and "1.25x" in made
+    assert '<th scope="col">from Python</th>' not in made
+
+
 def test_report_without_matplotlib_has_no_plots(synthetic_record, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     report.write(record.load(synthetic_record), tmp_path / "report")
