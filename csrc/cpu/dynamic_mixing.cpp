@@ -25,6 +25,16 @@ namespace {
 // for large caches.
 constexpr int64_t kRowsPerTile = 16, kRowsPerTallTile = 64;
 
+// The tiles of AMX, unless the form is "vectors"; their products take as many rows as tall tiles have.
+bool by_tiles(const Tensor& x, std::string_view form) {
+  return x.scalar_type() == at::kBFloat16 && amx_allowed() && form != "vectors";
+}
+
+const DynamicMixingKernels::ForDtype& kernels_of(const Tensor& x, bool tiles) {
+  const DynamicMixingKernels& kernels = TOKENFUSION_KERNELS(dynamic_mixing);
+  return tiles ? kernels.bfloat16_tiles : kernels_for(kernels, "x", x.scalar_type());
+}
+
 DynamicMixingView view_of(const Tensor& tensor, int64_t dim) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(3 - dim), tensor.stride(dim)};
 }
@@ -43,17 +53,17 @@ struct Call {
 
   Call(const Tensor& x, const Tensor& compressed, const Tensor& weight, const Tensor& bias_, int64_t segments,
        int64_t dim, std::string_view form)
-      : p{},
-        kernels(kernels_for(TOKENFUSION_KERNELS(dynamic_mixing), "x", x.scalar_type())),
-        accumulation(x.options().dtype(accumulation_dtype(x))) {
+      : p{}, kernels(kernels_of(x, by_tiles(x, form))), accumulation(x.options().dtype(accumulation_dtype(x))) {
     dynamic_mixing::check_operands(x, compressed, weight, bias_, segments, dim);
-    TORCH_CHECK_VALUE(form.empty() || form == "tall", "form: got '", form, "', expected '' or 'tall'");
+    TORCH_CHECK_VALUE(form.empty() || form == "tall" || form == "vectors", "form: got '", form,
+                      "', expected '', 'tall' or 'vectors'");
     const int64_t panel = kernels.panel, depth = weight.size(1);
     const auto dtype = accumulation_dtype(x);
     outputs = at::divup(weight.size(0), panel) * panel;
     inputs = at::divup(depth, panel) * panel;
-    p.pairs = x.scalar_type() == at::kBFloat16 && TOKENFUSION_KERNELS(dynamic_mixing).multiplies_pairs();
-    const int64_t step = p.pairs ? 2 : 1, steps = at::divup(depth, step);
+    p.tiles = by_tiles(x, form);
+    p.pairs = p.tiles || (x.scalar_type() == at::kBFloat16 && TOKENFUSION_KERNELS(dynamic_mixing).multiplies_pairs());
+    const int64_t step = p.pairs ? 2 : 1, steps = at::divup(p.tiles ? inputs : depth, step);
     const Tensor rows = padded(weight, outputs, steps * step, p.pairs ? at::kBFloat16 : dtype);
     weight_panels = rows.view({-1, panel, steps, step}).transpose(1, 2).contiguous();
     bias = at::constant_pad_nd(bias_.to(dtype), {0, outputs - weight.size(0)}).contiguous();
@@ -67,7 +77,7 @@ struct Call {
     p.channels = x.size(3);
     p.segments = segments;
     p.reduced = compressed.size(3) / segments;
-    p.tile = std::min(at::divup(form.empty() ? kRowsPerTile : kRowsPerTallTile, segments),
+    p.tile = std::min(at::divup(p.tiles || form == "tall" ? kRowsPerTallTile : kRowsPerTile, segments),
                       at::divup(lines(), at::get_num_threads()));
     p.tile = std::max<int64_t>(p.tile, 1);
   }
@@ -122,12 +132,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mixed_, c
   if (needed[0]) p.grad_x = view_of(grad_x, dim);
   if (needed[1]) {
     p.grad_compressed = view_of(grad_compressed, dim);
-    weight_rows = padded(generate_weight, generate_weight.size(0), call.inputs, accumulation_dtype(x));
+    weight_rows = padded(generate_weight, call.outputs, call.inputs, p.tiles ? at::kBFloat16 : accumulation_dtype(x));
+    if (p.tiles) weight_rows = weight_rows.view({-1, 2, call.inputs}).transpose(1, 2).contiguous();
     p.weight_rows = weight_rows.const_data_ptr();
   }
   p.parts = std::min<int64_t>(at::get_num_threads(), call.tiles());
   if (needed[2] || needed[3]) {
-    partial_weight = at::zeros({p.parts, generate_weight.size(0), call.inputs}, call.accumulation);
+    partial_weight = at::zeros({p.parts, call.outputs, call.inputs}, call.accumulation);
+    if (p.tiles) partial_weight = partial_weight.view({p.parts, call.inputs, call.outputs}).transpose(1, 2);
     partial_bias = at::zeros({p.parts, call.outputs}, call.accumulation);
     p.grad_weight = partial_weight.data_ptr();
     p.grad_bias = partial_bias.data_ptr();
@@ -138,7 +150,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mixed_, c
   });
   const auto total = [&](bool wanted, const Tensor& partial, const Tensor& like) {
     if (!wanted) return at::empty({0}, like.options());
-    return partial.sum(0).narrow(-1, 0, like.size(-1)).to(like.scalar_type()).contiguous();
+    Tensor sum = partial.sum(0);
+    for (int64_t d = 0; d < like.dim(); ++d) sum = sum.narrow(d, 0, like.size(d));
+    return sum.to(like.scalar_type()).contiguous();
   };
   return {grad_x, grad_compressed, total(needed[2], partial_weight, generate_weight),
           total(needed[3], partial_bias, generate_bias)};

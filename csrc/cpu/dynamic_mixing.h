@@ -22,7 +22,11 @@ struct DynamicMixingParams {
   DynamicMixingView compressed;  // S * d channels
   const void* weight_panels;     // accumulation dtype, [N * N / panel, rounded up, K, panel], zero-padded
   bool pairs;                    // weight_panels holds bf16 pairs along K, [N * N / panel, K / 2, panel, 2], instead
-  const void* bias;              // accumulation dtype, [N * N rounded up to panels], zero-padded
+  // Tiles (AMX) multiply bf16. K of the pairs in weight_panels is rounded up to panels then; weight_rows holds pairs
+  // along N * N, [N * N / 2 rounded up to panels, K rounded up to panels, 2]; and grad_weight has its last two
+  // dimensions exchanged.
+  bool tiles;
+  const void* bias;  // accumulation dtype, [N * N rounded up to panels], zero-padded
   int64_t batch, lines, tokens, channels, segments, reduced, tile;
 
   DynamicMixingView mixed;  // D channels, written
@@ -31,11 +35,11 @@ struct DynamicMixingParams {
   // Backward. A part is a range of items with its own sums of the weight's and the bias's gradients.
   DynamicMixingView grad_mixed;
   const void* grad_mean;              // accumulation dtype, [batch, D], added to grad_mixed; or null
-  const void* weight_rows;            // accumulation dtype, [N * N, K rounded up to panels], zero-padded
+  const void* weight_rows;            // accumulation dtype, [N * N, K], both rounded up to panels, zero-padded
   DynamicMixingView grad_x;           // written; data may be null
   DynamicMixingView grad_compressed;  // written; data may be null
-  void* grad_weight;                  // accumulation dtype, [parts, N * N, K rounded up to panels], zeros; or null
-  void* grad_bias;                    // accumulation dtype, [parts, N * N rounded up to panels], zeros
+  void* grad_weight;  // accumulation dtype, [parts, N * N, K], both rounded up to panels, zeros; or null
+  void* grad_bias;    // accumulation dtype, [parts, N * N rounded up to panels], zeros
   int64_t parts;
 };
 
@@ -49,7 +53,7 @@ struct DynamicMixingKernels {
     Lines forward;
     Part backward;
   };
-  ForDtype float32, bfloat16, float64;
+  ForDtype float32, bfloat16, float64, bfloat16_tiles;
   bool (*multiplies_pairs)();  // whether those of bfloat16 take pairs on this processor
 };
 

@@ -17,47 +17,20 @@ namespace tokenfusion {
 namespace TOKENFUSION_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kAmxFloats = kAmxRows * kAmxWords;  // of a tile
-constexpr int64_t kAmxBytes = kAmxFloats * sizeof(float);
 constexpr int64_t kChunk = 2 * kAmxWords;  // channels that a row of bfloat16 holds
-constexpr U32 kUpper = U32{} + 0xffff0000u;
-
-// Two vectors of bfloat16 numbers, held as floats, as pairs.
-TF_INLINE U32 as_pairs(Vec<float> first, Vec<float> second) { return (U32)first >> 16 | ((U32)second & kUpper); }
 
 // A bfloat16 number and what it leaves of x, rounded likewise.
 struct Split {
   Vec<float> high, low;
 
   explicit Split(Vec<float> x) : high(rounded(x)), low(rounded(x - high)) {}
-
- private:
-  static TF_INLINE Vec<float> rounded(Vec<float> x) { return (Vec<float>)(((U32)x + 0x8000u) & kUpper); }
 };
-
-TF_INLINE void store_words(void* p, U32 words) { __builtin_memcpy(p, &words, sizeof(words)); }
-TF_INLINE U32 load_words(const void* p) {
-  U32 words;
-  __builtin_memcpy(&words, p, sizeof(words));
-  return words;
-}
 
 // Two vectors of neighbouring channels: the even ones and the odd ones.
 TF_INLINE U32 neighbours(const float* p) {
   static constexpr Lanes<float> even = Shuffles<float>::every_other(0), odd = Shuffles<float>::every_other(1);
   const Vec<float> first = load(p), second = load(p + kAmxWords);
   return as_pairs(shuffle<float>(first, second, even), shuffle<float>(first, second, odd));
-}
-
-// The words of 16 rows, transposed: 16 lines of 64 bytes, `pitch` words apart.
-template <typename F>
-TF_INLINE void store_transposed(void* out, int64_t pitch, F row) {
-  Vec<float> v[kAmxRows];
-#pragma GCC unroll 16
-  for (int i = 0; i < kAmxRows; ++i) v[i] = (Vec<float>)row(i);
-  interleave<float, kAmxRows>(v);
-#pragma GCC unroll 16
-  for (int i = 0; i < kAmxRows; ++i) store(static_cast<float*>(out) + i * pitch, v[i]);
 }
 
 // Undoes what unpacking 128 bits at a time does to the order of channels: groups of four lanes of two vectors in turn.

@@ -173,14 +173,18 @@ def test_few_parts(set_threads):
 
 @pytest.mark.skipif(not extension.amx_allowed(), reason="no AMX here")
 @pytest.mark.parametrize("direction", ["inference", "training"])
-def test_vectors_are_what_runs_without_tiles(direction):
+@pytest.mark.parametrize(
+    "operator, words, sizes",
+    [("single_query_attention", (), (2, 300, 256, 6)), ("dynamic_mixing", ("rows",), (3, 8, 8, 16, 2, 2))],
+)
+def test_vectors_are_what_runs_without_tiles(operator, words, sizes, direction):
     from tokenfusion import _C
 
-    workload = Workload("single_query_attention", ("bfloat16", direction), (2, 300, 256, 6))
-    results, by_tiles = run("single_query_attention", "vectors", workload), run("single_query_attention", "", workload)
+    workload = Workload(operator, ("bfloat16", direction, *words), sizes)
+    results, by_tiles = run(operator, "vectors", workload), run(operator, "", workload)
     _C.allow_amx(False)
     try:
-        plain = run("single_query_attention", "", workload)
+        plain = run(operator, "", workload)
     finally:
         _C.allow_amx(True)
     assert all(map(torch.equal, results, plain))

@@ -12,7 +12,9 @@ namespace tokenfusion {
 namespace TOKENFUSION_ISA_NAMESPACE {
 namespace {
 
-constexpr int kAmxRows = 16, kAmxWords = 16;  // a word is a float, or a pair of bf16
+constexpr int kAmxRows = 16, kAmxWords = 16;          // a word is a float, or a pair of bf16
+constexpr int64_t kAmxFloats = kAmxRows * kAmxWords;  // of a tile
+constexpr int64_t kAmxBytes = kAmxFloats * sizeof(float);
 
 struct AmxShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -46,6 +48,44 @@ TF_INLINE void amx_store(void* rows, int64_t stride) {
 template <int sum, int a, int b>
 TF_INLINE void amx_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(a), "i"(b));
+}
+
+constexpr U32 kUpper = U32{} + 0xffff0000u;
+
+// Two vectors of bfloat16 numbers, held as floats, as pairs.
+TF_INLINE U32 as_pairs(Vec<float> first, Vec<float> second) { return (U32)first >> 16 | ((U32)second & kUpper); }
+
+// To bfloat16, held as floats.
+TF_INLINE Vec<float> rounded(Vec<float> x) { return (Vec<float>)(((U32)x + 0x8000u) & kUpper); }
+
+TF_INLINE void store_words(void* p, U32 words) { __builtin_memcpy(p, &words, sizeof(words)); }
+TF_INLINE U32 load_words(const void* p) {
+  U32 words;
+  __builtin_memcpy(&words, p, sizeof(words));
+  return words;
+}
+
+// The words of 16 rows, transposed: 16 lines of 64 bytes, `pitch` words apart.
+template <typename F>
+TF_INLINE void store_transposed(void* out, int64_t pitch, F row) {
+  Vec<float> v[kAmxRows];
+#pragma GCC unroll 16
+  for (int i = 0; i < kAmxRows; ++i) v[i] = (Vec<float>)row(i);
+  interleave<float, kAmxRows>(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < kAmxRows; ++i) store(static_cast<float*>(out) + i * pitch, v[i]);
+}
+
+TF_INLINE void store_narrow(bf16* p, Vec<float> v) {
+  U16 half;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+TF_INLINE void store_pair(bf16* p, Vec<float> first, Vec<float> second) {
+  Vec<float> both;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(first), "v"(second));
+  __builtin_memcpy(p, &both, sizeof(both));
 }
 
 }  // namespace

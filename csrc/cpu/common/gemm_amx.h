@@ -96,12 +96,6 @@ TF_INLINE void amx_product(const AmxStrip& a, int64_t begin, int64_t steps, cons
   amx_store<3>(lower + kAmxWords, kRowBytes);
 }
 
-TF_INLINE void store_pair(bf16* p, Vec<float> first, Vec<float> second) {
-  Vec<float> both;
-  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(first), "v"(second));
-  __builtin_memcpy(p, &both, sizeof(both));
-}
-
 // Some strips and their sums of a panel, all of which stay in the cache.
 struct AmxBlock {
   float* sums;       // [kStripsTogether, kStripRows, kPanel]

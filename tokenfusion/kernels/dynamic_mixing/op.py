@@ -85,8 +85,8 @@ def _run_reference(x, compressed, generate_weight, generate_bias, segments, dim,
     return mixed, mixed.mean(dim=(1, 2)) if with_mean else empty_mean(x, with_mean)
 
 
-def _run_tall(*call):
-    return _KERNELS["cpu"](*call, "tall")
+def _with_form(form: str):
+    return lambda *call: _KERNELS["cpu"](*call, form)
 
 
 def _why_not_kernel(x, compressed, segments, dim, dtypes) -> str | None:
@@ -106,8 +106,18 @@ def _cpu_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -
     return extension.why_not_tensor(x) or _why_not_kernel(x, compressed, segments, dim, _CPU_DTYPES)
 
 
+def _has_tiles(x) -> bool:
+    return x.dtype == torch.bfloat16 and extension.amx_allowed()
+
+
+def _vectors_can_run(x, *others) -> str | None:
+    return _cpu_can_run(x, *others) or (None if _has_tiles(x) else "there are no tiles (AMX) for it")
+
+
 def _tall_can_run(x, compressed, generate_weight, generate_bias, segments, dim) -> str | None:
     reason = _cpu_can_run(x, compressed, generate_weight, generate_bias, segments, dim)
+    if reason is None and _has_tiles(x):
+        return "those of AMX are tall"
     short, tall = (-(-rows // segments) for rows in _ROWS_PER_TILE)
     differs = short < tall and short * extension.threads() < x.shape[0] * x.shape[3 - dim]
     return reason or (None if differs else "its tiles are no taller")
@@ -161,7 +171,8 @@ OPERATOR = register(
     Implementation("cuda", _KERNELS["cuda"], _cuda_can_run, automatic=False),
     Implementation("triton", _KERNELS["triton"], _triton_can_run, automatic=False),
     Implementation("cpu", _KERNELS["cpu"], _cpu_can_run),
-    Implementation("cpu", _run_tall, _tall_can_run, form="tall"),
+    Implementation("cpu", _with_form("tall"), _tall_can_run, form="tall"),
+    Implementation("cpu", _with_form("vectors"), _vectors_can_run, form="vectors"),
     Implementation("reference", _run_reference, lambda *call: None),
     workloads=WORKLOADS,
 )
