@@ -16,6 +16,7 @@
 #include <tuple>
 
 #include "../common/dynamic_mixing_checks.h"
+#include "common/huge_pages.h"
 #include "common/kernels_for.h"
 
 namespace tokenfusion {
@@ -98,7 +99,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& compressed, co
                                    std::string_view form) {
   Call call(x, compressed, generate_weight, generate_bias, segments, dim, form);
   DynamicMixingParams& p = call.p;
-  Tensor mixed = at::empty(x.sizes(), x.options());
+  Tensor mixed = in_huge_pages(at::empty(x.sizes(), x.options()));
   p.mixed = view_of(mixed, dim);
   Tensor line_sums;
   if (with_mean) {
@@ -128,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mixed_, c
     grad_mean = grad_mean_->to(call.accumulation.dtype()).div(p.lines * p.tokens).contiguous();
     p.grad_mean = grad_mean.const_data_ptr();
   }
-  const Tensor grad_x = empty_gradient(needed[0], x), grad_compressed = empty_gradient(needed[1], compressed);
+  const Tensor grad_x = in_huge_pages(empty_gradient(needed[0], x));
+  const Tensor grad_compressed = empty_gradient(needed[1], compressed);
   if (needed[0]) p.grad_x = view_of(grad_x, dim);
   if (needed[1]) {
     p.grad_compressed = view_of(grad_compressed, dim);

@@ -19,6 +19,7 @@
 
 #include "../common/checks.h"
 #include "common/blocks.h"
+#include "common/huge_pages.h"
 #include "common/packed_b.h"
 
 namespace tokenfusion {
@@ -159,7 +160,7 @@ Gradients backward(const Tensor& grad_, const Tensor& gates, at::TensorList bran
   for (int64_t k = 0; k < count; ++k) {
     branches.push_back(with_lines(branches_[k]));
     layers.emplace_back(kernels, weights[k].t());
-    grad_branches.push_back(at::empty(branches[k].sizes(), grad.options()));
+    grad_branches.push_back(in_huge_pages(at::empty(branches[k].sizes(), grad.options())));
     sums.push_back(at::zeros({workers, outputs, weights[k].size(1)}, grad.options()));
   }
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../common/single_query_attention_checks.h"
+#include "common/huge_pages.h"
 #include "common/kernels_for.h"
 
 namespace tokenfusion {
@@ -237,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_context_, const T
   const at::ScalarType dtype = tokens.scalar_type();
   const at::ScalarType sums = queries_of_block(p) < p.all_queries ? accumulation_dtype(tokens) : dtype;
   p.wide_gradients = sums != dtype;
-  Tensor grad_tokens = empty_gradient(needed[1], tokens, sums);
+  Tensor grad_tokens = in_huge_pages(empty_gradient(needed[1], tokens, sums));
   Tensor grad_extra_token = empty_gradient(needed[2], extra_token.value_or(query), sums);
   Tensor partial_grad_query;
   if (needed[0]) {

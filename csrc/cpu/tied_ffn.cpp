@@ -15,6 +15,7 @@
 #include <tuple>
 
 #include "../common/tied_ffn_checks.h"
+#include "common/huge_pages.h"
 #include "common/kernels_for.h"
 #include "common/linear.h"
 
@@ -62,8 +63,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const
   const int index = static_cast<int>(tied_ffn::activation_of(activation));
   const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).forward[index];
   const int64_t features = weight.size(0);
-  Tensor y = at::empty(x_.sizes(), x_.options());
-  Tensor hidden = hold ? at::empty(tied_ffn::hidden_sizes(x_, weight), x_.options()) : at::empty({0}, x_.options());
+  Tensor y = in_huge_pages(at::empty(x_.sizes(), x_.options()));
+  Tensor hidden =
+      hold ? in_huge_pages(at::empty(tied_ffn::hidden_sizes(x_, weight), x_.options())) : at::empty({0}, x_.options());
   if (y.numel() == 0) return {y, hidden};
   const Tensor x = tied_ffn::flat(x_), flat_y = tied_ffn::flat(y), flat_hidden = hold ? tied_ffn::flat(hidden) : hidden;
   const int64_t tokens = x.size(0), block = block_of(tokens);
@@ -96,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   const auto accumulation = x_.options().dtype(accumulation_dtype(x_));
   const bool held = hidden.numel() > 0;
 
-  Tensor grad_x = empty_gradient(needed[0], x_);
+  Tensor grad_x = in_huge_pages(empty_gradient(needed[0], x_));
   Tensor grad_weight = at::zeros({channels, needed[1] ? features : 0}, accumulation);  // transposed
   const Tensor x = tied_ffn::flat(x_), grad_y = tied_ffn::flat(grad_y_),
                flat_grad_x = needed[0] ? tied_ffn::flat(grad_x) : grad_x;
