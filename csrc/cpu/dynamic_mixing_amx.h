@@ -237,7 +237,7 @@ class AmxProducts {
     product.run<Start::kSum>(p.tokens * p.reduced, outputs);
   }
 
-  // With the low parts: the gradient of the compression's bias, a sum over all tokens, would collect what rounding leaves.
+  // With the low parts: the gradient of the compression's bias, a sum over tokens, would collect what rounding leaves.
   void make_grad_compressed(int64_t count) const {
     const auto product_of = [&](const bf16* rows_of_grad) {
       return TileProduct{outputs / kStep,
