@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tokenfusion.layers import DynaMixerBlock, DynaMixerOp, TiedFFN, UpConvConcatProject
@@ -57,3 +58,16 @@ def test_changed_part(kind, part, change):
     with torch.no_grad():
         torch.testing.assert_close(layer(*inputs), expected[0], rtol=1e-4, atol=1e-5)
         assert not torch.allclose(untouched(*inputs), expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [("block", "linear"), ("op", "linear"), ("tied", "linear"), ("tied", "gelu"), ("upconv", "conv_transpose2d")],
+)
+def test_a_replaced_function(kind, name, monkeypatch):
+    torch.manual_seed(0)
+    make, shapes = LAYERS[kind]
+    layer, inputs, function = make(), [torch.randn(shape) for shape in shapes], getattr(F, name)
+    monkeypatch.setattr(F, name, lambda *args, **options: 1.5 * function(*args, **options))
+    for got, want in zip(_run(layer, "__call__", inputs), _run(layer, "plain_forward", inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

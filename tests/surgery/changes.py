@@ -360,10 +360,14 @@ def under_a_dispatch_mode(model, part, undo):
     undo.enter_context(_Coarse())
 
 
-def attention_of_another_make(model, part, undo):
-    attention = F.scaled_dot_product_attention
-    softer = functools.wraps(attention)(lambda q, *args, **options: attention(0.5 * q, *args, **options))
-    undo.enter_context(mock.patch.object(F, "scaled_dot_product_attention", softer))
+def _of_another_make(name: str) -> Callable:
+    """A function of torch.nn.functional that somebody put there."""
+
+    def change(model, part, undo):
+        function = getattr(F, name)
+        undo.enter_context(mock.patch.object(F, name, functools.wraps(function)(_with_scaled_result(function))))
+
+    return change
 
 
 def _on_all_modules(register: Callable, hook: Callable) -> Callable:
@@ -496,7 +500,8 @@ CHANGES = {
     "gradients of samples": Change(gradients_of_samples, _with_linears, may_fail=True),
     "a function mode": Change(under_a_function_mode, _attn),
     "a dispatch mode": Change(under_a_dispatch_mode, _attn),
-    "attention of another make": Change(attention_of_another_make, _attn),
+    "F.linear of another make": Change(_of_another_make("linear"), _model),
+    "attention of another make": Change(_of_another_make("scaled_dot_product_attention"), _attn),
     "forward hook on all": Change(
         _on_all_modules(every.register_module_forward_hook, lambda module, args, out: _noted(out)), _model
     ),

@@ -1,9 +1,10 @@
 """What fuse leaves alone in class attention and attention pooling, and the reason that it gives."""
 
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import AttentionPool2d, AttentionPoolLatent
 from timm.models import cait, naflexvit, volo, xcit
 from torch import nn
@@ -145,3 +146,17 @@ def test_a_mask_from_the_model_takes_timms_path():
         tokenfusion.fuse(model, strict=True)
         with assert_runs():
             assert torch.equal(model(patches), expected)
+
+
+FUNCTIONS = ("linear", "layer_norm", "scaled_dot_product_attention", "multi_head_attention_forward", "softmax")
+FUNCTIONS += ("dropout", "conv_transpose2d", "conv2d", "gelu", "relu", "silu")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_that_somebody_replaced(name, monkeypatch, caplog):
+    fused, function = LATENT(), getattr(F, name)
+    tokenfusion.fuse(fused, strict=True)
+    monkeypatch.setattr(F, name, wraps(function)(lambda *args, **options: function(*args, **options)))
+    assert left(LATENT())[""] == f"F.{name} was replaced"
+    fused(torch.randn(2, 5, 16))
+    assert f"runs its original forward: F.{name} was replaced" in caplog.text

@@ -13,7 +13,6 @@ from tokenfusion.layers.single_query_attention import (
     absorbed_attention,
     scale_of,
     split_linear,
-    why_not_pytorchs_attention,
     why_not_scale,
 )
 
@@ -37,7 +36,6 @@ class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
             or why_not_part(parts.get("q_norm"), "q_norm", nn.Identity)
             or why_not_part(k_norm, "k_norm", nn.Identity)
             or why_not_scale(module)
-            or why_not_pytorchs_attention()
         )
         queries = module.num_heads * module.latent_len
         if reason is None and queries >= channels / 2:  # measured in bfloat16, where matrix products are fastest

@@ -15,7 +15,6 @@ from tokenfusion.layers.single_query_attention import (
     scale_of,
     split_class_token,
     split_linear,
-    why_not_pytorchs_attention,
     why_not_scale,
 )
 
@@ -47,7 +46,6 @@ class AttentionPool2d(DropIn, attention_pool2d.AttentionPool2d):
             why_not_part(drop, "drop", nn.Dropout, nn.Identity)
             or why_not_part(parts.get("proj"), "proj", nn.Linear, nn.Identity)
             or why_not_scale(module)
-            or why_not_pytorchs_attention()
         )
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tokenfusion.kernels import dispatch
 from tokenfusion.kernels.linear import linear
 from tokenfusion.layers.drop_in import remember_forwards, why_not_part
+from tokenfusion.layers.functions import why_not_functions
 
 _PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.GELU, nn.ReLU)
 _PARTS += (Attention, Block, DropPath, LayerNorm, LayerScale, Mlp)
@@ -33,7 +34,7 @@ def run_blocks(blocks: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 def may_run_in_place(container: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the parts of a module of this class may be run one by one, with no gradient recorded."""
     runs = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and dispatch.transform() is None
-    return runs and why_not_part(container, "", kind) is None
+    return runs and why_not_functions() is None and why_not_part(container, "", kind) is None
 
 
 def are_plain(*modules: nn.Module) -> bool:

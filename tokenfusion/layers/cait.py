@@ -20,7 +20,6 @@ from tokenfusion.layers.single_query_attention import (
     absorbed_attention,
     scale_of,
     split_class_token,
-    why_not_pytorchs_attention,
     why_not_scale,
 )
 
@@ -56,7 +55,6 @@ class ClassAttn(DropIn, cait.ClassAttn):
             or why_not_linear(parts.get("v"), "v", channels, channels)
             or why_not_dropout(parts.get("attn_drop"), "attn_drop", module.training)
             or why_not_scale(module)
-            or why_not_pytorchs_attention()
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -111,7 +111,7 @@ class _Call:
         """The convolution's value; it is for the caller to record it."""
         self.check_unchanged()
         with temporarily_clear_interpreter_stack(), self.mode.entered(), torch.no_grad():
-            return F.conv_transpose2d(*self.tensors.values(), stride=self.scale)
+            return torch.conv_transpose2d(*self.tensors.values(), stride=self.scale)
 
 
 def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:

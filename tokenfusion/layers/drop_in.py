@@ -17,6 +17,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from tokenfusion.kernels import dispatch
 from tokenfusion.layers import settled
+from tokenfusion.layers.functions import why_not_functions
 from tokenfusion.layers.modes import functions_are_seen, operators_are_seen
 
 NAME = "_fused_as"  # an attribute of the module, so that its copies and pickles have it
@@ -59,7 +60,7 @@ class DropIn:
         """Why the fused forward is not valid for a module of either class, as things are now; None where it is."""
         if cls.original.forward is not _forwards[cls.original]:
             return f"the forward of {cls.original.__name__} was replaced"
-        return why_not_watched() or cls.why_not(module)
+        return why_not_surroundings() or cls.why_not(module)
 
     def fuses(self, *kept: torch.Tensor) -> bool:
         """Whether this call may run fused. Where a change to the module is the reason that it may not, it is logged.
@@ -180,7 +181,12 @@ def why_not_dropout(part: nn.Module | None, name: str, training: bool) -> str | 
     return reason
 
 
-def why_not_watched() -> str | None:
+def why_not_surroundings() -> str | None:
+    """What was done to all modules, or to what they call."""
+    return why_not_functions() or _why_not_watched()
+
+
+def _why_not_watched() -> str | None:
     """Hooks on all modules are not called for the parts that are read past; those that only keep track do not count."""
     if not (
         global_hooks._global_forward_hooks

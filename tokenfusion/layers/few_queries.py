@@ -25,7 +25,6 @@ from tokenfusion.layers.single_query_attention import (
     attention_with_weights,
     split_class_token,
     split_linear,
-    why_not_pytorchs_attention,
 )
 from tokenfusion.layers.watched import (
     UsedParts,
@@ -115,7 +114,7 @@ class FewQueries(Found):
         parts, form = cls.details
         if module.training and not form.in_training:
             return "in training its forward is another one"
-        reason = why_not_parts(module, parts) or why_not_modes(module, form.modes) or why_not_pytorchs_attention()
+        reason = why_not_parts(module, parts) or why_not_modes(module, form.modes)
         if reason is not None or not isinstance(module, cls):
             return reason
         state = getattr(module, STATE, None)

@@ -15,7 +15,6 @@ from tokenfusion.layers.single_query_attention import (
     Projection,
     absorbed_attention,
     attention_with_weights,
-    why_not_pytorchs_attention,
 )
 
 _LEAST_WORTHWHILE = 3 << 20  # multiplications of the key projection; with fewer, what precedes the kernel takes longer
@@ -42,7 +41,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             return "add_zero_attn is set: a key and value of zeros"
         parts, out = module._parameters, module._modules.get("out_proj")
         of_out = within("out_proj", _why_not_tensors(out._parameters, "weight", "bias"))
-        reason = _why_not_tensors(parts, *_PROJECTIONS) or of_out or why_not_pytorchs_attention()
+        reason = _why_not_tensors(parts, *_PROJECTIONS) or of_out
         if reason is not None:
             return reason
         if module.kdim != module.vdim:

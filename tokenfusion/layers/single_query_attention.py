@@ -64,12 +64,6 @@ def why_not_scale(attn: nn.Module) -> str | None:
     return f"scale is {type(scale).__name__}, expected a number"
 
 
-def why_not_pytorchs_attention() -> str | None:
-    """Why PyTorch's own attention may not be read past by a layer that calls it."""
-    own = torch._C._nn.scaled_dot_product_attention
-    return None if F.scaled_dot_product_attention is own else "F.scaled_dot_product_attention was replaced"
-
-
 def absorbed_attention(
     query: torch.Tensor,
     tokens: torch.Tensor,

@@ -14,7 +14,7 @@ from torch import nn
 
 from tokenfusion import layers
 from tokenfusion.kernels import dispatch
-from tokenfusion.layers.drop_in import dropout, remember_forwards, restore, why_not_part, why_not_watched, within
+from tokenfusion.layers.drop_in import dropout, remember_forwards, restore, why_not_part, why_not_surroundings, within
 from tokenfusion.layers.found import fused_class, why_not_names
 from tokenfusion.layers.found_dynamixer import (
     OPS,
@@ -87,7 +87,7 @@ class StructuralRule:
         found = (
             with_forward_on_instance(module)
             or why_not_names(module, self.found)
-            or why_not_watched()
+            or why_not_surroundings()
             or self._why_not_absorbed(module, plans)
             or why_not_parts(module, self.found._kind)
             or _why_not_dropout(module)

@@ -14,7 +14,7 @@ from torch import nn
 
 from tokenfusion.kernels import dispatch
 from tokenfusion.layers import few_queries
-from tokenfusion.layers.drop_in import DropIn, why_not_watched
+from tokenfusion.layers.drop_in import DropIn, why_not_surroundings
 from tokenfusion.layers.few_queries import Arguments, FewQueries, Form, Parts
 from tokenfusion.layers.found import fused_class, why_not_names
 from tokenfusion.surgery.rules.rule import DECIDED_PER_CALL, Plan, with_forward_on_instance
@@ -158,7 +158,7 @@ class FewQueriesRule:
         parts = _registered.get(kind) or _known_parts(module)
         if parts is None:
             return None
-        found = why_not_watched() or _form(module, parts)  # in whose trial hooks on all modules would be called
+        found = why_not_surroundings() or _form(module, parts)  # in whose trial hooks on all modules would be called
         if isinstance(found, _Unlike) and kind not in _registered:
             return None
         reason = with_forward_on_instance(module) or (found if isinstance(found, str) else None)
