@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenfusion.layers import DynaMixerBlock, DynaMixerOp, TiedFFN, UpConvConcatProject
+from tests.surgery.changes import Halving
+from tokenfusion.layers import DynaMixerBlock, DynaMixerOp, SingleQueryAttention, TiedFFN, UpConvConcatProject
 
 LAYERS = {
     "block": (lambda: DynaMixerBlock(16, 4, 4), [(2, 4, 4, 16)]),
@@ -71,3 +72,15 @@ def test_a_replaced_function(kind, name, monkeypatch):
     monkeypatch.setattr(F, name, lambda *args, **options: 1.5 * function(*args, **options))
     for got, want in zip(_run(layer, "__call__", inputs), _run(layer, "plain_forward", inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, "attention"])
+def test_inputs_of_a_subclass(kind):
+    attention = lambda: SingleQueryAttention(8, 2), [(2, 5, 8), (2, 1, 8)]
+    torch.manual_seed(0)
+    make, shapes = LAYERS.get(kind, attention)
+    layer, inputs = make(), [torch.randn(shape).as_subclass(Halving) for shape in shapes]
+    with torch.no_grad():
+        got, want = layer(*inputs), layer.plain_forward(*inputs)
+    assert type(got) is type(want)
+    torch.testing.assert_close(*(each.as_subclass(torch.Tensor) for each in (got, want)), rtol=1e-4, atol=1e-5)

@@ -128,7 +128,7 @@ def spectral_norm(model, part, undo):
 
 
 class Halving(torch.Tensor):
-    """A weight with a meaning of its own."""
+    """A tensor with a meaning of its own."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -245,6 +245,11 @@ def pruned_heads(model, part, undo):
 
 
 # Changes of the whole model.
+
+
+def inputs_of_a_subclass(model, part, undo):
+    model.register_forward_pre_hook(lambda module, args: (args[0].as_subclass(Halving),))
+    model.register_forward_hook(lambda module, args, out: out.as_subclass(torch.Tensor))
 
 
 def nothing(model, part, undo):
@@ -484,6 +489,7 @@ CHANGES = {
     "own attention": Change(own_attention, _attn),
     "scale of each head": Change(scale_of_each_head, _attn),
     "pruned heads": Change(pruned_heads, _attn, may_fail=True),
+    "inputs of a subclass": Change(inputs_of_a_subclass, _model),
     "functional_call": Change(functional_call, _model),
     "used twice": Change(used_twice, _model),
     "pickled": Change(pickled, _model),

@@ -55,7 +55,7 @@ class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x, attn_mask)
-        if attn_mask is not None or not self.fuses(x) or x.shape[1] == 0:
+        if attn_mask is not None or not self.fuses(x, kept=True) or x.shape[1] == 0:
             return super().forward(x, attn_mask)
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)

@@ -67,7 +67,7 @@ class ClassAttn(DropIn, cait.ClassAttn):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x)
-        if not self.fuses(x) or x.shape[1] == 1:
+        if not self.fuses(x, kept=True) or x.shape[1] == 1:
             return super().forward(x)
         class_token, patches = split_class_token(x)
         return class_attention(self, class_token, patches, class_token.squeeze(1), norm=None)
@@ -101,7 +101,7 @@ class LayerScaleBlockClassAttn(DropIn, cait.LayerScaleBlockClassAttn):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x, x_cls)
-        if not self.fuses(x, x_cls) or x.shape[1] == 0 or x.dtype != x_cls.dtype:
+        if not self.fuses(x, x_cls, kept=True) or x.shape[1] == 0 or x.dtype != x_cls.dtype:
             return super().forward(x, x_cls)
         attended = class_attention(self.attn, self.norm1(x_cls), x, x_cls.squeeze(1), self.norm1)
         x_cls = x_cls + self.drop_path(self.gamma_1 * attended)

@@ -62,7 +62,7 @@ class CrossAttentionBlock(DropIn, crossvit.CrossAttentionBlock):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x if patches is None else torch.cat((x, patches), dim=1))
-        if not self.fuses(x if patches is None else patches):
+        if not self.fuses(x, patches, kept=True):
             return super().forward(x if patches is None else torch.cat((x, patches), dim=1))
         if patches is None and x.shape[1] > 1:
             x, patches = split_class_token(x)
@@ -155,7 +155,7 @@ class MultiScaleBlock(DropIn, crossvit.MultiScaleBlock):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x)
-        if not self.fuses():
+        if not self.fuses(*x):
             return super().forward(x)
         branches = [run_blocks(blocks, tokens) for blocks, tokens in zip(self.blocks, x)]
         class_tokens, patches = zip(*map(split_class_token, branches))

@@ -62,12 +62,17 @@ class DropIn:
             return f"the forward of {cls.original.__name__} was replaced"
         return why_not_surroundings() or cls.why_not(module)
 
-    def fuses(self, *kept: torch.Tensor) -> bool:
+    def fuses(self, *tensors: torch.Tensor | None, kept: bool = False) -> bool:
         """Whether this call may run fused. Where a change to the module is the reason that it may not, it is logged.
 
-        kept: inputs that the fused backward pass reads and the original's may not, which copies or projects them first.
+        tensors: all that it is given; those of a subclass may know nothing of the package's operators, or have a
+            meaning of their own for the functions that the original calls.
+        kept: whether the fused backward pass reads them and the original's may not, which copies or projects them
+            first.
         """
-        if dispatch.transform() is not None or any(map(_is_kept_by_no_backward_pass, kept)):
+        if dispatch.transform() is not None or not all(map(_is_plain, tensors)):
+            return False
+        if kept and any(map(_is_kept_by_no_backward_pass, tensors)):
             return False
         if not torch.compiler.is_compiling() and (functions_are_seen() or operators_are_seen()):
             return False
@@ -77,8 +82,14 @@ class DropIn:
         return reason is None
 
 
-def _is_kept_by_no_backward_pass(tensor: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and tensor.is_inference()
+def _is_plain(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or type(tensor) in PLAIN
+
+
+def _is_kept_by_no_backward_pass(tensor: torch.Tensor | None) -> bool:
+    if tensor is None or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() and tensor.is_inference()
 
 
 def name(module: nn.Module, path: str) -> None:

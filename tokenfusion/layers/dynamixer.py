@@ -86,7 +86,7 @@ class DynaMixerOp(OwnLayer, nn.Module):
             ValueError: another number of tokens or channels than the layer was made for.
         """
         self._check(x, dim)
-        if self.generator == "dynamic" and self.fuses():
+        if self.generator == "dynamic" and self.fuses(x):
             return mixed(self, x, dim, self.num_head)
         x = x.movedim(dim, 2)
         return apply_mixing(x, self.matrices(x)).movedim(2, dim)
@@ -188,7 +188,7 @@ class DynaMixerBlock(OwnLayer, nn.Module):
         if torch.jit.is_scripting():
             return self.plain_forward(x)
         self._check(x)
-        if self.fuses():
+        if self.fuses(x):
             return self._fused(x)
         return self.plain_forward(x)
 

@@ -128,7 +128,7 @@ class FewQueries(Found):
         cls = type(self)
         parts, form = cls.details
         call = call_of(cls.arguments, parts, form.extra, args, kwargs)
-        if call is None or not self.fuses(call.tokens) or not _serves(self, parts, form, call):
+        if call is None or not self.fuses(call.tokens, kept=True) or not _serves(self, parts, form, call):
             return cls.original.forward(self, *args, **kwargs)
         return finished(self, parts, form, attended(self, parts, form, call))
 

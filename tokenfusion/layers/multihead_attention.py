@@ -82,7 +82,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             or is_causal
             or not self._serves(query, key, need_weights)
             or not _are_masks(key_padding_mask, attn_mask, query, self._mask_shapes(query, key))
-            or not self.fuses(key)
+            or not self.fuses(key, kept=True)
         ):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal

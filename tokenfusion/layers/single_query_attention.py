@@ -379,7 +379,7 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(tokens, query, extra_token, mask, need_weights, average_attn_weights, lengths)
-        fuses = self.fuses()
+        fuses = self.fuses(None if is_nested(tokens) else tokens, query, extra_token, mask, lengths)
         if is_nested(tokens) and not (fuses and self._by_kernel(mask, need_weights)):
             tokens, lengths = padded(*packed(tokens, lengths))
         self._check(tokens, query, mask, lengths)

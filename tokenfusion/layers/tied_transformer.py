@@ -109,7 +109,7 @@ class TiedFFN(OwnLayer, nn.Module):
         """[..., C] -> [..., C]."""
         if torch.jit.is_scripting():
             return self.plain_forward(x)
-        if (self.training and self.drop > 0) or not self.fuses():
+        if (self.training and self.drop > 0) or not self.fuses(x):
             return self.plain_forward(x)
         return tied_ffn(
             x, self.weight, self.bias_in, self.bias_out, activation=self.activation, recompute=self.recompute

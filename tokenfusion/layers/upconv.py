@@ -118,7 +118,7 @@ class UpConvConcatProject(OwnLayer, nn.Module):
         """[B, Cin, h, w], [B, Cs, k h, k w] or None -> [B, out_channels, k h, k w]."""
         if torch.jit.is_scripting():
             return self.plain_forward(x, skip)
-        if not self.fuses():
+        if not self.fuses(x, skip):
             return self.plain_forward(x, skip)
         up, proj = self.up, self.proj
         return upconv_concat_project(

@@ -67,7 +67,7 @@ class ClassAttention(DropIn, volo.ClassAttention):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x)
-        if not self.fuses(x) or x.shape[1] == 1:
+        if not self.fuses(x, kept=True) or x.shape[1] == 1:
             return super().forward(x)
         class_token, patches = split_class_token(x)
         return class_attention(self, class_token, patches, class_token.squeeze(1), norm=None)
@@ -100,7 +100,7 @@ class ClassBlock(DropIn, volo.ClassBlock):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x)
-        if not self.fuses(x) or x.shape[1] == 1:
+        if not self.fuses(x, kept=True) or x.shape[1] == 1:
             return super().forward(x)
         class_token, patches = split_class_token(x)
         attended = class_attention(self.attn, self.norm1(class_token), patches, class_token.squeeze(1), self.norm1)
