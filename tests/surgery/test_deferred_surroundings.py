@@ -139,6 +139,25 @@ def test_traced_exported_and_scripted():
         torch.testing.assert_close(made(*tensors), plain(*tensors))
 
 
+class Sized(nn.Module):
+    """A decoder that asks for the size of what it joins."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = upconv()
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return torch.cat((self.up(x, output_size=skip.shape[2:]), skip), 1)
+
+
+def test_traced_by_fx_with_an_output_size():
+    plain = Sized()
+    fused = torch.fx.symbolic_trace(fused_copy(plain))
+    for height in (16, 18):
+        x, skip = torch.randn(2, 6, height // 2, 5), torch.randn(2, 3, height + 1, 10)
+        torch.testing.assert_close(fused(x, skip), plain(x, skip))
+
+
 def test_modes_that_watch_see_the_convolution():
     counts = []
     for up in (upconv(), fused_copy(upconv())):

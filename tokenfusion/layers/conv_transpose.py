@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from tokenfusion.kernels.checks import symbolic
 from tokenfusion.kernels.upconv.arguments import SCALES
 from tokenfusion.kernels.upconv.concat.op import OPERATOR
 from tokenfusion.layers import settled
@@ -46,6 +47,8 @@ class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
             return self.plain_forward(input, output_size)
         at_once = settled.settles(self) or "_is_fsdp_managed_module" in vars(self)  # which takes the weight away
         if output_size is not None or at_once or not only_runs() or not self.fuses() or not self._is_served(input):
+            if output_size is not None and symbolic(input):  # whose padding only a call can tell
+                return self.as_leaf((input,), {"output_size": output_size})
             return super().forward(input, output_size)
         if input.is_inference():  # it does not tell of changes; a copy costs less than the concatenation saves
             input = input.clone()

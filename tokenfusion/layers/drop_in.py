@@ -16,6 +16,7 @@ from torch.nn.modules import module as global_hooks
 from torch.utils.module_tracker import ModuleTracker
 
 from tokenfusion.kernels import dispatch
+from tokenfusion.kernels.checks import symbolic
 from tokenfusion.layers import settled
 from tokenfusion.layers.functions import why_not_functions
 from tokenfusion.layers.modes import functions_are_seen, operators_are_seen
@@ -80,6 +81,11 @@ class DropIn:
         if reason is not None and not torch.compiler.is_compiling():
             _report(self, reason)
         return reason is None
+
+    def as_leaf(self, tensors: tuple[torch.Tensor, ...], options: dict) -> torch.fx.Proxy:
+        """The call of a module in a graph of torch.fx, which looks into none of torch's own."""
+        tracer = next(tensor.tracer for tensor in tensors if symbolic(tensor))
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), tensors, options)
 
 
 def _is_plain(tensor: torch.Tensor | None) -> bool:

@@ -75,7 +75,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         if symbolic(query, key, value):
             options = {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
             options |= {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
-            return self._as_leaf((query, key, value), options)
+            return self.as_leaf((query, key, value), options)
         if (
             key is not value
             or query is key
@@ -102,11 +102,6 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         elif not self.batch_first:
             out = out.transpose(0, 1).contiguous()
         return F.linear(out, self.out_proj.weight, self.out_proj.bias), weights  # torch does not call it either
-
-    def _as_leaf(self, tensors: tuple[torch.Tensor, ...], options: dict) -> torch.fx.Proxy:
-        """The call of a module in a graph of torch.fx, which looks into no nn.MultiheadAttention."""
-        tracer = next(tensor.tracer for tensor in tensors if isinstance(tensor, torch.fx.Proxy))
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), tensors, options)
 
     def _attend(
         self,
