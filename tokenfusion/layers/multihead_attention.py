@@ -97,11 +97,13 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if query.dim() == 3 else weights[0]
+        out = out.transpose(0, 1).contiguous()  # as torch has it: dropout afterwards draws in the order of memory
+        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)  # torch does not call it either
         if query.dim() == 2:
-            out = out[0]
-        elif not self.batch_first:
-            out = out.transpose(0, 1).contiguous()
-        return F.linear(out, self.out_proj.weight, self.out_proj.bias), weights  # torch does not call it either
+            out = out.squeeze(1)
+        elif self.batch_first:
+            out = out.transpose(0, 1)
+        return out, weights
 
     def _attend(
         self,
