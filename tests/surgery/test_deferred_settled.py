@@ -69,6 +69,36 @@ def test_the_weights_change_after_the_model_returned(change, mode):
     torch.testing.assert_close(*found)
 
 
+class NotCompiled(nn.Module):
+    """What it returns was computed by what a compiler leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = upconv()
+
+    @torch.compiler.disable
+    def _up(self, x):
+        return self.up(x)
+
+    def forward(self, x):
+        return {"up": [self._up(x)], "x": (x, None)}
+
+
+@pytest.mark.parametrize("how", ["of the model", "in place"])
+def test_the_weights_change_after_a_compiled_model_returned(how):
+    found, (x, _) = [], inputs()
+    for model in (NotCompiled(), fused_copy(NotCompiled())):
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager")
+        if how == "in place":
+            (compiled := model).compile(backend="eager")
+        with torch.no_grad():
+            result = compiled(x)["up"][0]
+        data(model)
+        found.append(result + 0)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_memory_of_the_input_changes_after_the_model_returned(mode):
     x, skip = (t.detach() for t in inputs())

@@ -10,15 +10,30 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from tokenfusion.layers.deferred import settle
+from tokenfusion.layers.deferred import DeferredUpConv, settle
 
 _KEY = "tokenfusion"  # torch's are numbers, which start again in the process that a copy is sent to
 
 
-def settle_after(_module: nn.Module, _inputs: tuple, _output: object) -> None:
-    """The hook; a function of this file, so that a pickled model finds it."""
-    if not torch.compiler.is_compiling():
-        settle()
+def settle_after(_module: nn.Module, _inputs: tuple, output: object) -> None:
+    """The hook; a function of this file, so that a pickled model finds it.
+
+    In compiled code nothing is deferred, unless there was a graph break and what came then was not compiled.
+    """
+    if not torch.compiler.is_compiling() or _is_deferred(output):
+        _settle()
+
+
+_settle = torch.compiler.disable(settle)
+
+
+def _is_deferred(output: object) -> bool:
+    """Whether something in it is."""
+    if isinstance(output, dict):
+        return _is_deferred(list(output.values()))
+    if isinstance(output, (list, tuple)):
+        return any([_is_deferred(each) for each in output])
+    return isinstance(output, DeferredUpConv)
 
 
 def settles(module: nn.Module) -> bool:
