@@ -214,6 +214,13 @@ def test_autocast(training):
 
 
 @pytest.mark.parametrize("training", [False, True])
+def test_autocast_of_weights_in_the_other_half_precision(training):
+    block, x = block_of().half(), torch.randn(2, 7, 7, 24)
+    with torch.set_grad_enabled(training), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(block(x), plain(block, x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_compiles_without_graph_breaks(training):
     torch.compiler.reset()
     block, x = block_of(), torch.randn(2, 7, 7, 24)

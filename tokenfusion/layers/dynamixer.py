@@ -313,7 +313,8 @@ def _mix_all(
     if not mixings:
         return []
     ops = list(dict.fromkeys(op for op, *_ in mixings))
-    weight, bias = (torch.cat([getattr(op.compress, name) for op in ops]) for name in ("weight", "bias"))
+    of_ops = ([getattr(op.compress, name) for op in ops] for name in ("weight", "bias"))
+    weight, bias = (torch.cat(autocast(x, *each)[1:]) for each in of_ops)  # torch.cat refuses the other half precision
     compressed = linear(x, weight, bias).chunk(len(ops), dim=-1)
     outs = []
     for op, segments, dim in mixings:
