@@ -63,6 +63,18 @@ def test_latents(options, dtype):
     check_parity(fused_copy(plain), plain, tokens(dtype=dtype))
 
 
+def test_other_latents_than_it_was_made_for():
+    plain = latent_pool()
+    fused = fused_copy(plain)
+    for model in (plain, fused):
+        model.latent = nn.Parameter(torch.linspace(0, 1, 48)[None])
+    torch.testing.assert_close(fused(tokens()), plain(tokens()))
+    for model in (plain, fused):
+        model.latent = nn.Parameter(torch.ones(1, 2, 48))
+        with pytest.raises(RuntimeError, match="shape"):
+            model(tokens())
+
+
 def test_more_queries_than_a_kernel_takes():
     plain = randomize(AttentionPoolLatent(192, num_heads=12, latent_len=7, pool_type=""))
     check_parity(fused_copy(plain), plain, torch.randn(2, 20, 192))

@@ -37,6 +37,9 @@ class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
             or why_not_part(k_norm, "k_norm", nn.Identity)
             or why_not_scale(module)
         )
+        latent = module._parameters.get("latent")
+        if reason is None and latent is not None and (latent.dim() != 3 or latent.shape[1] != module.latent_len):
+            reason = f"latent: it has shape {list(latent.shape)}, expected [1, {module.latent_len}, channels]"
         queries = module.num_heads * module.latent_len
         if reason is None and queries >= channels / 2:  # measured in bfloat16, where matrix products are fastest
             reason = (
