@@ -176,7 +176,7 @@ def test_layers_of_the_package_s_own_are_said_to_be_fused_already():
 def test_only_the_operators_asked_for():
     model = small_crossvit()
     assert tokenfusion.fuse(model, ops=[]).modules == ()
-    assert tokenfusion.fuse(model, ops=["single_query_attention"]).replaced
+    assert tokenfusion.fuse(model, ops=(name for name in ["single_query_attention"])).replaced
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,9 @@ def test_only_the_operators_asked_for():
     [
         (dict(model="crossvit_9_240"), TypeError, ["model", "str", "torch.nn.Module"]),
         (dict(ops=["attention"]), ValueError, ["ops", "attention", "single_query_attention"]),
+        (dict(ops=["attention", 3]), ValueError, ["ops", "attention", "3"]),
         (dict(ops="single_query_attention"), TypeError, ["ops", "collection"]),
+        (dict(ops=3), TypeError, ["ops", "collection"]),
     ],
 )
 def test_bad_input_leaves_the_model_as_it_was(arguments, error, parts):

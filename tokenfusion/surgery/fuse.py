@@ -1,6 +1,6 @@
 """Replacing the modules of a model by fused ones, in place, and back."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -13,7 +13,7 @@ from tokenfusion.surgery.rules import rules
 from tokenfusion.surgery.rules.rule import first_plan, with_forward_on_instance
 
 
-def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool = False) -> FuseReport:
+def fuse(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = False) -> FuseReport:
     """Give the modules of a model that tokenfusion knows a fused forward pass, in place.
 
     Parameters, buffers, hooks and the state_dict stay the same objects and names, so it may come before or after the
@@ -68,11 +68,12 @@ def fuse(model: nn.Module, *, ops: Collection[str] | None = None, strict: bool =
     """
     _check_module(model)
     known = {rule.op for rule in rules()}
-    if isinstance(ops, str):
-        raise TypeError(f"ops: got the string {ops!r}, expected a collection of names such as [{ops!r}]")
-    if ops is not None and not known.issuperset(ops):
-        raise ValueError(f"ops: got {sorted(set(ops) - known)}, expected names among {sorted(known)}")
-    used = tuple(rule for rule in rules() if ops is None or rule.op in ops)
+    if isinstance(ops, str) or not isinstance(ops, Iterable | None):
+        raise TypeError(f"ops: got {ops!r}, expected a collection of names such as ['upconv_concat']")
+    ops = known if ops is None else set(ops)
+    if not ops <= known:
+        raise ValueError(f"ops: got {sorted(ops - known, key=str)}, expected names among {sorted(known)}")
+    used = tuple(rule for rule in rules() if rule.op in ops)
     plans, reports, absorbed = {}, [], set()
     for name, module in model.named_modules():  # parents come before their children
         found = None if module in absorbed else first_plan(used, module)
