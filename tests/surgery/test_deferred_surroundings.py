@@ -167,6 +167,17 @@ def test_modes_that_watch_see_the_convolution():
     assert counts[0] == counts[1] > 0
 
 
+def test_replicas_of_data_parallel(caplog):
+    """They hold plain tensors in the place of parameters, and are others for each call."""
+    up, (x, _) = upconv(), inputs()
+    fused = fused_copy(up)
+    for _ in range(2):
+        replica = fused._replicate_for_data_parallel()
+        replica.weight, replica.bias = (parameter.clone() for parameter in up.parameters())
+        torch.testing.assert_close(replica(x), up(x))
+    assert caplog.text.count("runs its original forward: it has weight no parameter") == 1
+
+
 @pytest.fixture
 def one_process(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -26,7 +26,8 @@ STATE = "_fused_state"  # another, of what it was when it was fused
 PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: quantized, distributed and other weights multiply in their own way
 
 _log = logging.getLogger("tokenfusion")
-_reported: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_told_of: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_told_of_replicas: set[tuple[str, type[nn.Module], str]] = set()
 _forwards: dict[type[nn.Module], types.FunctionType] = {}
 
 
@@ -111,9 +112,12 @@ def restore(module: DropIn) -> None:
 
 
 def _report(module: nn.Module, reason: str) -> None:
-    if module not in _reported:
-        _reported.add(module)
-        where = vars(module).get(NAME) or "a module"
+    """Once for each module, and once for all of its replicas, which nn.DataParallel makes anew for each call."""
+    where = vars(module).get(NAME) or "a module"
+    is_replica = "_is_replica" in vars(module)
+    told, what = (_told_of_replicas, (where, type(module), reason)) if is_replica else (_told_of, module)
+    if what not in told:
+        told.add(what)
         _log.warning("%s (%s) runs its original forward: %s", where, type(module).__name__, reason)
 
 
