@@ -1,6 +1,7 @@
 """Argument checks shared by the operators: each error names the argument, what came and what was expected."""
 
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 
@@ -10,6 +11,17 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def symbolic(*tensors: torch.Tensor | None) -> bool:
     """Whether torch.fx traces some of them as symbols, whose sizes and dtypes are not known to any check."""
     return any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors)
+
+
+def check_sizes(least: int = 1, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < least:
+            raise ValueError(f"{name}: got {size!r}, expected a whole number of at least {least}")
+
+
+def check_rate(name: str, rate: float) -> None:
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name}: got {rate}, expected a rate in [0, 1]")
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from tokenfusion.kernels import dynamic_mixing, gated_sum
-from tokenfusion.kernels.checks import autocast, symbolic
+from tokenfusion.kernels.checks import autocast, check_sizes, symbolic
 from tokenfusion.kernels.dynamic_mixing.op import mix
 from tokenfusion.kernels.dynamic_mixing.reference import apply_mixing
 from tokenfusion.kernels.linear import linear
@@ -49,10 +49,7 @@ class DynaMixerOp(OwnLayer, nn.Module):
         dtype=None,
     ):
         super().__init__()
-        sizes = dict(dim=dim, seq_len=seq_len, num_head=num_head, reduced_dim=reduced_dim)
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, expected at least 1")
+        check_sizes(dim=dim, seq_len=seq_len, num_head=num_head, reduced_dim=reduced_dim)
         if dim % num_head:
             raise ValueError(f"num_head: got {num_head}, expected a divisor of dim = {dim}")
         if generator not in GENERATORS:

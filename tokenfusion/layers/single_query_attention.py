@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenfusion.kernels import dispatch, single_query_attention
-from tokenfusion.kernels.checks import check_device, check_floating, check_rank, check_shape, symbolic
+from tokenfusion.kernels.checks import check_device, check_floating, check_rank, check_shape, check_sizes, symbolic
 from tokenfusion.kernels.single_query_attention.op import check_lengths, is_nested, packed, padded
 from tokenfusion.layers.attention_weights import (
     as_lengths,
@@ -260,7 +260,7 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         norm_layer: makes the LayerNorm of all tokens, called as nn.LayerNorm is; None for tokens that need none.
 
     Raises:
-        ValueError: num_heads does not divide dim, or dropout is not in [0, 1).
+        ValueError: a size below 1 or a num_latents below 0, num_heads does not divide dim, or dropout is not in [0, 1).
         TypeError: norm_layer makes something other than a LayerNorm.
     """
 
@@ -277,7 +277,9 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        check_sizes(dim=dim, num_heads=num_heads)
+        check_sizes(least=0, num_latents=num_latents)
+        if dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, expected a divisor of dim = {dim}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: got {dropout}, expected a rate in [0, 1)")

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from timm.models.resnet import Bottleneck
 from torch import nn
 
+from tokenfusion.kernels.checks import check_sizes
+
 
 def _conv1x1(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return F.conv2d(x, matrix[:, :, None, None])
@@ -32,7 +34,7 @@ class TiedBottleneck(nn.Module):
         drop_path: module for the branch, such as timm's DropPath; or None.
 
     Raises:
-        ValueError: in_channels does not divide 4 * width; another stride.
+        ValueError: in_channels does not divide 4 * width; another stride; a size below 1.
     """
 
     expansion = 4
@@ -50,6 +52,7 @@ class TiedBottleneck(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_sizes(in_channels=in_channels, width=width, dilation=dilation)
         out_channels = width * self.expansion
         if out_channels % in_channels:
             raise ValueError(f"in_channels: got {in_channels}, expected a divisor of 4 * width, {out_channels}")

@@ -12,6 +12,8 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from tokenfusion.kernels import tied_ffn
+from tokenfusion.kernels.checks import check_rate, check_sizes
+from tokenfusion.kernels.tied_ffn.op import check_recompute
 from tokenfusion.kernels.tied_ffn.reference import ACTIVATIONS
 from tokenfusion.layers.drop_in import remember_forwards, why_not_part
 from tokenfusion.layers.own_layer import OwnLayer
@@ -50,7 +52,8 @@ class TiedFFN(OwnLayer, nn.Module):
         recompute: as in `tokenfusion.kernels.tied_ffn`.
 
     Raises:
-        ValueError: other out_features than in_features, a norm_layer, or an act_layer that tied_ffn does not have.
+        ValueError: other out_features than in_features, a norm_layer, an act_layer that tied_ffn does not have, a size
+            below 1, a drop outside [0, 1], or another recompute.
     """
 
     def __init__(
@@ -68,6 +71,10 @@ class TiedFFN(OwnLayer, nn.Module):
         dtype=None,
     ):
         super().__init__()
+        hidden_features = hidden_features or in_features
+        check_sizes(in_features=in_features, hidden_features=hidden_features)
+        check_rate("drop", drop)
+        check_recompute(recompute)
         if out_features not in (None, in_features):
             raise ValueError(f"out_features: got {out_features}, expected {in_features}, the in_features, or None")
         if norm_layer is not None:
@@ -78,7 +85,6 @@ class TiedFFN(OwnLayer, nn.Module):
             expected = ", ".join(ACTIVATIONS)
             raise ValueError(f"act_layer: got {type(act).__name__}, expected a module for one of {expected}")
         factory = {"device": device, "dtype": dtype}
-        hidden_features = hidden_features or in_features
         self.act = act
         self.activation = activation
         self.drop = drop
@@ -136,7 +142,7 @@ class TiedAttention(nn.Module):
         norm_layer: not used.
 
     Raises:
-        ValueError: num_heads does not divide dim; qk_norm or scale_norm.
+        ValueError: num_heads does not divide dim; qk_norm or scale_norm; a size below 1, or a rate outside [0, 1].
     """
 
     def __init__(
@@ -155,6 +161,8 @@ class TiedAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_sizes(dim=dim, num_heads=num_heads)
+        check_rate("attn_drop", attn_drop)
         if dim % num_heads:
             raise ValueError(f"dim: got {dim}, expected a multiple of num_heads, {num_heads}")
         for name, value in (("qk_norm", qk_norm), ("scale_norm", scale_norm)):

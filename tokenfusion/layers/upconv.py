@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from tokenfusion.kernels import dispatch, upconv_add, upconv_concat, upconv_concat_project
-from tokenfusion.kernels.checks import symbolic
+from tokenfusion.kernels.checks import check_sizes, symbolic
 from tokenfusion.layers.drop_in import remember_forwards, why_not_part
 from tokenfusion.layers.own_layer import OwnLayer
 
@@ -40,6 +40,7 @@ class UpConvConcat(nn.ConvTranspose2d):
         device=None,
         dtype=None,
     ):
+        check_sizes(in_channels=in_channels, out_channels=out_channels, **_sides(kernel_size))
         super().__init__(
             in_channels, out_channels, kernel_size, stride=kernel_size, bias=bias, device=device, dtype=dtype
         )
@@ -63,6 +64,7 @@ class UpConvAdd(nn.ConvTranspose2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 2, bias: bool = True, *, device=None, dtype=None
     ):
+        check_sizes(in_channels=in_channels, out_channels=out_channels, **_sides(kernel_size))
         super().__init__(
             in_channels, out_channels, kernel_size, stride=kernel_size, bias=bias, device=device, dtype=dtype
         )
@@ -101,6 +103,8 @@ class UpConvConcatProject(OwnLayer, nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_sizes(in_channels=in_channels, up_channels=up_channels, out_channels=out_channels, **_sides(kernel_size))
+        check_sizes(least=0, skip_channels=skip_channels)
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.up = nn.ConvTranspose2d(in_channels, up_channels, kernel_size, stride=kernel_size, **options)
         self.proj = nn.Conv2d(up_channels + skip_channels, out_channels, 1, **options)
@@ -134,6 +138,7 @@ class UpCopyConcat(nn.Module):
 
     def __init__(self, scale: int = 2, *, skip_first: bool = False):
         super().__init__()
+        check_sizes(scale=scale)
         self.scale = scale
         self.skip_first = skip_first
 
@@ -160,6 +165,7 @@ class UpCopyAdd(nn.Module):
 
     def __init__(self, scale: int = 2):
         super().__init__()
+        check_sizes(scale=scale)
         self.scale = scale
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
@@ -168,6 +174,12 @@ class UpCopyAdd(nn.Module):
             return _copied(x, self.scale) + skip
         _check_size(x, skip, self.scale)
         return (_split_pixels(skip, self.scale) + x[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
+
+
+def _sides(kernel_size: int | tuple[int, int]) -> dict[str, int]:
+    """For `check_sizes`: k, also where it is given for both sides."""
+    sides = set(kernel_size) if isinstance(kernel_size, (tuple, list)) else {kernel_size}
+    return {"kernel_size": sides.pop() if len(sides) == 1 else kernel_size}
 
 
 def _why_not_up(up: nn.Module | None) -> str | None:

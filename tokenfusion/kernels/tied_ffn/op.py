@@ -156,6 +156,11 @@ def _check(x, weight, bias_in, bias_out, activation) -> None:
         raise ValueError(f"activation: got {activation!r}, expected one of {expected}")
 
 
+def check_recompute(recompute: bool | str) -> None:
+    if recompute not in (True, False, "auto"):
+        raise ValueError(f"recompute: got {recompute!r}, expected True, False or 'auto'")
+
+
 def tied_ffn(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -195,8 +200,7 @@ def tied_ffn(
     """
     x, weight, bias_in, bias_out = autocast(x, weight, bias_in, bias_out)
     _check(x, weight, bias_in, bias_out, activation)
-    if recompute not in (True, False, "auto"):
-        raise ValueError(f"recompute: got {recompute!r}, expected True, False or 'auto'")
+    check_recompute(recompute)
     select = OPERATOR.select if recompute == "auto" else OPERATOR.select_in_order
     implementation = select(x, weight, bias_in, bias_out)
     return implementation.run(x, weight, bias_in, bias_out, activation, recompute)
