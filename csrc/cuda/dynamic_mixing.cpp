@@ -79,7 +79,7 @@ struct Call {
     p.reduced = reduced;
     p.weight_pitch = weight.size(1);
     p.splits = 1;
-    for (Kernel kernel : {Kernel::kForward, Kernel::kGradX, Kernel::kGradCompressed})
+    for (Kernel kernel : {Kernel::kGradX, Kernel::kGradCompressed})
       TORCH_CHECK_VALUE(blocks(kernel) <= std::numeric_limits<int32_t>::max(), "x: got shape ", x.sizes(),
                         ", expected a smaller batch");
   }
@@ -162,7 +162,11 @@ int64_t dynamic_mixing_cuda_max_reduced(int64_t tokens, int64_t itemsize, int64_
   if (tokens > kMaxTokens) return 0;
   const int64_t available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, int(device));
   int64_t reduced = kMaxReduced;
-  while (reduced > 0 && dynamic_mixing_shared_bytes(int(tokens), int(reduced), int(itemsize)) > available) --reduced;
+  const auto needed = [&] {
+    return std::max(dynamic_mixing_shared_bytes(int(tokens), int(reduced), int(itemsize)),
+                    dynamic_mixing_forward_shared_bytes(int(tokens), int(reduced), int(itemsize)));
+  };
+  while (reduced > 0 && needed() > available) --reduced;
   return reduced;
 }
 

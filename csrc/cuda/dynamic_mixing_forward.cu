@@ -1,22 +1,48 @@
 #include "dynamic_mixing_forward.cuh"
-#include "dynamic_mixing_launch.cuh"
+#include "dynamic_mixing_launch.h"
 
 namespace tokenfusion {
 namespace dynamic_mixing {
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
-    forward_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
-  run_block<Forward<T>>(p, plan);
+template <typename T, int kSources>
+__global__ void __launch_bounds__(ForwardShape(kSources).threads(), ForwardShape(kSources).blocks(sizeof(T)))
+    forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardPlan plan) {
+  extern __shared__ __align__(16) char memory[];
+  Forward<T, kSources>(p, plan, memory).run();
+}
+
+template <typename T, int kSources>
+cudaError_t launch_forward(const Params& p, cudaStream_t stream) {
+  int device, most_bytes, multiprocessors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const auto kernel = forward_kernel<T, kSources>;
+  const ForwardPlan plan = make_forward_plan(p, sizeof(T), most_bytes, multiprocessors);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);  // of any call
+  if (error != cudaSuccess) return error;
+  kernel<<<plan.blocks, ForwardShape(kSources).threads(), plan.shared_bytes, stream>>>(p, plan);
+  return cudaGetLastError();
 }
 
 }  // namespace dynamic_mixing
 
+int64_t dynamic_mixing_forward_shared_bytes(int tokens, int reduced, int itemsize) {
+  using namespace dynamic_mixing;
+  Params p{};
+  p.tokens = tokens, p.reduced = reduced, p.segments = p.channels = p.lines = 1;
+  ForwardPlan plan{};
+  plan.width = 1, plan.inputs = tokens * reduced;
+  choose_layout(plan, p, itemsize, 0);
+  return plan.shared_bytes;
+}
+
 cudaError_t run_dynamic_mixing_forward(const DynamicMixingParams& p, Dtype dtype, cudaStream_t stream) {
   using namespace dynamic_mixing;
-  return with_dtype(dtype, [&](auto element) {
-    typedef decltype(element) T;
-    return launch<T>(forward_kernel<T>, p, Kernel::kForward, stream);
+  return with_sources(dtype, p.tokens, [&](auto element, auto sources) {
+    return launch_forward<decltype(element), decltype(sources)::value>(p, stream);
   });
 }
 

@@ -8,8 +8,11 @@
 
 namespace tokenfusion {
 
-// The shared memory that a block needs at least, forward or backward, in a dtype of this many bytes.
+// The shared memory that a block of the backward pass needs at least, in a dtype of this many bytes.
 int64_t dynamic_mixing_shared_bytes(int tokens, int reduced, int itemsize);
+
+// The same of the forward kernel.
+int64_t dynamic_mixing_forward_shared_bytes(int tokens, int reduced, int itemsize);
 
 cudaError_t run_dynamic_mixing_forward(const DynamicMixingParams& p, Dtype dtype, cudaStream_t stream);
 

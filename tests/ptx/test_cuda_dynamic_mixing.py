@@ -99,6 +99,9 @@ OF_16_BITS = [
     Case(33, 40, 1, 8, lines=1),
     Case(17, 180, 2, 1, dim=2, kilobytes=99),  # a segment does not fit into shared memory
     Case(48, 102, 1, 1, kilobytes=163, lines=1),
+    Case(16, 400, 1, kilobytes=99, lines=1),
+    Case(16, 24, 1, 16, kilobytes=99, lines=1),  # the generator does not fit, either
+    Case(32, 24, 1, 8, kilobytes=99, lines=1),
 ]
 OF_32_BITS = [
     Case(17, 192, 2, 1, dim=2, kilobytes=99),
@@ -107,6 +110,8 @@ OF_32_BITS = [
     Case(20, 40, 1, 14),
     Case(40, 7, 1, 7, lines=1),
     Case(40, 33, 1, 7, lines=1),
+    Case(16, 400, 1, kilobytes=99, lines=1),
+    Case(16, 24, 1, 7, kilobytes=99, lines=1),
 ]
 CASES = [
     *((dtype, case) for dtype in DTYPES for case in IN_EVERY_DTYPE),
@@ -117,18 +122,34 @@ CASES = [
 
 
 def kernel_of(mangled: str) -> str:
-    name, element, tiles = re.search(r"\d(forward|grad_[a-z]+)_kernelI(.*?)(?:Li(\d)E)?E", mangled).groups()
-    return f"{name} {ELEMENTS[element]}" + (f" up to {16 * int(tiles)} tokens" if tiles else "")
+    name, element, tiles = re.search(r"\d(forward|grad_[a-z]+)_kernelI(.*?)(?:Li(\d+)E)?E", mangled).groups()
+    most = int(tiles or 0) * (1 if name == "forward" else 16)
+    return f"{name} {ELEMENTS[element]}" + (f" up to {most} tokens" if tiles else "")
 
 
 def plans_of(launches: Iterable[Launch]) -> set[str]:
     """What differs between runs of a kernel: whether blocks share a row tile, and channels come one chunk at a time."""
     found = set()
     for each in launches:
-        width, _, _, shares, _, _, chunk = np.frombuffer(each.arguments[1], np.int32, 7)  # of dynamic_mixing::Plan
         kernel = re.sub("b?float16", "16 bits", kernel_of(each.kernel))  # both have the same plans
+        if kernel.startswith("forward"):
+            found |= {kernel + what for what in of_forward(each.arguments[1])}
+            continue
+        width, _, _, shares, _, _, chunk = np.frombuffer(each.arguments[1], np.int32, 7)  # of dynamic_mixing::Plan
         found.add(kernel + ", shared" * int(shares > 1) + ", in chunks" * int(chunk < width))
     return found
+
+
+def of_forward(plan: bytes) -> list[str]:
+    """Of a dynamic_mixing::ForwardPlan."""
+    width, chunk, _, buffers, resident = np.frombuffer(plan, np.int32, 5)
+    holds = {
+        ", in chunks": chunk < width,
+        ", copied ahead": buffers == 2,
+        ", with a resident generator": resident > 0,
+        ", with none": resident == 0,
+    }
+    return [name for name, it_does in holds.items() if it_does]
 
 
 def launch(tokens: int, channels: int, reduced: int, dtype: torch.dtype) -> None:

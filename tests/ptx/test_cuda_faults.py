@@ -17,7 +17,7 @@ from tests.single_query_attention.cases import check_parity as check_attention
 pytestmark = MARKS
 
 ATTENTION = ("forward", "backward")
-MIXING = ("mix", "grad_x", "grad_compressed", "grad_weight")
+MIXING = ("grad_x", "grad_compressed", "grad_weight")
 OF_THE_BLOCK, OF_A_WARP = r"bar\.sync[^;]*;", r"bar\.warp\.sync[^;]*;"
 WAIT = r"cp\.async\.wait_group (\d);"
 RACE = "a race: .* with no barrier in between"
@@ -27,7 +27,7 @@ BEYOND = "access global memory outside of every tensor"
 def mangled(kernel: str) -> str:
     """The kernel for bfloat16 and the fewest queries or tokens."""
     operator = "single_query_attention" if kernel in ATTENTION else "dynamic_mixing"
-    start = f"{operator}{len(kernel) + 7}{kernel}" if kernel != "mix" else f"{operator}14forward"
+    start = f"{operator}{len(kernel) + 7}{kernel}"
     names = (name for name in program(operator).names if f"{start}_kernelI13__nv_bfloat16" in name)
     return min(names)
 
@@ -73,11 +73,10 @@ def test_nothing_is_wrong_without_a_fault(kernel):
     run(kernel, lambda text: text)
 
 
-BARRIERS = dict(forward=(5, 4), backward=(5, 6), mix=(2, 4), grad_x=(2, 4), grad_compressed=(4, 5), grad_weight=(4, 5))
+BARRIERS = dict(forward=(5, 4), backward=(5, 6), grad_x=(2, 4), grad_compressed=(4, 5), grad_weight=(4, 5))
 # several have barriers of their group in their place
 OF_A_LONE_WARP = {("forward", 2), ("forward", 3), ("backward", 2), ("backward", 5)}
 ANOTHER_FOLLOWS = {  # without an access to shared memory in between
-    ("mix", 1),
     ("grad_x", 1),
     ("grad_compressed", 1),
     ("grad_weight", 1),
@@ -125,7 +124,7 @@ def test_a_wait_for_no_copy(kernel):
         run(kernel, removed(WAIT))
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward", "mix", "grad_x", "grad_weight"])
+@pytest.mark.parametrize("kernel", ["forward", "backward", "grad_x", "grad_weight"])
 def test_a_matrix_from_the_wrong_place(kernel):
     with pytest.raises(AssertionError, match="largest difference|depends on memory that nothing has written"):
         run(kernel, changed(r"(ldmatrix[^\[]*\[%r\d+)\]", r"\1+16]", 1), with_results=True)

@@ -115,12 +115,39 @@ TF_DEVICE void store_global(void* to, const Vector16& v) {
                : "memory");
 }
 
+// The nearest elements.
+template <typename T>
+TF_DEVICE Vector16 vector_of(const float (&x)[16 / sizeof(T)]) {
+  Vector16 v;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 2)
+      v.x[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+    else
+      v.x[i] = __float_as_uint(x[i]);
+  }
+  return v;
+}
+
 TF_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// The same to shared memory.
+TF_DEVICE void store_shared(void* to, const Vector16& v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(v.x[0]), "r"(v.x[1]),
+               "r"(v.x[2]), "r"(v.x[3])
+               : "memory");
+}
 
 // Begins to copy 16 bytes of global to shared memory; zeros where they are not wanted, and nothing is read then.
 TF_DEVICE void copy_async(void* shared, const void* global, bool wanted) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(wanted ? 16 : 0)
+               : "memory");
+}
+// The same of 4 bytes.
+TF_DEVICE void copy_word_async(void* shared, const void* global, bool wanted) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(wanted ? 4 : 0)
                : "memory");
 }
 TF_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
