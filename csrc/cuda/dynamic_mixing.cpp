@@ -15,17 +15,16 @@
 
 #include "../common/dynamic_mixing_checks.h"
 #include "common/limits.h"
+#include "common/products.h"
 #include "common/tensors.h"
+#include "dynamic_mixing_backward.h"
 #include "dynamic_mixing_launch.h"
 
 namespace tokenfusion {
 namespace {
 
-typedef DynamicMixingKernel Kernel;
-
 constexpr int64_t kMaxTokens = 64, kMaxReduced = 16;
-constexpr int64_t kTargets = kDynamicMixingTargets;
-constexpr int64_t kMaxSplits = 64;  // sums of the generator's gradients, each as large as the generator
+constexpr int64_t kMinChunk = 16;  // rows
 
 DynamicMixingView view_of(const Tensor& tensor, int64_t segments, int64_t dim) {
   const bool aligned = has_aligned_rows(tensor) && tensor.size(3) / segments * tensor.element_size() % 16 == 0;
@@ -40,12 +39,11 @@ Tensor with_aligned_columns(const Tensor& weight) {
   return weight.is_contiguous() && has_aligned_rows(weight) ? weight : weight.clone(at::MemoryFormat::Contiguous);
 }
 
-// [N * N, K] as DynamicMixingParams::weight_columns.
-Tensor columns_of(const Tensor& weight, int64_t tokens) {
-  const int64_t missing = (kTargets - tokens % kTargets) % kTargets;
-  const Tensor columns = weight.reshape({tokens, tokens, -1}).permute({2, 0, 1});
-  const Tensor padded = at::constant_pad_nd(columns, {0, missing, 0, tokens % 2});
-  return padded.unflatten(2, {-1, kTargets}).transpose(1, 2).contiguous();
+// Rows whose logits' gradients exist together: as many as the L2 cache holds, in equal chunks.
+int64_t chunk_of(int64_t rows, int64_t logits, const Tensor& x) {
+  const int64_t cache = attribute(cudaDevAttrL2CacheSize, x.get_device());
+  const int64_t most = std::max<int64_t>(cache / (logits * x.element_size()), kMinChunk);
+  return std::min(rows, divide_up(divide_up(rows, divide_up(rows, most)), kMinChunk) * kMinChunk);
 }
 
 struct Call {
@@ -78,16 +76,8 @@ struct Call {
     p.segments = segments;
     p.reduced = reduced;
     p.weight_pitch = weight.size(1);
-    p.splits = 1;
-    for (Kernel kernel : {Kernel::kGradX, Kernel::kGradCompressed})
-      TORCH_CHECK_VALUE(blocks(kernel) <= std::numeric_limits<int32_t>::max(), "x: got shape ", x.sizes(),
-                        ", expected a smaller batch");
-  }
-
-  int64_t blocks(Kernel kernel) const { return dynamic_mixing_blocks(p, kernel, dtype == Dtype::kFloat32 ? 4 : 2); }
-
-  void run_backward(Kernel kernel) const {
-    C10_CUDA_CHECK(run_dynamic_mixing_backward(p, kernel, dtype, c10::cuda::getCurrentCUDAStream()));
+    TORCH_CHECK_VALUE(p.rows <= std::numeric_limits<int32_t>::max(), "x: got shape ", x.sizes(),
+                      ", expected a smaller batch");
   }
 };
 
@@ -123,37 +113,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mixed_, c
     return {grad_x, grad_compressed, grad_weight, grad_bias};
   }
   Call call(x, compressed, generate_weight, generate_bias, segments, dim);
-  DynamicMixingParams& p = call.p;
   const Tensor grad_mixed = with_contiguous_rows(grad_mixed_);
-  p.grad_mixed = view_of(grad_mixed, segments, dim);
-  Tensor grad_mean, columns, partial_weight, partial_bias;
+  const DynamicMixingParams& of_call = call.p;
+  DynamicMixingBackward p{};
+  p.x = of_call.x, p.compressed = of_call.compressed, p.grad_mixed = view_of(grad_mixed, segments, dim);
+  p.weight = of_call.weight, p.bias = of_call.bias, p.weight_pitch = of_call.weight_pitch;
+  p.lines = of_call.lines, p.tokens = of_call.tokens, p.channels = of_call.channels;
+  p.segments = segments, p.reduced = of_call.reduced;
+  Tensor grad_mean;
   if (grad_mean_) {
     grad_mean = grad_mean_->to(at::kFloat).div(x.size(1) * x.size(2)).contiguous();
     p.grad_mean = grad_mean.const_data_ptr<float>();
   }
-  if (needed[0]) {
-    p.grad_x = view_of(grad_x, segments, dim);
-    call.run_backward(Kernel::kGradX);
+  if (needed[0]) p.grad_x = view_of(grad_x, segments, dim);
+  if (needed[1]) p.grad_compressed = view_of(grad_compressed, segments, dim);
+  const auto run = [&](int64_t first, int64_t rows) {
+    p.first_row = first, p.rows = rows;
+    C10_CUDA_CHECK(run_dynamic_mixing_backward(p, call.dtype, c10::cuda::getCurrentCUDAStream()));
+  };
+  if (!needed[2] && !needed[3]) {
+    run(0, of_call.rows);
+    return {grad_x, grad_compressed, grad_weight, grad_bias};
   }
-  if (needed[1]) {
-    columns = columns_of(generate_weight, p.tokens);
-    p.weight_columns = columns.const_data_ptr();
-    p.grad_compressed = view_of(grad_compressed, segments, dim);
-    call.run_backward(Kernel::kGradCompressed);
+  const int64_t padded = dynamic_mixing_padded_tokens(p.tokens), logits = padded * padded;
+  const int64_t columns = dynamic_mixing_columns(p.tokens * p.reduced), chunk = chunk_of(of_call.rows, logits, x);
+  const Tensor logit_gradients = at::empty({chunk, logits}, x.options());
+  const Tensor inputs = at::empty({chunk, columns}, x.options());
+  const Tensor product = at::empty({logits, columns}, call.float32);
+  p.logit_gradients = logit_gradients.data_ptr(), p.rows_of_inputs = inputs.data_ptr();
+  for (int64_t first = 0; first < of_call.rows; first += chunk) {
+    const int64_t rows = std::min(chunk, of_call.rows - first);
+    run(first, rows);
+    add_product(product, logit_gradients.narrow(0, 0, rows), inputs.narrow(0, 0, rows), first == 0);
   }
-  if (needed[2] || needed[3]) {
-    const int64_t most = std::min(kMaxSplits, call.blocks(Kernel::kForward));
-    p.splits = std::clamp<int64_t>(
-        attribute(cudaDevAttrMultiProcessorCount, x.get_device()) / call.blocks(Kernel::kGradWeight), 1, most);
-    partial_weight = at::empty({p.splits, generate_weight.size(0), generate_weight.size(1)}, call.float32);
-    partial_bias = at::empty({p.splits, generate_bias.size(0)}, call.float32);
-    p.grad_weight = partial_weight.data_ptr<float>();
-    p.grad_bias = partial_bias.data_ptr<float>();
-    call.run_backward(Kernel::kGradWeight);
-    if (needed[2]) grad_weight = partial_weight.sum(0).to(x.scalar_type());
-    if (needed[3]) grad_bias = partial_bias.sum(0).to(x.scalar_type());
-  }
+  DynamicMixingGenerator generator{};
+  generator.product = product.const_data_ptr<float>();
+  if (needed[2]) generator.grad_weight = grad_weight.data_ptr();
+  if (needed[3]) generator.grad_bias = grad_bias.data_ptr();
+  generator.tokens = p.tokens, generator.padded_tokens = padded;
+  generator.inputs = p.tokens * p.reduced, generator.columns = columns;
+  C10_CUDA_CHECK(run_dynamic_mixing_generator(generator, call.dtype, c10::cuda::getCurrentCUDAStream()));
   return {grad_x, grad_compressed, grad_weight, grad_bias};
+}
+
+// Of a block, forward or backward.
+int64_t least_shared_bytes(int64_t tokens, int64_t reduced, int64_t itemsize) {
+  return std::max(dynamic_mixing_forward_shared_bytes(int(tokens), int(reduced), int(itemsize)),
+                  dynamic_mixing_backward_shared_bytes(int(tokens), int(reduced), int(itemsize)));
 }
 
 }  // namespace
@@ -162,11 +168,7 @@ int64_t dynamic_mixing_cuda_max_reduced(int64_t tokens, int64_t itemsize, int64_
   if (tokens > kMaxTokens) return 0;
   const int64_t available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, int(device));
   int64_t reduced = kMaxReduced;
-  const auto needed = [&] {
-    return std::max(dynamic_mixing_shared_bytes(int(tokens), int(reduced), int(itemsize)),
-                    dynamic_mixing_forward_shared_bytes(int(tokens), int(reduced), int(itemsize)));
-  };
-  while (reduced > 0 && needed() > available) --reduced;
+  while (reduced > 0 && least_shared_bytes(tokens, reduced, itemsize) > available) --reduced;
   return reduced;
 }
 

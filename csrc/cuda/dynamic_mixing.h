@@ -5,8 +5,6 @@
 
 namespace tokenfusion {
 
-constexpr int kDynamicMixingTargets = 16;  // targets of a tile
-
 // A tensor [batch, lines, tokens, channels] seen along the direction of mixing. Strides are in elements, that of the
 // channels is 1.
 struct DynamicMixingView {
@@ -27,18 +25,6 @@ struct DynamicMixingParams {
 
   DynamicMixingView mixed;  // D channels, written
   float* line_sums;         // [batch * lines, D], sums of mixed over a line; or null
-
-  // Backward
-  DynamicMixingView grad_mixed;
-  const float* grad_mean;             // [batch, D], added to grad_mixed; or null
-  const void* weight_columns;         // [K, tiles of targets, sources rounded up to two, 16 targets], zero-padded
-  DynamicMixingView grad_x;           // written
-  DynamicMixingView grad_compressed;  // written
-  float* grad_weight;                 // [splits, N * N, K], sums over a part of the rows each
-  float* grad_bias;                   // [splits, N * N]
-  int32_t splits;
 };
-
-enum class DynamicMixingKernel { kForward, kGradX, kGradCompressed, kGradWeight };
 
 }  // namespace tokenfusion

@@ -8,19 +8,9 @@
 
 namespace tokenfusion {
 
-// The shared memory that a block of the backward pass needs at least, in a dtype of this many bytes.
-int64_t dynamic_mixing_shared_bytes(int tokens, int reduced, int itemsize);
-
-// The same of the forward kernel.
+// The shared memory that a block needs at least, in a dtype of this many bytes.
 int64_t dynamic_mixing_forward_shared_bytes(int tokens, int reduced, int itemsize);
 
 cudaError_t run_dynamic_mixing_forward(const DynamicMixingParams& p, Dtype dtype, cudaStream_t stream);
-
-// One of the kernels of the backward pass.
-cudaError_t run_dynamic_mixing_backward(const DynamicMixingParams& p, DynamicMixingKernel kernel, Dtype dtype,
-                                        cudaStream_t stream);
-
-// Blocks of a kernel, in a dtype of this many bytes.
-int64_t dynamic_mixing_blocks(const DynamicMixingParams& p, DynamicMixingKernel kernel, int itemsize);
 
 }  // namespace tokenfusion

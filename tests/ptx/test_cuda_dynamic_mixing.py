@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +102,11 @@ OF_16_BITS = [
     Case(16, 400, 1, kilobytes=99, lines=1),
     Case(16, 24, 1, 16, kilobytes=99, lines=1),  # the generator does not fit, either
     Case(32, 24, 1, 8, kilobytes=99, lines=1),
+    Case(16, 400, 1, 16, kilobytes=99, lines=1),
+    Case(16, 80, 1, 8),
+    Case(16, 400, 1, 8, lines=1),
+    Case(17, 8, 1, 16, kilobytes=99, lines=1),
+    Case(17, 184, 1, 16, kilobytes=99, lines=1),
 ]
 OF_32_BITS = [
     Case(17, 192, 2, 1, dim=2, kilobytes=99),
@@ -112,6 +117,9 @@ OF_32_BITS = [
     Case(40, 33, 1, 7, lines=1),
     Case(16, 400, 1, kilobytes=99, lines=1),
     Case(16, 24, 1, 7, kilobytes=99, lines=1),
+    Case(16, 24, 1, 16, lines=1),
+    Case(16, 400, 1, 16, lines=1),
+    Case(16, 400, 1, 2, lines=1),
 ]
 CASES = [
     *((dtype, case) for dtype in DTYPES for case in IN_EVERY_DTYPE),
@@ -121,35 +129,35 @@ CASES = [
 ]
 
 
+_KERNEL = re.compile(r"\d(forward|backward|generator)_kernelI(13__nv_bfloat16|6__half|f)(?:Li(\d+)E(?:Lb(\d)E)?)?")
+
+
 def kernel_of(mangled: str) -> str:
-    name, element, tiles = re.search(r"\d(forward|grad_[a-z]+)_kernelI(.*?)(?:Li(\d+)E)?E", mangled).groups()
-    most = int(tiles or 0) * (1 if name == "forward" else 16)
-    return f"{name} {ELEMENTS[element]}" + (f" up to {most} tokens" if tiles else "")
+    name, element, tiles, resident = _KERNEL.search(mangled).groups()
+    tokens = int(tiles or 0) * (1 if name == "forward" else 16)
+    of_tokens = f" up to {tokens} tokens" if tiles else ""
+    return f"{name} {ELEMENTS[element]}{of_tokens}" + ", its generator resident" * (resident == "1")
 
 
 def plans_of(launches: Iterable[Launch]) -> set[str]:
-    """What differs between runs of a kernel: whether blocks share a row tile, and channels come one chunk at a time."""
+    """What differs between runs of a kernel: how the rows of a tile, channels and inputs are shared and taken up."""
     found = set()
     for each in launches:
         kernel = re.sub("b?float16", "16 bits", kernel_of(each.kernel))  # both have the same plans
-        if kernel.startswith("forward"):
-            found |= {kernel + what for what in of_forward(each.arguments[1])}
-            continue
-        width, _, _, shares, _, _, chunk = np.frombuffer(each.arguments[1], np.int32, 7)  # of dynamic_mixing::Plan
-        found.add(kernel + ", shared" * int(shares > 1) + ", in chunks" * int(chunk < width))
+        found |= {kernel, *(f"{kernel}, {what}" for what, holds in _differences(kernel, each) if holds)}
     return found
 
 
-def of_forward(plan: bytes) -> list[str]:
-    """Of a dynamic_mixing::ForwardPlan."""
-    width, chunk, _, buffers, resident = np.frombuffer(plan, np.int32, 5)
-    holds = {
-        ", in chunks": chunk < width,
-        ", copied ahead": buffers == 2,
-        ", with a resident generator": resident > 0,
-        ", with none": resident == 0,
-    }
-    return [name for name, it_does in holds.items() if it_does]
+def _differences(kernel: str, launch: Launch) -> Iterator[tuple[str, bool]]:
+    if kernel.startswith("forward"):
+        width, chunk, _, buffers, resident = np.frombuffer(launch.arguments[1], np.int32, 5)
+        yield from (("in chunks", chunk < width), ("copied ahead", buffers == 2))  # of dynamic_mixing::ForwardPlan
+        yield from (("with a resident generator", resident > 0), ("with none", resident == 0))
+    elif kernel.startswith("backward"):
+        plan = np.frombuffer(launch.arguments[1], np.int32, 17)  # of dynamic_mixing::BackwardPlan
+        warps, rows, chunks, pairs, at_once = (plan[i] for i in (3, 4, 7, 15, 16))
+        yield from (("few rows", rows < 16), ("a row for each warp", rows == warps), ("several rows", rows > warps))
+        yield from (("in chunks", chunks > 1), ("inputs in turns", pairs > at_once))
 
 
 def launch(tokens: int, channels: int, reduced: int, dtype: torch.dtype) -> None:
