@@ -31,8 +31,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("allow_amx", &tokenfusion::allow_amx,
              "Switch the kernels that use AMX off, or on again where it is there.");
 #ifdef TOKENFUSION_WITH_CUDA
-  module.def("single_query_attention_cuda_max_channels", &tokenfusion::single_query_attention_cuda_max_channels,
-             "The largest C for this many queries, bytes of an element and GPU; 0 where there is none.");
   module.def("dynamic_mixing_cuda_max_reduced", &tokenfusion::dynamic_mixing_cuda_max_reduced,
              "The largest d for this many tokens, bytes of an element and GPU; 0 where there is none.");
 #endif

@@ -190,6 +190,7 @@ _BACKENDS = ("triton", "cuda")
 _DTYPES = ("bfloat16", "float32")
 _FORMATS = ("nhwc", "nchw")
 _WIDTHS = ((192, 6), (384, 6), (768, 12))
+_MORE = ({"C": 768, "Q": 64}, {"C": 1024, "Q": 64}, {"C": 2048, "Q": 32, "N": 50})  # the last is CLIP's pooling
 _STAGES = ({"N": 32, "D": 192, "S": 8}, {"N": 16, "D": 384, "S": 16})  # 1 and 3 of DynaMixer-S
 _NARROW = {"N": 65536, "C": 96, "F": 384}  # where Triton keeps the hidden layer on chip
 _MAPS = (
@@ -204,6 +205,10 @@ CASES = (
     *(
         _single_query_attention(backend, direction, dtype, *width)
         for dtype, direction, width, backend in product(_DTYPES, _PASSES, _WIDTHS, _BACKENDS)
+    ),
+    *(
+        _single_query_attention(backend, direction, "bfloat16", **sizes)
+        for direction, sizes, backend in product(_PASSES, _MORE, _BACKENDS)
     ),
     *(
         _dynamic_mixing(backend, direction, "bfloat16", **stage)
@@ -224,6 +229,7 @@ SMALL_CASES = (
         _single_query_attention(backend, direction, dtype, 192, 6, N=97)
         for dtype, direction, backend in product(_DTYPES, _PASSES, _BACKENDS)
     ),
+    *(_single_query_attention("cuda", direction, "bfloat16", 2560, 40, B=4, N=50) for direction in _PASSES),
     *(
         _dynamic_mixing(backend, direction, "bfloat16", **_STAGES[1], B=4)
         for direction, backend in product(_PASSES, _BACKENDS)

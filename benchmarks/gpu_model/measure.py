@@ -40,6 +40,7 @@ def versions() -> dict[str, str]:
 
 def launches(case: Case, capability: int) -> list[Launch]:
     """Of a call, kernels in their order and then what PyTorch does, on GPUs of this compute capability."""
+    os.environ.pop("TRITON_INTERPRET", None)  # which the tests' folder sets when imported: here Triton compiles
     return (_triton if case.backend == "triton" else _cuda)(case, capability)
 
 
@@ -61,7 +62,6 @@ def _triton(case: Case, capability: int) -> list[Launch]:
 def _cuda(case: Case, capability: int) -> list[Launch]:
     from tests.ptx import gpu, sources
 
-    os.environ.pop("TRITON_INTERPRET", None)  # which they set: here Triton compiles
     stem = sources.stem_of(case.operator)
     device = next(device for device in DEVICES.values() if device.capability == capability)
 

@@ -1,4 +1,4 @@
-#include <algorithm>
+#include <limits>
 
 #include "single_query_attention_backward.cuh"
 #include "single_query_attention_launch.cuh"
@@ -21,20 +21,19 @@ __global__ void combine_backward_kernel(const __grid_constant__ Params p) {
 
 }  // namespace single_query_attention
 
-int64_t single_query_attention_shared_bytes(int channels, int queries, int itemsize) {
+int64_t single_query_attention_shared_bytes(SingleQueryAttentionParams p, Dtype dtype, bool backward) {
   using namespace single_query_attention;
-  const auto dtype = itemsize == 4 ? Dtype::kFloat32 : Dtype::kFloat16;
-  return with_variant(dtype, queries, [&](auto variant) {
+  p.length = p.splits = 1;
+  return with_variant(dtype, p.query_tiles, [&](auto variant) {
     typedef decltype(variant) V;
-    Params p{};
-    p.channels = channels, p.length = p.splits = 1;
-    return std::max(make_plan<V, false>(p, 0).shared_bytes, make_plan<V, true>(p, 0).shared_bytes);
+    if (p.strip_channels > kUnit * V::max_units * V::max_warps) return std::numeric_limits<int64_t>::max();
+    return backward ? make_plan<V, true>(p, 0).shared_bytes : make_plan<V, false>(p, 0).shared_bytes;
   });
 }
 
 cudaError_t run_single_query_attention_backward(const SingleQueryAttentionParams& p, Dtype dtype, cudaStream_t stream) {
   using namespace single_query_attention;
-  return with_variant(dtype, p.queries, [&](auto variant) {
+  return with_variant(dtype, p.query_tiles, [&](auto variant) {
     typedef decltype(variant) V;
     typedef typename V::Element T;
     constexpr int n = V::query_tiles;

@@ -11,8 +11,9 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
   typedef Kernel<T, kQueryTiles, kFull, true> Base;
   typedef typename Base::M M;
   typedef typename Base::Rows Rows;
-  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::s, Base::warp, Base::warps;
-  using Base::kMaxUnits, Base::kOperands, Base::kProducts, Base::kQueries, Base::kVector, Base::Base;
+  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::s, Base::warp;
+  using Base::warps, Base::kIsCut, Base::kIsFloat, Base::kMaxUnits, Base::kOperands, Base::kProducts, Base::kQueries,
+      Base::kVector, Base::Base;
 
   // Of queries 8 i + lane % 4 * 2 (+ 1), over this lane's rows alone.
   float correction[kQueryTiles][2] = {}, excess[kQueryTiles][2] = {};
@@ -21,27 +22,36 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
     const T* const grad_context = static_cast<const T*>(p.grad_context) + this->query_row(0) * p.channels;
     const T* const context = static_cast<const T*>(p.context) + this->query_row(0) * p.channels;
     this->fill_operands(grad_context, p.channels, 0, 2);
-    this->fill_operands(static_cast<const T*>(p.query) + image * p.query_batch_stride, p.query_stride, 8, 2);
+    this->fill_operands(this->first_query_row(), p.query_stride, 8, 2);
     for (int q = group * warps + warp; q < kQueries; q += warps * groups) {
       float delta = 0;
-      if (q < p.queries)
+      if (q < this->queries())
 #pragma unroll 1
-        for (int c = kVector * lane; c < p.channels; c += 32 * kVector) {
+        for (int c = kVector * lane; c < this->channels(); c += 32 * kVector) {
+          const int64_t place = int64_t(q) * p.channels + this->first_of_strip() + c;
           float grads[kVector], results[kVector];
-          load_vector(grads, grad_context + q * p.channels + c);
-          load_vector(results, context + q * p.channels + c);
+          load_vector(grads, grad_context + place);
+          load_vector(results, context + place);
 #pragma unroll
           for (int k = 0; k < kVector; ++k) delta += grads[k] * results[k];
         }
       delta = sum_warp(delta);
-      if (lane == q)  // one lane for all queries would have the compiler tear the warp apart before the sum
-        s.delta[q] = delta, s.log_sum_exp[q] = q < p.queries ? p.log_sum_exp[this->query_row(q)] : kInfinity;
+      if (lane == q) {  // one lane for all queries would have the compiler tear the warp apart before the sum
+        if (!this->is(Params::kRest)) s.delta[q] = delta;
+        if (this->writes_sums()) this->sums_of_strip(this->strip())[kOperands + q] = delta;
+        s.log_sum_exp[q] = q < this->queries() ? p.log_sum_exp[this->query_row(q)] : kInfinity;
+      }
+    }
+    if (this->is(Params::kRest)) {
+      this->sum_over_strips(s.operand_sum, 0, kOperands);
+      this->sum_over_strips(s.delta, kOperands, kQueries);
     }
   }
 
   TF_DEVICE void step(int tile, T* slab) {
     float score[kProducts][4];  // for every 8 queries, gradients of their weights, then their scores
     const Rows r = this->multiply_normalized(tile, slab, score);
+    if (this->is(Params::kProducts)) return;
     const bool is_lone = this->last_tile == 0 && this->last_rows == 1;
     float mean[2] = {}, slope[2] = {};
     float scaled[kQueryTiles][4];
@@ -89,8 +99,8 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
           slope[i] = sum_quad(slope[i]) * p.per_channel * r.rstd[i];
         }
       }
-      form_gradients(slab, r, pairs, mean, slope);
-      write_gradients(tile, slab);
+      form_gradients(tile, slab, r, pairs, mean, slope);
+      if (!kIsCut || kIsFloat || p.is_last) write_gradients(tile, slab);
     }
   }
 
@@ -100,7 +110,7 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
   // With dn = sum_q p_q grad_context_q + ds_q query_q, the gradient of a token is rstd (dn - mean(dn) - n mean(dn n)),
   // whose means come from sums over the queries that are known already. It takes the token's place in the tile, from
   // where it is stored in vectors.
-  TF_DEVICE void form_gradients(T* slab, const Rows& r, const typename M::A (&pairs)[kQueryTiles],
+  TF_DEVICE void form_gradients(int tile, T* slab, const Rows& r, const typename M::A (&pairs)[kQueryTiles],
                                 const float (&mean)[2], const float (&slope)[2]) {
     typename M::SplitA split_pairs[kQueryTiles];
 #pragma unroll
@@ -112,8 +122,8 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
       factor[i] = -r.rstd[i] * slope[i];
       summand[i] = -r.rstd[i] * mean[i] - factor[i] * r.mean[i];
     }
-    warp_barrier();  // all lanes have read the tile
-#pragma unroll
+    warp_barrier();                                // all lanes have read the tile
+#pragma unroll(kIsCut&& kIsFloat ? 2 : kMaxUnits)  // as registers suffice for
     for (int u = 0; u < kMaxUnits; ++u) {
       if (this->has(u)) {
         typename M::B operand[kQueryTiles][2];
@@ -138,6 +148,8 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
           float grad[4];
 #pragma unroll
           for (int k = 0; k < 4; ++k) grad[k] = kPairsAreScaled ? product[k] : r.rstd[k / 2] * product[k] + rest[k];
+          if (kIsCut && !kIsFloat && (p.adds || !p.is_last))
+            add_gradients(tile, kUnit * u + 8 * half + lane % 4 * 2, grad);
           store_two(rows_of_two[0]->x, grad[0], grad[1]);
           store_two(rows_of_two[1]->x, grad[2], grad[3]);
         }
@@ -146,10 +158,40 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
     warp_barrier();
   }
 
+  // Of rows lane / 4 and lane / 4 + 8, two channels each: to those of earlier slices, for later ones. Those of float
+  // are the gradients themselves.
+  TF_DEVICE void add_gradients(int tile, int channel, float (&grad)[4]) const {
+    const bool has_extra = p.extra_token != nullptr;
+    const int first = this->first_of_strip() + this->first_channel() + channel;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int row = lane / 4 + 8 * j;
+      const bool is_extra = has_extra && tile == 0 && row == 0;
+      float* so_far = is_extra ? p.grad_extra_token_so_far : p.grad_tokens_so_far;
+      if (so_far == nullptr || row >= this->rows_of(tile)) continue;
+      so_far +=
+          (is_extra ? image : s.place->first_token + int64_t(tile) * kTile + row - has_extra) * p.channels + first;
+      if (p.adds) {
+        const Two<float> earlier = *reinterpret_cast<const Two<float>*>(so_far);
+        grad[2 * j] += earlier.x[0], grad[2 * j + 1] += earlier.x[1];
+      }
+      if (!p.is_last) store_two(so_far, grad[2 * j], grad[2 * j + 1]);
+    }
+  }
+
+  static TF_DEVICE void add_vector(T* to, const T* from) {
+    float sum[4], more[4];
+    load_four(sum, to), load_four(more, from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += more[i];
+    store_four(to, sum, 1);
+  }
+
   TF_DEVICE void write_gradients(int tile, const T* slab) {
     const bool has_extra = p.extra_token != nullptr;
-    const int left = this->rows_of(tile) - lane / 8, first = this->first_channel() + lane % 8 * kVector;
-    const int64_t row = *s.first_token + int64_t(tile) * kTile + lane / 8 - has_extra;
+    const int left = this->rows_of(tile) - lane / 8;
+    const int first = this->first_of_strip() + this->first_channel() + lane % 8 * kVector;
+    const int64_t row = s.place->first_token + int64_t(tile) * kTile + lane / 8 - has_extra;
     T* const to = static_cast<T*>(p.grad_tokens) + row * p.channels + first;
     const T* const from = slab + lane / 8 * s.pitch + lane % 8 * kVector;
 #pragma unroll
@@ -160,8 +202,12 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
       if (i < left && (is_extra ? p.grad_extra_token : p.grad_tokens) != nullptr) {
 #pragma unroll
         for (int k = 0; k < kMaxUnits * kUnit; k += 8 * kVector)
-          if (this->copies(k))
-            *reinterpret_cast<Vector16*>(of_row + k) = *reinterpret_cast<const Vector16*>(from + i * s.pitch + k);
+          if (this->copies(k)) {
+            if (kIsCut && kIsFloat && p.adds)
+              add_vector(of_row + k, from + i * s.pitch + k);
+            else
+              *reinterpret_cast<Vector16*>(of_row + k) = *reinterpret_cast<const Vector16*>(from + i * s.pitch + k);
+          }
       }
     }
   }
@@ -175,13 +221,15 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
   // The score gradients sum to zero but for rounding, whose share of the query's gradient goes here.
   TF_DEVICE void finish() {
     if (p.grad_query == nullptr) return;
-    for (int q = group * warps + warp; q < p.queries; q += warps * groups) {
+    for (int q = group * warps + warp; q < this->queries(); q += warps * groups) {
       float excess = 0;
       for (int g = -group; g < groups - group; ++g) excess += s.of_group(s.excess, g)[q];
-      const T* const context = static_cast<const T*>(p.context) + this->query_row(q) * p.channels;
+      const T* const context =
+          static_cast<const T*>(p.context) + this->query_row(q) * p.channels + this->first_of_strip();
       const int64_t row = p.splits == 1 ? this->query_row(q) : this->partial_row(q);
 #pragma unroll 1
-      for (int c = 4 * lane; c < p.channels; c += 128) {
+      for (int c = 4 * lane; c < this->channels(); c += 128) {
+        const int64_t place = row * p.channels + this->first_of_strip() + c;
         float grad[4];
         load_four(grad, context + c);
 #pragma unroll
@@ -192,9 +240,9 @@ struct Backward : Kernel<T, kQueryTiles, kFull, true> {
           for (int i = 0; i < 4; ++i) grad[i] += from[i];
         }
         if (p.splits == 1) {
-          store_four(static_cast<T*>(p.grad_query) + row * p.channels + c, grad, 1);
+          store_four(static_cast<T*>(p.grad_query) + place, grad, 1);
         } else {
-          store_four(p.partial_grad_query + row * p.channels + c, grad, 1);
+          store_four(p.partial_grad_query + place, grad, 1);
         }
       }
     }

@@ -6,6 +6,10 @@
 // is never formed: the products take t, and the mean and rstd enter in float32 afterwards. Where a mean is so far from
 // zero that this would lose digits, a number near it is taken from the row in shared memory first, and t is what is
 // left: nothing is rounded more than a normalised token would be.
+//
+// Of more queries than a block takes, it has a slice: forward, blocks of one launch have them all, backward, one launch
+// follows the other, and adds to float32 sums of the tokens' gradients. Of more channels, it has a strip: one launch
+// writes the products over each strip's channels, and in another one every block sums those of all strips.
 #pragma once
 
 #include <type_traits>
@@ -63,6 +67,8 @@ struct Kernel {
   static constexpr int kVector = 16 / sizeof(T);  // elements of 16 bytes
   static constexpr int kProducts = kOperands / 8;
   static constexpr bool kIsFloat = sizeof(T) == 4;
+  static constexpr bool kIsCut = Plan::is_cut(kQueryTiles), kHasSlices = kIsCut || !kBackward;
+  static constexpr int kRecord = Plan::record(kQueryTiles, kBackward), kSums = Plan::sums(kQueryTiles, kBackward);
   static constexpr int kUnitsAtOnce =  // as registers suffice for
       kQueryTiles == 1 && !kIsFloat ? kMaxUnits
       : kIsHalf<T>                  ? 1
@@ -84,25 +90,66 @@ struct Kernel {
     lane = lane_index(), group = unsigned(thread_index()) / 32 / unsigned(warps);
     warp = thread_index() / 32 - group * warps;
     s.layout(memory, plan, group);
-    units = units_of_this_warp();
-    image = unsigned(block_index()) / unsigned(p.splits), split = block_index() - image * p.splits;
+    unsigned block = block_index();
+    const int slice = kHasSlices ? take(block, p.slices) : 0, strip = kIsCut ? take(block, p.strips) : 0;
+    image = block / unsigned(p.splits), split = block - image * p.splits;
     const Bag rows = bag(p, image);
     const int64_t tiles = (rows.rows + kTile - 1) / kTile;
     first_tile = int(split == 0 ? 0 : tiles * split / p.splits) + group;
     end_tile = int(split + 1 == p.splits ? tiles : tiles * (split + 1) / p.splits);
     last_tile = int(tiles) - 1, last_rows = int(rows.rows - int64_t(last_tile) * kTile);
     const int64_t first_row = (p.offsets.data == nullptr ? 0 : rows.first) - (p.extra_token != nullptr);
-    const int channel = first_channel() + lane % 8 * kVector;
+    if ((kBackward || kIsCut) && thread_index() == 0) s.place->first_token = rows.first;
+    if constexpr (kIsCut) {
+      if (thread_index() == 0) take_place(slice, strip);
+      block_barrier();
+    }
+    units = units_of_this_warp();
+    const int channel = first_of_strip() + first_channel() + lane % 8 * kVector;
     next_rows = static_cast<const T*>(p.tokens) + image * p.tokens_batch_stride + channel +
                 (first_row + int64_t(first_tile) * kTile + lane / 8) * p.tokens_stride;
     extra_row = static_cast<const T*>(p.extra_token) + image * p.extra_token_stride + channel;
-    if (kBackward && thread_index() == 0) *s.first_token = rows.first;
   }
 
+  // The last digit of a number, which loses it.
+  static TF_DEVICE int take(unsigned& number, int base) {
+    const unsigned whole = number / unsigned(base), digit = number - whole * base;
+    number = whole;
+    return digit;
+  }
+  TF_DEVICE void take_place(int slice, int strip) {
+    Place& place = *s.place;
+    place.strip = strip, place.first_channel = strip * p.strip_channels;
+    place.channels = channels_of(strip);
+    const int64_t first_tile = (place.first_token + int64_t(image) * p.rows_apart) / kTile;
+    const int64_t first_record = (first_tile * p.slices + slice) * p.strips;
+    place.records = reinterpret_cast<Four<float>*>(p.strip_products + first_record * kRecord);
+    place.sums = p.strip_sums + (int64_t(image) * p.slices + slice) * p.strips * kSums;
+  }
+  TF_DEVICE int channels_of(int strip) const {
+    const int left = p.channels - strip * p.strip_channels;
+    return left < p.strip_channels ? left : p.strip_channels;
+  }
+  TF_DEVICE int channels() const { return kIsCut ? s.place->channels : p.channels; }  // of this block
+  TF_DEVICE int strip() const { return kIsCut ? s.place->strip : 0; }
+  TF_DEVICE int first_of_strip() const { return kIsCut ? s.place->first_channel : 0; }
+  TF_DEVICE int first_query() const {
+    return kHasSlices ? (p.first_slice + unsigned(block_index()) % unsigned(p.slices)) * kQueries : 0;
+  }
+  TF_DEVICE const T* first_query_row() const {
+    return static_cast<const T*>(p.query) + image * p.query_batch_stride + first_query() * p.query_stride;
+  }
+  TF_DEVICE int queries() const {
+    const int left = p.queries - first_query();
+    return kHasSlices && left > kQueries ? kQueries : left;
+  }
+  TF_DEVICE bool is(Params::Part part) const { return kIsCut && p.part == part; }
+
+  // Of the strip's.
   TF_DEVICE int first_channel() const { return warp * plan.units * kUnit; }
   TF_DEVICE int units_of_this_warp() const {
     if constexpr (kFull) return kMaxUnits;
-    const int left = p.channels / kUnit - warp * plan.units;
+    const int left = channels() / kUnit - warp * plan.units;
     return left < plan.units ? left : plan.units;
   }
   TF_DEVICE bool has(int unit) const { return kFull || unit < units; }
@@ -110,8 +157,10 @@ struct Kernel {
   TF_DEVICE int rows_of(int tile) const { return tile == last_tile ? last_rows : kTile; }
   TF_DEVICE void group_barrier() { warps == 1 ? warp_barrier() : barrier(1 + group, 32 * warps); }
   TF_DEVICE void block_barrier() { barrier(0, 32 * warps * groups); }
-  TF_DEVICE int64_t query_row(int q) const { return int64_t(image) * p.queries + q; }
-  TF_DEVICE int64_t partial_row(int q) const { return (int64_t(image) * p.splits + split) * p.queries + q; }
+  TF_DEVICE int64_t query_row(int q) const { return int64_t(image) * p.queries + first_query() + q; }
+  TF_DEVICE int64_t partial_row(int q) const {
+    return (int64_t(image) * p.splits + split) * p.queries + first_query() + q;
+  }
   TF_DEVICE T* slab(int stage) const { return s.tiles + stage * kTile * s.pitch + first_channel(); }
 
   // Of rows of this warp's channels, lanes copy 16 bytes each, eight of them side by side: whether this lane has any
@@ -138,17 +187,28 @@ struct Kernel {
     commit_copies();
   }
 
+  // What a strip, or all, have of the operands: their sums, and what is to become s.delta.
+  TF_DEVICE float* sums_of_strip(int number) const { return s.place->sums + number * kSums; }
+  TF_DEVICE bool writes_sums() const { return is(Params::kProducts) && split == 0; }
+  TF_DEVICE void sum_over_strips(float* to, int first, int count) const {
+    for (int i = thread_index(); i < count; i += block_threads()) {
+      float sum = 0;
+      for (int n = 0; n < p.strips; ++n) sum += sums_of_strip(n)[first + i];
+      to[i] = sum;
+    }
+  }
+
   // Copies rows [queries, channels] to s.operands, zeros where there are none, and takes their sums. Of every
   // 8 * interleave rows of s.operands it fills 8, from `first` on.
   TF_DEVICE void fill_operands(const void* from_rows, int64_t stride, int first, int interleave) {
     for (int q = group * warps + warp; q < kQueries; q += warps * groups) {
       const int row = q / 8 * 8 * interleave + first + q % 8;
-      const T* const from = static_cast<const T*>(from_rows) + q * stride;
+      const T* const from = static_cast<const T*>(from_rows) + q * stride + first_of_strip();
       float sum = 0;
 #pragma unroll 1
-      for (int c = kVector * lane; c < p.channels; c += 32 * kVector) {
+      for (int c = kVector * lane; c < channels(); c += 32 * kVector) {
         Vector16 vector = {};
-        if (q < p.queries) vector = *reinterpret_cast<const Vector16*>(from + c);
+        if (q < queries()) vector = *reinterpret_cast<const Vector16*>(from + c);
         float x[kVector];
         unpack_vector<T>(x, vector);
 #pragma unroll
@@ -165,7 +225,8 @@ struct Kernel {
         }
       }
       sum = sum_warp(sum);
-      if (lane == 0) s.operand_sum[row] = sum;
+      if (lane == 0 && !is(Params::kRest)) s.operand_sum[row] = sum;
+      if (lane == 0 && writes_sums()) sums_of_strip(strip())[row] = sum;
     }
   }
 
@@ -179,6 +240,7 @@ struct Kernel {
   // products[i][2 j + e] is that of row lane / 4 + 8 j and operand 8 i + lane % 4 * 2 + e.
   struct Totals {
     float t[2], square[2], products[kProducts][4];
+    float shift[2] = {};  // what was taken from all elements; of several strips, that of this one less the first's
   };
 
   // Of this warp's channels.
@@ -247,12 +309,7 @@ struct Kernel {
       s.part(0)[i] = sum;
     }
     group_barrier();
-#pragma unroll
-    for (int i = 0; i < kProducts; ++i) {
-      const Four<float> products = s.part(0)[32 * i + lane];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) totals.products[i][k] = products.x[k];
-    }
+    read_products(totals, s.part(0));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const Two<float> of_row = s.rows_of(s.part(0))[lane / 4 + 8 * j];
@@ -260,20 +317,34 @@ struct Kernel {
     }
   }
 
+  TF_DEVICE void read_products(Totals& totals, const Four<float>* from) const {
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i) {
+      const Four<float> products = from[32 * i + lane];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) totals.products[i][k] = products.x[k];
+    }
+  }
+
   // Takes numbers near the means from rows whose mean is so far from zero that their products would lose digits;
   // returns whether there are any.
-  TF_DEVICE bool shift_rows(T* slab, const Totals& totals) const {
+  TF_DEVICE bool shift_rows(T* slab, Totals& totals) const {
     constexpr float kNear = kIsFloat ? 0.25f : 16;  // by the variance
-    float shift[2];
+    const float per_channel = kIsCut ? 1.0f / channels() : p.per_channel;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float mean = totals.t[j] * p.per_channel, square = totals.square[j] - totals.t[j] * mean;
-      bool far = !(mean * mean <= kNear * (square * p.per_channel));  // or squares overflow
-      if (kIsHalf<T>) far = far && square < 4e9f;  // else an element less the shift could be infinite
-      shift[j] = far ? to_float(from_float<T>(mean)) : 0;
+      const float mean = totals.t[j] * per_channel, square = totals.square[j] - totals.t[j] * mean;
+      bool far = !(mean * mean <= kNear * (square * per_channel));  // or squares overflow
+      if (kIsHalf<T>) far = far && square < 4e9f;                   // else an element less the shift could be infinite
+      totals.shift[j] = far ? to_float(from_float<T>(mean)) : 0;
     }
-    if (!any_lane(shift[0] != 0 || shift[1] != 0)) return false;
+    if (!any_lane(totals.shift[0] != 0 || totals.shift[1] != 0)) return false;
     warp_barrier();  // all lanes have read the tile
+    subtract(slab, totals.shift);
+    return true;
+  }
+
+  TF_DEVICE void subtract(T* slab, const float (&shift)[2]) const {
 #pragma unroll 1
     for (int c = lane % 4 * 2; c < kUnit * units; c += 8) {
 #pragma unroll
@@ -283,19 +354,88 @@ struct Kernel {
       }
     }
     warp_barrier();
-    return true;
   }
 
   static TF_DEVICE float exponential(float x) { return kIsFloat ? expf(x) : exp2_approximate(x * kLog2E); }
+
+  // What a strip has of a tile: Totals::products as lanes have them, then of each row t, square and shift.
+  TF_DEVICE Four<float>* record(int tile, int number) const {
+    return s.place->records + (int64_t(tile) * p.slices * p.strips + number) * (kRecord / 4);
+  }
+  TF_DEVICE void write_record(int tile, const Totals& totals) const {
+    if (warp != 0) return;
+    Four<float>* const to = record(tile, strip());
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i) {
+      const float* const x = totals.products[i];
+      to[32 * i + lane] = {x[0], x[1], x[2], x[3]};
+    }
+    if (lane % 4 != 0) return;
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      to[32 * kProducts + lane / 4 + 8 * j] = {totals.t[j], totals.square[j], totals.shift[j], 0};
+  }
+  // Of all strips, as if each had taken the first one's shift from its elements, so that all blocks get the same; this
+  // strip's elements are less its own, as they were.
+  TF_DEVICE void sum_records(int tile, T* slab, Totals& totals) {
+    const int of_row = 32 * kProducts + lane / 4;
+    float shift[2];  // the first strip's
+#pragma unroll
+    for (int j = 0; j < 2; ++j) totals.t[j] = totals.square[j] = 0, shift[j] = record(tile, 0)[of_row + 8 * j].x[2];
+    Four<float>* const sums = s.part(tile / groups % 2);  // the other one may still be read
+#pragma unroll 1
+    for (int i = warp; i < kProducts; i += warps) sums[32 * i + lane] = {};
+#pragma unroll 1
+    for (int n = 0; n < p.strips; ++n) {
+      const Four<float>* const from = record(tile, n);
+      const float count = channels_of(n);
+      float more[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const Four<float> row = from[of_row + 8 * j];
+        more[j] = row.x[2] - shift[j];
+        totals.t[j] += row.x[0] + count * more[j];
+        totals.square[j] += row.x[1] + more[j] * (2 * row.x[0] + count * more[j]);
+      }
+#pragma unroll 1
+      for (int i = warp; i < kProducts; i += warps) {
+        const Four<float> summand = from[32 * i + lane];
+        const float* const operand_sum = sums_of_strip(n) + 8 * i + lane % 4 * 2;
+        Four<float> sum = sums[32 * i + lane];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          sum.x[k] += summand.x[k];
+          if (more[k / 2] != 0) sum.x[k] += more[k / 2] * operand_sum[k % 2];
+        }
+        sums[32 * i + lane] = sum;
+      }
+    }
+    group_barrier();
+    read_products(totals, sums);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float own = record(tile, strip())[of_row + 8 * j].x[2];
+      totals.shift[j] = own - shift[j], shift[j] = own;
+    }
+    if (any_lane(shift[0] != 0 || shift[1] != 0)) subtract(slab, shift);
+  }
 
   // The products of a tile's normalised rows with the operands, in the order of Totals.
   TF_DEVICE Rows multiply_normalized(int tile, T* slab, float (&score)[kProducts][4]) {
     Rows r;
     Totals totals;
-    for (bool first = true;; first = false) {
-      multiply(slab, totals);
-      sum_over_warps(totals);
-      if (!p.normalize || !first || !shift_rows(slab, totals)) break;
+    if (is(Params::kRest)) {
+      sum_records(tile, slab, totals);
+    } else {
+      for (bool first = true;; first = false) {
+        multiply(slab, totals);
+        sum_over_warps(totals);
+        if (!p.normalize || !first || !shift_rows(slab, totals)) break;
+      }
+      if (is(Params::kProducts)) {
+        write_record(tile, totals);
+        return r;
+      }
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -303,7 +443,8 @@ struct Kernel {
       float square_deviation = 1;
       if (p.normalize) {
         r.mean[j] = totals.t[j] * p.per_channel;
-        const float square = totals.square[j] - totals.t[j] * r.mean[j];
+        float square = totals.square[j];
+        if (!kIsCut || square < kInfinity) square -= totals.t[j] * r.mean[j];  // else both may be infinite
         square_deviation = (square < 0 ? 0 : square) * p.per_channel + p.eps;
       }
       float rstd = rsqrtf(square_deviation);
@@ -321,6 +462,7 @@ struct Kernel {
         score[i][k] *= r.rstd[k / 2];
       }
     }
+    if (is(Params::kRest)) r.mean[0] -= totals.shift[0], r.mean[1] -= totals.shift[1];
     return r;
   }
 
@@ -402,6 +544,7 @@ struct Kernel {
       stage ^= 1;
     }
     wait_copies();
+    if (is(Params::kProducts)) return;
     group_barrier();
     direction.write_results();
     block_barrier();

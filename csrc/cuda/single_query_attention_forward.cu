@@ -21,7 +21,7 @@ __global__ void combine_forward_kernel(const __grid_constant__ Params p) {
 
 cudaError_t run_single_query_attention_forward(const SingleQueryAttentionParams& p, Dtype dtype, cudaStream_t stream) {
   using namespace single_query_attention;
-  return with_variant(dtype, p.queries, [&](auto variant) {
+  return with_variant(dtype, p.query_tiles, [&](auto variant) {
     typedef decltype(variant) V;
     typedef typename V::Element T;
     constexpr int n = V::query_tiles;

@@ -11,8 +11,9 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
   typedef Kernel<T, kQueryTiles, kFull, false> Base;
   typedef typename Base::M M;
   typedef typename Base::Rows Rows;
-  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::s, Base::sums, Base::warp, Base::warps;
+  using Base::group, Base::groups, Base::image, Base::lane, Base::p, Base::s, Base::sums;
   using Base::kMaxUnits;
+  using Base::warp, Base::warps;
 
   // The online softmax of queries 8 i + lane % 4 * 2 (+ 1): totals and corrections over this lane's rows alone. Weights
   // are relative to `maximum`, which stays behind the largest score by at most kBehind.
@@ -25,7 +26,10 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
   }
 
   TF_DEVICE void begin() {
-    this->fill_operands(static_cast<const T*>(p.query) + image * p.query_batch_stride, p.query_stride, 0, 1);
+    if (this->is(Params::kRest))
+      this->sum_over_strips(s.operand_sum, 0, Base::kQueries);
+    else
+      this->fill_operands(this->first_query_row(), p.query_stride, 0, 1);
   }
 
   static TF_DEVICE float origin(float maximum) { return maximum == -kInfinity ? 0 : maximum; }
@@ -33,6 +37,7 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
   TF_DEVICE void step(int tile, T* slab) {
     float score[kQueryTiles][4];
     const Rows r = this->multiply_normalized(tile, slab, score);
+    if (this->is(Params::kProducts)) return;
     bool grows = false;
 #pragma unroll
     for (int i = 0; i < kQueryTiles; ++i)
@@ -84,7 +89,7 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
   }
 
   TF_DEVICE void finish() {
-    for (int q = group * warps + warp; q < p.queries; q += warps * groups) {
+    for (int q = group * warps + warp; q < this->queries(); q += warps * groups) {
       const int distance = lane < groups ? lane - group : 0;  // a lane has a group's share
       const float raised = s.of_group(s.maximum, distance)[q], largest = max_warp(raised);
       const float weight = lane < groups ? expf(raised - origin(largest)) : 0;
@@ -92,25 +97,26 @@ struct Forward : Kernel<T, kQueryTiles, kFull, false> {
       const int64_t row = p.splits == 1 ? this->query_row(q) : this->partial_row(q);
       const float share = this->has_rows() ? 1 / all : 0;
 #pragma unroll 1
-      for (int first = 0; first < p.channels; first += 128) {
+      for (int first = 0; first < this->channels(); first += 128) {
         const int c = first + 4 * lane;
+        const int64_t place = row * p.channels + this->first_of_strip() + c;
         float context[4] = {};
         for (int g = 0; g < groups; ++g) {
           const float of_group = shuffle_from(weight, g);
           const float* const from = s.of_group(s.result, g - group) + q * s.result_pitch + c;
-          if (c < p.channels) {
+          if (c < this->channels()) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) context[i] += of_group * from[i];
           }
         }
-        if (c >= p.channels) continue;
+        if (c >= this->channels()) continue;
         if (p.splits == 1) {
-          store_four(static_cast<T*>(p.context) + row * p.channels + c, context, share);
+          store_four(static_cast<T*>(p.context) + place, context, share);
         } else {
-          store_four(p.partial_context + row * p.channels + c, context, 1);
+          store_four(p.partial_context + place, context, 1);
         }
       }
-      if (lane == 0) {
+      if (lane == 0 && this->strip() == 0) {
         if (p.splits == 1) {
           p.log_sum_exp[row] = largest + logf(all);
         } else {

@@ -11,7 +11,7 @@ constexpr int kCombineThreads = 128;
 
 // `full` takes plans whose warps all have as many channels as they can, `any` takes every plan.
 template <typename V, bool kBackward, typename Function>
-cudaError_t launch(Function full, Function any, const Params& p, cudaStream_t stream) {
+cudaError_t launch_one(Function full, Function any, const Params& p, cudaStream_t stream) {
   int device, most_bytes;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
@@ -21,8 +21,25 @@ cudaError_t launch(Function full, Function any, const Params& p, cudaStream_t st
   const Function kernel = p.channels == kUnit * V::max_units * plan.warps ? full : any;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);  // of any call
   if (error != cudaSuccess) return error;
-  kernel<<<p.batch * p.splits, plan.threads(), plan.shared_bytes, stream>>>(p, plan);
+  kernel<<<p.batch * p.splits * p.strips * p.slices, plan.threads(), plan.shared_bytes, stream>>>(p, plan);
   return cudaGetLastError();
+}
+
+// Of one slice after the other, or all at once, as p has it.
+template <typename V, bool kBackward, typename Function>
+cudaError_t launch(Function full, Function any, const Params& p_, cudaStream_t stream) {
+  Params p = p_;
+  const int slices = (p.queries + 8 * p.query_tiles - 1) / (8 * p.query_tiles);
+  for (; p.first_slice < slices; p.first_slice += p.slices) {
+    p.adds = p.first_slice > 0, p.is_last = p.first_slice + p.slices == slices;
+    for (const Params::Part part : {Params::kProducts, Params::kRest}) {
+      p.part = p.strips > 1 ? part : Params::kWhole;
+      const cudaError_t error = launch_one<V, kBackward>(full, any, p, stream);
+      if (error != cudaSuccess) return error;
+      if (p.part == Params::kWhole) break;
+    }
+  }
+  return cudaSuccess;
 }
 
 }  // namespace single_query_attention

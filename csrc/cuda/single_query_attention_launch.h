@@ -8,8 +8,9 @@
 
 namespace tokenfusion {
 
-// The shared memory that a block needs at least, forward or backward, in a dtype of this many bytes.
-int64_t single_query_attention_shared_bytes(int channels, int queries, int itemsize);
+// The shared memory that a block needs at least for p's strips and query tiles; more than any GPU has where its
+// registers do not suffice for them.
+int64_t single_query_attention_shared_bytes(SingleQueryAttentionParams p, Dtype dtype, bool backward);
 
 cudaError_t run_single_query_attention_forward(const SingleQueryAttentionParams& p, Dtype dtype, cudaStream_t stream);
 cudaError_t run_single_query_attention_backward(const SingleQueryAttentionParams& p, Dtype dtype, cudaStream_t stream);

@@ -13,6 +13,15 @@ typedef SingleQueryAttentionPlan Plan;
 
 constexpr int kTile = Plan::kTile, kUnit = Plan::kUnit;
 
+// What a block knows of its place, where registers would be needed.
+struct Place {
+  int64_t first_token;  // of the image
+  // Of the parts that a call is cut into:
+  int strip, first_channel, channels;
+  Four<float>* records;  // of the first tile's strips
+  float* sums;           // of the strips
+};
+
 // The shared memory of a block and, in it, of one of its groups.
 template <typename T, int kQueryTiles, bool kBackward>
 struct Shared {
@@ -29,7 +38,7 @@ struct Shared {
   T* operands;  // [kPieces, kOperands, pitch]; backward: for every 8 queries, 8 rows of grad_context, then 8 of query
   float* operand_sum;          // [kOperands], over the channels
   float *delta, *log_sum_exp;  // [kQueries]
-  int64_t* first_token;        // of the image, where a register would be needed
+  Place* place;
 
   T* tiles;                // [kStages, kTile, pitch]
   float* result;           // [kQueries, result_pitch], in the place of the tiles at the end
@@ -46,7 +55,7 @@ struct Shared {
     take(next, operand_sum, kOperands);
     take(next, delta, kBackward ? kQueries : 0);
     take(next, log_sum_exp, kBackward ? kQueries : 0);
-    take(next, first_token, kBackward);
+    take(next, place, kBackward || Plan::is_cut(kQueryTiles));
     char* const first = next;
     layout_group(next, plan);
     group_bytes = next - first;
@@ -71,7 +80,7 @@ struct Shared {
     const int tile_bytes = kStages * kTile * pitch * int(sizeof(T)), result_bytes = kQueries * result_pitch * 4;
     tiles = reinterpret_cast<T*>(next);
     take(next, result, (tile_bytes > result_bytes ? tile_bytes : result_bytes) / 4);
-    take(next, parts, plan.warps > 1 ? (1 + plan.warps) * kPart : 0);
+    take(next, parts, plan.shared_parts * kPart);
     take(next, maximum, kBackward ? 0 : kQueries);
     take(next, total, kBackward ? 0 : kQueries);
     take(next, excess, kBackward ? kQueries : 0);
@@ -100,12 +109,12 @@ template <typename V, bool kBackward>
 Plan make_plan(const Params& p, int64_t most_bytes) {
   constexpr int64_t kReserved = 1 << 10;  // of a multiprocessor's shared memory, by each block
   constexpr int kAside = sizeof(typename V::Element) == 4 ? 3 : 12;  // units that cost as much as the rest of a tile
-  const int units = (p.channels + kUnit - 1) / kUnit;
+  const int units = (p.strip_channels + kUnit - 1) / kUnit;
   Shared<typename V::Element, V::query_tiles, kBackward> shared;
   Plan best{};
   float least = kInfinity;
   for (int warps = (units + V::max_units - 1) / V::max_units; warps <= V::max_warps; ++warps) {
-    Plan plan{warps, 1, (units + warps - 1) / warps};
+    Plan plan{warps, 1, (units + warps - 1) / warps, warps > 1 || p.strips > 1 ? 1 + warps : 0};
     if (warps > 1 && (warps - 1) * plan.units >= units) continue;  // one would have nothing to do
     const int64_t bytes = shared.layout(nullptr, plan, 0);
     for (int blocks = 2; blocks >= 1; --blocks) {
@@ -123,12 +132,12 @@ Plan make_plan(const Params& p, int64_t most_bytes) {
   return best;
 }
 
-// f(Variant) for the dtype and the number of queries.
+// f(Variant) for the dtype and the number of query tiles.
 template <typename F>
-auto with_variant(Dtype dtype, int queries, F f) {
+auto with_variant(Dtype dtype, int query_tiles, F f) {
   return with_dtype(dtype, [&](auto element) {
     typedef decltype(element) T;
-    switch (Plan::query_tiles_for(queries)) {
+    switch (query_tiles) {
       case 1:
         return f(Variant<T, 1>());
       case 2:

@@ -74,7 +74,7 @@ class Gpu:
         self._failure = None
 
     def limit_for(self, count: int, dtype: torch.dtype) -> int:
-        """What csrc/cuda/common/limits.h has for the operator: channels for queries, or reduced for tokens."""
+        """What csrc/cuda/common/limits.h has for the operator: reduced channels for tokens."""
         self._set_device()
         self._host.limit_for.restype = ctypes.c_int64
         return self._host.limit_for(ctypes.c_int64(count), ctypes.c_int64(dtype.itemsize))

@@ -28,7 +28,6 @@ MARKS = [
 ]
 
 _LIMITS = {  # of csrc/cuda/common/limits.h, where the operator has one
-    "single_query_attention": "single_query_attention_cuda_max_channels",
     "dynamic_mixing": "dynamic_mixing_cuda_max_reduced",
 }
 _HOST = ROOT / "tests/ptx/cuda"

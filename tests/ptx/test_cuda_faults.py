@@ -16,7 +16,9 @@ from tests.single_query_attention.cases import check_parity as check_attention
 
 pytestmark = MARKS
 
-ATTENTION = ("forward", "backward")
+WHOLE = ("forward", "backward")
+STRIPS = ("forward of a strip", "backward of a strip")
+ATTENTION = (*WHOLE, *STRIPS)
 MIXING = ("resident", "streamed")  # the backward pass, by whether its generator stays in shared memory
 OF_THE_BLOCK, OF_A_WARP = r"bar\.sync[^;]*;", r"bar\.warp\.sync[^;]*;"
 WAIT = r"cp\.async\.wait_group (\d);"
@@ -25,13 +27,13 @@ BEYOND = "access global memory outside of every tensor"
 
 
 def mangled(kernel: str) -> str:
-    """The kernel for bfloat16 and the fewest queries or, where a test does not say so, tokens."""
+    """The kernel for bfloat16 and the fewest queries or, where a test does not say so, tokens; of strips, the most."""
     operator = "single_query_attention" if kernel in ATTENTION else "dynamic_mixing"
-    name = "backward" if kernel in MIXING else kernel
-    start = f"{operator}{len(name) + 7}{name}"
+    name = "backward" if kernel in MIXING else kernel.removesuffix(" of a strip")
     variant = dict(resident="Li2ELb1E", streamed="Li2ELb0E").get(kernel, "")
-    names = (name for name in program(operator).names if f"{start}_kernelI13__nv_bfloat16{variant}" in name)
-    return min(names)
+    start = f"{operator}{len(name) + 7}{name}_kernelI13__nv_bfloat16{variant}"
+    names = [name for name in program(operator).names if start in name]
+    return max(names) if kernel in STRIPS else min(names)
 
 
 def changed(pattern: str, to: str, number: int = 0) -> Callable[[str], str]:
@@ -72,6 +74,8 @@ def run(
     options = dict(edit=edit_one, interpret=with_results or name.__eq__)
     if kernel in ATTENTION:  # three groups of two warps, three or four tiles each; or one warp with one tile
         case = attention.Case(5, 10 if alone else 150, 96 if alone else 208, multiprocessors=0)
+        if kernel in STRIPS:  # of several warps, or of one
+            case = attention.Case(20, 40, 320 if alone else 960, 18 if alone else 60, multiprocessors=0)
         function, check, of_case = attention.attend, check_attention, dict(normalize=True)
     else:
         case, function, check = CALLS[kernel][call], mixing.mix, check_mixing
@@ -89,10 +93,13 @@ def test_nothing_is_wrong_without_a_fault(kernel):
 
 
 BARRIERS = dict(forward=(5, 4), backward=(5, 6), resident=(15, 6), streamed=(14, 15))
+BARRIERS |= {"forward of a strip": (7, 6), "backward of a strip": (7, 8)}
 # several have barriers of their group in their place
 OF_A_LONE_WARP = {("forward", 2), ("forward", 3), ("backward", 2), ("backward", 5)}
+OF_A_LONE_WARP |= {(STRIPS[0], 3), (STRIPS[0], 5), (STRIPS[1], 3), (STRIPS[1], 7)}
 # without an access to shared memory in between, or with accesses of the same threads to the same places
 ANOTHER_FOLLOWS = {("resident", 1), ("streamed", 7)}
+OF_LANES_THAT_READ_WHAT_THEY_WROTE = {(kernel, 1) for kernel in STRIPS}  # where a warp is alone
 WAITS = dict(resident=range(4), streamed=(0, 1, 3, 4, 5))  # 2: what a warp needs of the generator was waited for
 ANOTHER_OF_THE_BLOCK_FOLLOWS = {("resident", 5), ("resident", 8), ("streamed", 4), ("streamed", 7)}
 
@@ -114,7 +121,7 @@ def test_a_missing_barrier_of_a_block(kernel, number):
 @pytest.mark.parametrize("kernel, number", [(k, n) for k, (_, count) in BARRIERS.items() for n in range(count)])
 def test_a_missing_barrier_of_a_warp(kernel, number):
     alone = (kernel, number) in OF_A_LONE_WARP
-    if (kernel, number) in ANOTHER_FOLLOWS:
+    if (kernel, number) in ANOTHER_FOLLOWS | OF_LANES_THAT_READ_WHAT_THEY_WROTE:
         run_all(kernel, removed(OF_A_WARP, number), alone)
     else:
         with pytest.raises(PtxError, match=RACE):
@@ -162,7 +169,7 @@ def test_operands_of_a_product_changed_places():
         run("forward", changed(r"(mma\.sync.*?\}, \{%r\d+), (%r\d+), (%r\d+)", r"\1, \3, \2"), with_results=True)
 
 
-@pytest.mark.parametrize("kernel", ATTENTION)
+@pytest.mark.parametrize("kernel", WHOLE)
 def test_a_store_beyond_the_end(kernel):
     with pytest.raises(PtxError, match=f"{BEYOND}.*offset 2080 of a storage of 2080 bytes"):
         run(kernel, changed(r"(st\.global\.v4\.u16\s+\[%rd\d+)\]", r"\1+416]"))  # the row behind each of five

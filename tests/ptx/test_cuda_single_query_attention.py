@@ -90,6 +90,13 @@ HALF = [
     Case(19, 31, 192, 163),
     Case(30, 44, 144, 99, normalize=False),
     Case(3, 31, 128, 99),
+    Case(40, 20, 64),
+    Case(70, 37, 80, 99, normalize=False, extra=False),
+    Case(20, 21, 400, 99),
+    Case(32, 50, 768),
+    Case(33, 35, 1040, 163, extra=False),
+    Case(5, 18, 2320, 163),
+    Case(6, 17, 2320, 163, extra=False),
 ]
 FLOAT = [
     Case(3, 15, 16, 99),
@@ -117,6 +124,11 @@ FLOAT = [
     Case(21, 20, 80, 99),
     Case(25, 11, 128, 99, normalize=False),
     Case(19, 31, 128, 163),
+    Case(35, 15, 64),
+    Case(70, 37, 80, 99, normalize=False, extra=False),
+    Case(20, 21, 256, 99),
+    Case(33, 20, 544, 163, extra=False),
+    Case(5, 18, 544, 99),
 ]
 CASES = [
     *((DTYPES[1 + i % 2], case) for i, case in enumerate(HALF)),
@@ -141,8 +153,14 @@ def plans_of(launches: Iterable[Launch]) -> set[str]:
         if "joins" not in kernel:
             warps, groups = np.frombuffer(each.arguments[1], np.int32, 2)  # of SingleQueryAttentionPlan
             groups, warps = ("one" if count == 1 else "several" for count in (groups, warps))
-            found.add(f"{kernel}, {groups} groups of {warps} warps")
+            parts = "for all channels", "for products of a strip", "for the rest of a strip"
+            found.add(f"{kernel}, {groups} groups of {warps} warps, {parts[part_of(each)]}")
     return found
+
+
+def part_of(launch: Launch) -> int:
+    """SingleQueryAttentionParams::part, before a pointer, a number and a pointer at the end."""
+    return int(np.frombuffer(launch.arguments[0][-32:], np.int32)[0])
 
 
 def launch(query: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -155,11 +173,11 @@ def launch(query: torch.Tensor, tokens: torch.Tensor) -> None:
 def possible_plans() -> set[str]:
     """On any GPU, of any call."""
     found = set()
+    all_channels = *range(16, 800, 64), *range(64, 800, 64), *range(96, 800, 96), *range(800, 2400, 240)
     for shared_bytes, queries, dtype in itertools.product(SHARED_BYTES, (8, 16, 32), DTYPES[:2]):
         with gpu(shared_bytes=shared_bytes, interpret=False) as device:
-            most = device.limit_for(queries, dtype)
-            for channels in sorted({*range(16, most + 1, 64), *range(64, most + 1, 64), *range(96, most + 1, 96)}):
-                for tokens in (16, 32, 48, 64, 112):
+            for channels in sorted({*all_channels}):
+                for tokens in (16, 32, 64, 112):
                     launch(*(torch.zeros(1, n, channels, dtype=dtype) for n in (queries, tokens)))
         found |= plans_of(device.launches)
     return found
@@ -189,33 +207,78 @@ def test_every_plan(dtype, case):
         check_parity(attend, case.inputs(dtype), normalize=case.normalize)
 
 
+@dataclass(frozen=True)
+class Form:
+    """Whether a block has all queries and channels, or one of several slices and strips on a GPU of little memory."""
+
+    name: str
+    queries: int
+    kilobytes: int = 227
+
+    def gpu(self, **options) -> Gpu:
+        return gpu(shared_bytes=self.kilobytes * 1024, **options)
+
+    def inputs(self, batch: int, tokens: int, dtype: torch.dtype, extra: bool = False):
+        return make_inputs(batch, self.queries, tokens, self.channels(dtype), dtype=dtype, extra=extra)
+
+    def channels(self, dtype: torch.dtype) -> int:
+        if self is WHOLE:
+            return 64
+        return 112 if dtype == torch.float32 else 240
+
+    def __str__(self) -> str:
+        return self.name
+
+
+WHOLE = Form("whole", 3)
+CUT = Form("two slices in strips", 35, 18)
+FORMS = pytest.mark.parametrize("form", [WHOLE, CUT], ids=str)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_and_strips(dtype):
+    with CUT.gpu(multiprocessors=0) as device:
+        check_parity(attend, CUT.inputs(1, 20, dtype), normalize=True)
+    assert [part_of(each) for each in device.launches] == [1, 2] * 3  # backward, those of a slice, then the other's
+    assert [each.grid[0] for each in device.launches][0] >= 2 * 4
+    with gpu(multiprocessors=0) as device:
+        check_parity(attend, CUT.inputs(1, 20, dtype), normalize=True)
+    assert [part_of(each) for each in device.launches] == [0] * 3
+    assert [each.grid[0] for each in device.launches] == [3, 1, 1]  # forward, slices of 16 at once
+
+
+@FORMS
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_number_of_tokens(tokens, dtype):
-    with gpu(order=3):
-        check_parity(attend, make_inputs(2, 3, tokens, 32, dtype=dtype, extra=tokens % 2 == 1), normalize=True)
+def test_any_number_of_tokens(tokens, dtype, form):
+    with form.gpu(order=3):
+        inputs = form.inputs(2, tokens, dtype, extra=tokens % 2 == 1)
+        check_parity(attend, inputs, normalize=True)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize, extra", [(False, False), (True, True)])
-def test_bags_in_one_padded_batch(dtype, normalize, extra):
-    with gpu(multiprocessors=4):  # two blocks share a bag
-        inputs = make_inputs(7, 3, 130, 32, dtype=dtype, extra=extra)
+def test_bags_in_one_padded_batch(dtype, normalize, extra, form):
+    with form.gpu(multiprocessors=4 if form is WHOLE else 40):  # two blocks share a bag
+        inputs = form.inputs(7, 130, dtype, extra=extra)
         padded.check_bags(attend, inputs, [0, 1, 16, 17, 100, 129, 130], normalize=normalize)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize, extra", [(False, True), (True, False)])
 @pytest.mark.parametrize("bags, lengths", [(packed.BAGS, None), ([0, 0], None), ([30, 0, 300, 2], [30, 0, 296, 0])])
-def test_bags_one_after_the_other(dtype, normalize, extra, bags, lengths):
-    with gpu(multiprocessors=4):
-        inputs = packed.make_inputs(bags, 3, 32, dtype=dtype, extra=extra)
+def test_bags_one_after_the_other(dtype, normalize, extra, bags, lengths, form):
+    with form.gpu(multiprocessors=4 if form is WHOLE else 40):
+        inputs = packed.make_inputs(bags, form.queries, form.channels(dtype), dtype=dtype, extra=extra)
         packed.check_bags(attend_packed, inputs, bags=bags, lengths=lengths, normalize=normalize)
 
 
-def test_what_lies_beyond_a_bag_is_not_read():
-    with gpu(multiprocessors=4):
-        inputs = make_inputs(3, 2, 80, 16, dtype=torch.bfloat16)
+@FORMS
+def test_what_lies_beyond_a_bag_is_not_read(form):
+    with form.gpu(multiprocessors=4):
+        inputs = form.inputs(3, 80, torch.bfloat16)
         clean = with_gradients(attend, inputs, lengths=torch.tensor([0, 33, 80]), normalize=True)
         poisoned = inputs[1].detach().clone()
         poisoned[0], poisoned[1, 33:] = torch.nan, torch.nan
@@ -226,18 +289,29 @@ def test_what_lies_beyond_a_bag_is_not_read():
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_a_block_fits_wherever_the_host_says_so(dtype):
-    for shared_bytes, queries in itertools.product(SHARED_BYTES, (8, 16, 32)):
+    for shared_bytes, queries in itertools.product(SHARED_BYTES, (8, 16, 32, 64)):
         with gpu(shared_bytes=shared_bytes, interpret=False) as device:
-            widest = device.limit_for(queries, dtype)
-            for channels in range(16, widest + 1, 16):
-                launch(*(torch.zeros(1, n, channels, dtype=dtype) for n in (queries, 400)))
-            assert widest >= 192
-            with pytest.raises(ValueError, match=f"expected a multiple of 16 up to {widest}"):
-                launch(*(torch.zeros(1, n, widest + 16, dtype=dtype) for n in (queries, 40)))
+            for channels in range(16, 4096 + 1, 16):
+                launch(*(torch.zeros(1, n, channels, dtype=dtype) for n in (queries, 40)))
+                assert all(each.shared_bytes <= shared_bytes for each in device.launches)
+                device.launches.clear()
 
 
-def test_results_do_not_depend_on_the_schedule():
-    case = Case(6, 149, 144)  # two blocks of two groups of three warps
+def test_what_no_block_has_room_for_is_refused():
+    with gpu(shared_bytes=4096, interpret=False) as device:
+        with pytest.raises(ValueError, match="C = 64 for Q = 20, expected a GPU with more than 4096 bytes of shared"):
+            launch(*(torch.zeros(1, n, 64, dtype=torch.float16) for n in (20, 40)))
+        with pytest.raises(ValueError, match="C = 40, expected a multiple of 16"):
+            launch(*(torch.zeros(1, n, 40, dtype=torch.float16) for n in (20, 40)))
+    assert not device.launches
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(6, 149, 144), Case(35, 40, 240, 18)],
+    ids=["two blocks of two groups of three warps", "two slices in strips"],
+)
+def test_results_do_not_depend_on_the_schedule(case):
     results = []
     for schedule in [*SCHEDULES, dict(order=Order.REVERSED)]:
         with case.gpu(**schedule):
@@ -293,10 +367,11 @@ def test_unaligned_rows_are_refused():
     assert not device.launches
 
 
+@FORMS
 @pytest.mark.parametrize("splits, tokens", [(1, 16), (2, 128)])
-def test_frozen_inputs(splits, tokens):
-    with gpu() as device:
-        inputs = make_inputs(1, 3, tokens, 16, dtype=torch.bfloat16, extra=True)
+def test_frozen_inputs(splits, tokens, form):
+    with form.gpu(multiprocessors=1 if form is WHOLE else 12 * (splits - 1)) as device:
+        inputs = form.inputs(1, tokens, torch.bfloat16, extra=True)
         check_frozen(attend, inputs, {0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}, normalize=True)
     assert any("combine" in each.kernel for each in device.launches) == (splits > 1)
 
@@ -339,10 +414,11 @@ def _constant(results):
     return lambda *tensors, **_: Function.apply(*tensors)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tokens_of_any_mean_scale_and_spread(dtype):
-    with gpu():
-        query, x, extra_token, grad = make_inputs(8, 3, 50, 64, dtype=dtype, extra=True)
+def test_tokens_of_any_mean_scale_and_spread(dtype, form):
+    with form.gpu():
+        query, x, extra_token, grad = form.inputs(8, 50, dtype, extra=True)
         x = x.detach()
         for i, (mean, scale) in enumerate([(1000, 1), (0, 100), (0, 0.01), (-300, 30), (0, 1), (0, 1), (0, 8000)]):
             x[i] = x[i] * scale + mean
@@ -354,20 +430,22 @@ def test_tokens_of_any_mean_scale_and_spread(dtype):
         check_each_image((query, x.requires_grad_(), extra_token, grad), normalize=True)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_of_infinite_variance_counts_as_none(dtype):
-    with gpu():
-        query, x, extra_token, grad = make_inputs(1, 3, 20, 64, dtype=dtype)
+def test_a_token_of_infinite_variance_counts_as_none(dtype, form):
+    with form.gpu():
+        query, x, extra_token, grad = form.inputs(1, 20, dtype)
         x = x.detach()
         x[0, 4, 5] = 1e20
         results = with_gradients(attend, (query, x.requires_grad_(), extra_token, grad), normalize=True)
     assert all(result.isfinite().all() for result in results)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_all_tokens_share_does_not_reach_the_gradient_of_the_query(dtype):
-    with gpu():
-        query, tokens, extra_token, grad = make_inputs(2, 3, 100, 64, dtype=dtype, extra=True)
+def test_what_all_tokens_share_does_not_reach_the_gradient_of_the_query(dtype, form):
+    with form.gpu():
+        query, tokens, extra_token, grad = form.inputs(2, 100, dtype, extra=True)
         moved = ((t.detach() + 30).requires_grad_() for t in (tokens, extra_token))
         check_parity(attend, (query, *moved, grad))
 
@@ -377,12 +455,14 @@ def test_long_sums_keep_their_precision():
         check_parity(attend, make_inputs(1, 2, 2048, 16, dtype=torch.float32), normalize=True)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", [False, True])
-def test_nan_and_inf_propagate_as_in_the_reference(normalize, dtype):
+def test_nan_and_inf_propagate_as_in_the_reference(normalize, dtype, form):
     values, places = (torch.nan, torch.inf, -torch.inf), ("query", "tokens", "extra_token")
-    with gpu():
-        query, x, extra_token, _ = (t.detach() for t in make_inputs(9, 2, 20, 16, dtype=dtype, extra=True))
+    with form.gpu():
+        inputs = form.inputs(9, 20, dtype, extra=True)
+        query, x, extra_token, _ = (t.detach() for t in inputs)
         for i, (value, place) in enumerate(itertools.product(values, places)):
             {"query": query[i, 0], "tokens": x[i, 7], "extra_token": extra_token[i]}[place][3] = value
         got = attend(query, x, extra_token, normalize=normalize)
@@ -447,7 +527,7 @@ def test_elements_beyond_the_range_of_32_bits():
             assert torch.equal(attend(query, x), attend(query, values[:, :n].contiguous()))
 
 
-@pytest.mark.parametrize("case", [HALF[1], HALF[4], HALF[13]], ids=str)
+@pytest.mark.parametrize("case", [HALF[1], HALF[4], HALF[13], HALF[-2]], ids=str)
 def test_kernels_for_compute_capability_80(case):
     with case.gpu(capability=80, order=4):
         check_parity(attend, case.inputs(torch.bfloat16), normalize=case.normalize)

@@ -81,9 +81,9 @@ def small_calls(dtype: torch.dtype) -> Iterator[SmallCall]:
         ("split over the tokens", 2, 6, 197, 96, True, True, 0),
         ("no split", 300, 3, 20, 16, False, False, 0),
         ("many queries", 1, 24, 18, 512, True, True, 0),
-        ("blocks of queries", 1, 40, 18, 264, True, True, 0),
+        ("blocks of queries", 1, 40, 18, 272, True, True, 0),
         ("unaligned rows", 2, 3, 50, 24, True, False, 4),
-        ("many channels", 2, 20, 50, 1096, True, True, 0),
+        ("many channels", 2, 20, 50, 1104, True, True, 0),
     ):
         generator = torch.Generator().manual_seed(0)
 

@@ -5,9 +5,6 @@
 
 namespace tokenfusion {
 
-// The largest C for Q queries, in a dtype of this many bytes; 0 where there is none.
-int64_t single_query_attention_cuda_max_channels(int64_t queries, int64_t itemsize, int64_t device);
-
 // The largest d for N tokens, in a dtype of this many bytes; 0 where there is none.
 int64_t dynamic_mixing_cuda_max_reduced(int64_t tokens, int64_t itemsize, int64_t device);
 

@@ -1,7 +1,5 @@
 """single_query_attention: argument checks, registration, autograd and the public function."""
 
-import functools
-
 import torch
 from torch._guards import detect_fake_mode
 
@@ -21,8 +19,6 @@ from tokenfusion.kernels.single_query_attention.shapes import empty_gradients, s
 from tokenfusion.kernels.single_query_attention.workloads import WORKLOADS
 
 _MAX_CHANNELS = 4096
-_MAX_CUDA_CHANNELS = 1536
-MAX_CUDA_QUERIES = 32
 _ITEMS_PER_THREAD = 4  # below which csrc/cpu/single_query_attention.cpp cuts images into parts
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -88,13 +84,13 @@ def _run_reference(query, tokens, extra_token, lengths, offsets, normalize, eps)
     return reference.single_query_attention(query, tokens, extra_token, lengths=lengths, normalize=normalize, eps=eps)
 
 
-def _why_not_kernel(query, tokens, dtypes, max_channels=_MAX_CHANNELS) -> str | None:
+def _why_not_kernel(query, tokens, dtypes) -> str | None:
     """What the kernels of every backend ask of a call."""
     channels = tokens.shape[2]
     if tokens.dtype not in dtypes:
         return f"dtype {tokens.dtype} is not supported"
-    if channels % 8 or channels > max_channels:
-        return f"C = {channels} is not a multiple of 8 up to {max_channels}"
+    if channels % 8 or channels > _MAX_CHANNELS:
+        return f"C = {channels} is not a multiple of 8 up to {_MAX_CHANNELS}"
     if tokens.stride(2) != 1:
         return "the innermost dimension of tokens is not contiguous"
     return None
@@ -134,37 +130,17 @@ def _why_not_aligned(tokens) -> str | None:
     return None
 
 
-@functools.cache
-def _query_cuda_max_channels(queries: int, itemsize: int, device: int) -> int:
-    from tokenfusion import _C
-
-    return _C.single_query_attention_cuda_max_channels(queries, itemsize, device)
-
-
-@torch.compiler.assume_constant_result
-def _cuda_max_channels(queries: int, itemsize: int, device: int) -> int:
-    """As many as the kernels' registers and the GPU's shared memory suffice for."""
-    return _query_cuda_max_channels(queries, itemsize, device)
-
-
-def _why_not_cuda_kernel(query, tokens) -> str | None:
-    channels = tokens.shape[2]
-    if channels % 16:
-        return f"C = {channels} is not a multiple of 16"
-    if query.shape[1] > MAX_CUDA_QUERIES:
-        return f"Q = {query.shape[1]} is more than {MAX_CUDA_QUERIES}"
-    queries = next(limit for limit in (8, 16, MAX_CUDA_QUERIES) if query.shape[1] <= limit)
-    most = _cuda_max_channels(queries, tokens.element_size(), tokens.device.index)
-    if channels > most:
-        return f"C = {channels} is more than the {most} that this GPU can take with Q = {query.shape[1]}"
+def _why_not_cuda_kernel(tokens) -> str | None:
+    if tokens.shape[2] % 16:
+        return f"C = {tokens.shape[2]} is not a multiple of 16"
     return _why_not_aligned(tokens)
 
 
 def _cuda_can_run(query, tokens, extra_token, lengths=None, offsets=None) -> str | None:
     return (
         extension.why_not_cuda_tensor(tokens)
-        or _why_not_kernel(query, tokens, _GPU_DTYPES, _MAX_CUDA_CHANNELS)
-        or _why_not_cuda_kernel(query, tokens)
+        or _why_not_kernel(query, tokens, _GPU_DTYPES)
+        or _why_not_cuda_kernel(tokens)
     )
 
 
