@@ -102,8 +102,8 @@ OF_16_BITS = [
     Case(16, 400, 1, kilobytes=99, lines=1),
     Case(16, 24, 1, 16, kilobytes=99, lines=1),  # the generator does not fit, either
     Case(32, 24, 1, 8, kilobytes=99, lines=1),
-    Case(16, 400, 1, 16, kilobytes=99, lines=1),
     Case(16, 80, 1, 8),
+    Case(16, 400, 1, 16, kilobytes=99, lines=1),
     Case(16, 400, 1, 8, lines=1),
     Case(17, 8, 1, 16, kilobytes=99, lines=1),
     Case(17, 184, 1, 16, kilobytes=99, lines=1),
