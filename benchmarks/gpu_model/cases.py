@@ -229,7 +229,8 @@ SMALL_CASES = (
         _single_query_attention(backend, direction, dtype, 192, 6, N=97)
         for dtype, direction, backend in product(_DTYPES, _PASSES, _BACKENDS)
     ),
-    *(_single_query_attention("cuda", direction, "bfloat16", 2560, 40, B=4, N=50) for direction in _PASSES),
+    # Backward alone: forward, what strips cost depends on scores of blocks that do not run.
+    _single_query_attention("cuda", "backward", "bfloat16", 2560, 40, B=4, N=50),
     *(
         _dynamic_mixing(backend, direction, "bfloat16", **_STAGES[1], B=4)
         for direction, backend in product(_PASSES, _BACKENDS)

@@ -76,7 +76,7 @@ class ProbeGrid(OwnLayer, nn.Module):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(tokens)
-        if tokens.is_nested or not self.fuses(tokens):
+        if not self.fuses(tokens) or tokens.is_nested:
             return self.plain_forward(tokens)
         found = attend_together([_attention(probe) for probe in self.probes], tokens)
         return [_rest(probe, out) for probe, out in zip(self.probes, found, strict=True)]

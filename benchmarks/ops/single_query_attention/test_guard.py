@@ -23,7 +23,7 @@ CASES = {
 
 
 class Unguarded(layers.CrossAttentionBlock):
-    def fuses(self, *kept: torch.Tensor) -> bool:
+    def fuses(self, *tensors: torch.Tensor | None, kept: bool = False) -> bool:
         return True
 
 
