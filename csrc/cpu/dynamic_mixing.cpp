@@ -54,7 +54,9 @@ struct Call {
 
   Call(const Tensor& x, const Tensor& compressed, const Tensor& weight, const Tensor& bias_, int64_t segments,
        int64_t dim, std::string_view form)
-      : p{}, kernels(kernels_of(x, by_tiles(x, form))), accumulation(x.options().dtype(accumulation_dtype(x))) {
+      : p{},
+        kernels(kernels_of(x, p.tiles = by_tiles(x, form))),
+        accumulation(x.options().dtype(accumulation_dtype(x))) {
     dynamic_mixing::check_operands(x, compressed, weight, bias_, segments, dim);
     TORCH_CHECK_VALUE(form.empty() || form == "tall" || form == "vectors", "form: got '", form,
                       "', expected '', 'tall' or 'vectors'");
@@ -62,7 +64,6 @@ struct Call {
     const auto dtype = accumulation_dtype(x);
     outputs = at::divup(weight.size(0), panel) * panel;
     inputs = at::divup(depth, panel) * panel;
-    p.tiles = by_tiles(x, form);
     p.pairs = p.tiles || (x.scalar_type() == at::kBFloat16 && TOKENFUSION_KERNELS(dynamic_mixing).multiplies_pairs());
     const int64_t step = p.pairs ? 2 : 1, steps = at::divup(p.tiles ? inputs : depth, step);
     const Tensor rows = padded(weight, outputs, steps * step, p.pairs ? at::kBFloat16 : dtype);
