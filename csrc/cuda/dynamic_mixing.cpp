@@ -18,7 +18,7 @@
 #include "common/products.h"
 #include "common/tensors.h"
 #include "dynamic_mixing_backward.h"
-#include "dynamic_mixing_launch.h"
+#include "dynamic_mixing_forward.h"
 
 namespace tokenfusion {
 namespace {

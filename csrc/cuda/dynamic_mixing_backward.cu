@@ -1,3 +1,4 @@
+#include "common/limits_of_device.h"
 #include "dynamic_mixing_backward.cuh"
 
 namespace tokenfusion {
@@ -31,19 +32,16 @@ int64_t dynamic_mixing_backward_shared_bytes(int tokens, int reduced, int itemsi
 
 cudaError_t run_dynamic_mixing_backward(const DynamicMixingBackward& p, Dtype dtype, cudaStream_t stream) {
   using namespace dynamic_mixing;
-  int device, most_bytes, multiprocessors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  LimitsOfDevice limits;
+  const cudaError_t error = limits.read();
   if (error != cudaSuccess) return error;
   const int itemsize = dtype == Dtype::kFloat32 ? 4 : 2;
-  const BackwardPlan plan = make_backward_plan(p, itemsize, most_bytes, multiprocessors);
+  const BackwardPlan plan = make_backward_plan(p, itemsize, limits.shared_bytes, limits.multiprocessors);
   return with_variant(dtype, p.tokens, plan.resident, [&](auto variant) {
     typedef decltype(variant) V;
     const auto function = backward_kernel<typename V::T, V::kTiles, V::kResident>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);  // of any call
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   limits.shared_bytes);  // of any call
     if (error != cudaSuccess) return error;
     function<<<plan.blocks, 32 * plan.warps, plan.shared_bytes, stream>>>(p, plan);
     return cudaGetLastError();

@@ -1,5 +1,6 @@
+#include "common/limits_of_device.h"
 #include "dynamic_mixing_forward.cuh"
-#include "dynamic_mixing_launch.h"
+#include "dynamic_mixing_forward.h"
 
 namespace tokenfusion {
 namespace dynamic_mixing {
@@ -13,15 +14,13 @@ __global__ void __launch_bounds__(ForwardShape(kSources).threads(), ForwardShape
 
 template <typename T, int kSources>
 cudaError_t launch_forward(const Params& p, cudaStream_t stream) {
-  int device, most_bytes, multiprocessors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  LimitsOfDevice limits;
+  cudaError_t error = limits.read();
   if (error != cudaSuccess) return error;
   const auto kernel = forward_kernel<T, kSources>;
-  const ForwardPlan plan = make_forward_plan(p, sizeof(T), most_bytes, multiprocessors);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);  // of any call
+  const ForwardPlan plan = make_forward_plan(p, sizeof(T), limits.shared_bytes, limits.multiprocessors);
+  error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);  // of any call
   if (error != cudaSuccess) return error;
   kernel<<<plan.blocks, ForwardShape(kSources).threads(), plan.shared_bytes, stream>>>(p, plan);
   return cudaGetLastError();

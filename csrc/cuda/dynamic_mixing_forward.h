@@ -1,4 +1,4 @@
-// Launches of dynamic_mixing's kernels on the current device.
+// What the host side and the forward kernel of dynamic_mixing share. No torch headers here.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,6 +1,7 @@
 // How the files that instantiate single_query_attention's kernels launch them.
 #pragma once
 
+#include "common/limits_of_device.h"
 #include "single_query_attention_launch.h"
 #include "single_query_attention_plan.h"
 
@@ -12,14 +13,13 @@ constexpr int kCombineThreads = 128;
 // `full` takes plans whose warps all have as many channels as they can, `any` takes every plan.
 template <typename V, bool kBackward, typename Function>
 cudaError_t launch_one(Function full, Function any, const Params& p, cudaStream_t stream) {
-  int device, most_bytes;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  LimitsOfDevice limits;
+  cudaError_t error = limits.read();
   if (error != cudaSuccess) return error;
-  const Plan plan = make_plan<V, kBackward>(p, most_bytes);
+  const Plan plan = make_plan<V, kBackward>(p, limits.shared_bytes);
   const Function kernel = p.channels == kUnit * V::max_units * plan.warps ? full : any;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);  // of any call
+  error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);  // of any call
   if (error != cudaSuccess) return error;
   kernel<<<p.batch * p.splits * p.strips * p.slices, plan.threads(), plan.shared_bytes, stream>>>(p, plan);
   return cudaGetLastError();
