@@ -210,8 +210,7 @@ std::vector<Tensor> UpconvTiles::fine_matrices(const Tensor& map, const UpconvBl
 }
 
 Tensor UpconvTiles::empty_pixels() const {
-  return at::empty(x_.sizes(), x_.options(),
-                   planes_ && !x_channels_last_ ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
+  return empty_map(x_.sizes(), x_, !planes_ || x_channels_last_);
 }
 
 void UpconvTiles::set_pixels(const Tensor& pixels, const UpconvBlock& block, const Tensor& a, const Tensor& b) const {
