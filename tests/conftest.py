@@ -105,6 +105,7 @@ def small_calls_are_fused(monkeypatch):
     """As large ones are, so that tests with small tensors reach the operators."""
     for layer in ("conv_transpose", "multihead_attention"):
         monkeypatch.setattr(f"tokenfusion.layers.{layer}._LEAST_WORTHWHILE", 0)
+    monkeypatch.setattr("tokenfusion.kernels.attention._FEWEST_SCORES", 0)
 
 
 @pytest.fixture

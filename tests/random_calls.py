@@ -8,6 +8,7 @@ import torch
 
 from tokenfusion import kernels
 from tokenfusion.kernels import gated_sum
+from tokenfusion.kernels.attention import attention
 from tokenfusion.kernels.linear import linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -177,6 +178,13 @@ def _linear(pick):
     return Call(run, ((rows, channels), (features, channels), bias), differentiable=False)
 
 
+def _attention(pick):
+    batch, heads, channels = pick.choice((1, 2)), pick.choice((1, 3)), pick.choice((5, 16, 32, 64))
+    queries, tokens = pick.choice((1, 17, 40)), pick.choice((1, 16, 50, 130))
+    shapes = [(batch, heads, count, channels) for count in (queries, tokens, tokens)]
+    return Call(attention, tuple(shapes), differentiable=False)
+
+
 def _gated(pick):
     count, batch, tokens = pick.choice((1, 2, 3)), pick.choice((1, 2)), pick.choice((1, 5, 40))
     inputs, outputs = pick.choice((3, 16, 48)), pick.choice((5, 16, 64))
@@ -213,6 +221,7 @@ _OPERATORS = {
     "upconv_concat_project": _upconv_concat_project,
     "upconv_add": _upconv_add,
     "linear": _linear,
+    "attention": _attention,
     "gated_sum": _gated_sum,
     "gated_sum, out": _gated_sum_out,
 }

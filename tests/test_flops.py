@@ -115,6 +115,13 @@ def test_a_linear_layer_in_inference():
         assert flops(linear, x, weight, bias, "gelu") == product(200, 40, 56)
 
 
+@pytest.mark.skipif(not extension.amx_allowed(), reason="no AMX here")
+def test_attention_in_inference():
+    q, k = torch.randn(2, 3, 50, 32).bfloat16(), torch.randn(2, 3, 70, 32).bfloat16()
+    with torch.no_grad():
+        assert flops(torch.ops.tokenfusion.attention_cpu, q, k, k, 0.1) == 2 * product(2, 3, 50, 70, 32)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_counts_as_with_the_reference(name):
     module, inputs = layer(name)

@@ -1,7 +1,7 @@
 // A thread's buffers, and the lines of tokens that it reads and writes. For dynamic_mixing_kernels.cpp alone.
 #pragma once
 
-#include "common/vec.h"
+#include "common/memory.h"
 #include "dynamic_mixing.h"
 
 namespace tokenfusion {
@@ -15,18 +15,6 @@ constexpr int kVectors = 2;  // of a panel, whose columns a product computes tog
 
 template <typename A>
 constexpr int64_t kPanel = kVectors * VecOf<A>::lanes;
-
-// Takes pieces of a thread's memory, which lie at whole lines of the cache.
-struct Memory {
-  char* next;
-
-  template <typename E>
-  E* take(int64_t count) {
-    E* const taken = reinterpret_cast<E*>(next);
-    next += round_up(count * int64_t(sizeof(E)), 64);
-    return taken;
-  }
-};
 
 // What every way of multiplying works on. A vector that begins inside a row may end beyond it: rows are wider than what
 // they hold.

@@ -2,6 +2,7 @@
 // alone.
 #pragma once
 
+#include "common/start.h"
 #include "dynamic_mixing_lines.h"
 
 #if TF_VECTOR_BYTES == 64
@@ -15,8 +16,6 @@ namespace {
 
 constexpr int kRows = TF_VECTOR_BYTES == 64 ? 8 : 4;  // of a block of a product, whose sums are in registers
 constexpr int64_t kDepth = 64;                        // a longer sum would lose precision
-
-enum class Start { kZero, kBias, kSum };
 
 // c[r][j] = start + sum_k a[r * a_row + k * a_depth] b[k][j], for whole vectors of columns j.
 template <typename A>

@@ -209,9 +209,7 @@ std::vector<Tensor> UpconvTiles::fine_matrices(const Tensor& map, const UpconvBl
   return matrices;
 }
 
-Tensor UpconvTiles::empty_pixels() const {
-  return empty_map(x_.sizes(), x_, !planes_ || x_channels_last_);
-}
+Tensor UpconvTiles::empty_pixels() const { return empty_map(x_.sizes(), x_, !planes_ || x_channels_last_); }
 
 void UpconvTiles::set_pixels(const Tensor& pixels, const UpconvBlock& block, const Tensor& a, const Tensor& b) const {
   const int64_t image = block.first_row / height_, channels = x_.size(1);

@@ -10,8 +10,10 @@ import tokenfusion
 from tests.crossvit import fused_copy, randomize, small_crossvit
 from tests.parity import assert_parity, assert_runs
 from tokenfusion import layers
+from tokenfusion.kernels import extension
 
 FORWARD, BACKWARD = "single_query_attention_cpu", "single_query_attention_backward_cpu"
+OF_BLOCKS = ("attention_cpu",) if extension.amx_allowed() else ()  # in inference in bfloat16
 
 
 def block_of(kind, channels=48, heads=6, **options):
@@ -125,9 +127,19 @@ def test_autocast():
         exact = copy.deepcopy(plain).double()(images.double())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             unfused = plain(images)
-            with assert_runs(FORWARD):
+            with assert_runs(FORWARD, *OF_BLOCKS):
                 actual = fused(images)
     assert_parity(actual, unfused, exact)
+
+
+def test_bfloat16():
+    plain = randomize(small_crossvit()).eval().bfloat16()
+    fused, images = fused_copy(plain), torch.randn(2, 3, 48, 48, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double()(images.double())
+        with assert_runs(FORWARD, *OF_BLOCKS):
+            actual = fused(images)
+        assert_parity(actual, plain(images), exact)
 
 
 @pytest.mark.parametrize("training", [False, True])

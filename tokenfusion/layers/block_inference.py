@@ -9,9 +9,9 @@ import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from timm.models.vision_transformer import Attention, Block, LayerScale
 from torch import nn
-from torch.nn import functional as F
 
 from tokenfusion.kernels import dispatch
+from tokenfusion.kernels.attention import attention
 from tokenfusion.kernels.linear import linear
 from tokenfusion.layers.drop_in import remember_forwards, why_not_part
 from tokenfusion.layers.functions import why_not_functions
@@ -62,7 +62,7 @@ def _run_attention(attn: Attention, x: torch.Tensor) -> torch.Tensor:
     qkv = _run_linear(attn.qkv, x).unflatten(-1, (3, attn.num_heads, -1))  # [B, N, 3, heads, d]
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+    x = attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
     return attn.proj_drop(_run_linear(attn.proj, attn.norm(x)))
 
 

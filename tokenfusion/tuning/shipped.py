@@ -57,4 +57,10 @@ def _of_one_image(dtype: str) -> Iterator[Workload]:
         yield Workload("upconv_concat_project", (dtype, "inference", *words), (1, inputs, 4, 3, pixels, 1))
 
 
-WORKLOADS = tuple(itertools.chain.from_iterable(zip(*map(_of, _DTYPES), strict=True)))  # in a short time of both
+_ATTENTION = (
+    Workload("attention", ("bfloat16", "inference"), (6 * images, tokens, tokens, channels))
+    for images in (1, 8)
+    for tokens, channels in ((401, 32), (197, 64))
+)
+_OF_BOTH_DTYPES = itertools.chain.from_iterable(zip(*map(_of, _DTYPES), strict=True))  # in a short time of both
+WORKLOADS = (*_OF_BOTH_DTYPES, *_ATTENTION)
