@@ -106,6 +106,7 @@ def small_calls_are_fused(monkeypatch):
     for layer in ("conv_transpose", "multihead_attention"):
         monkeypatch.setattr(f"tokenfusion.layers.{layer}._LEAST_WORTHWHILE", 0)
     monkeypatch.setattr("tokenfusion.kernels.attention._FEWEST_SCORES", 0)
+    monkeypatch.setattr("tokenfusion.kernels.mlp._LEAST_ROWS", 1)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 #include "attention.h"
 #include "common/amx_product.h"
+#include "common/bf16_functions.h"
 #include "common/memory.h"
 
 namespace tokenfusion {
@@ -12,30 +13,14 @@ typedef AttentionParams Params;
 
 constexpr int64_t kQueries = 2 * kAmxRows;
 
-// A whole number of lines of the cache that is odd, so that rows do not all fall on the same few places of it.
-template <typename E>
-constexpr int64_t pitch_of(int64_t count) {
-  return ((count * int64_t(sizeof(E)) + 63) / 64 | 1) * 64 / int64_t(sizeof(E));
-}
-
-// 2^x, within 8e-5 of it, which rounding to bfloat16 exceeds 25 times.
-TF_INLINE Vec<float> exp2_for_bf16(Vec<float> x) {
-  const Vec<float> r = (Vec<float>)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 0), n = x - r;  // to nearest, -0.5 to 0.5
-  Vec<float> p = broadcast(5.5171669e-2f);
-  p = p * r + 2.4261115e-1f;
-  p = p * r + 6.9326097e-1f;
-  p = p * r + 9.9992806e-1f;
-  return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
-}
-
 class Attention {
  public:
   Attention(const Params& params, void* first) : p(params), memory{static_cast<char*>(first)} {
     keys = memory.take<char>(tokens / kAmxWords * steps * kAmxBytes);
-    values = memory.take<char>(tokens / kStep * channel_tiles * kAmxBytes);
-    queries = memory.take<bf16>(kQueries * depth);
+    values = memory.take<char>(token_steps * channel_tiles * kAmxBytes);
+    queries = memory.take<char>(kQueries / kAmxRows * steps * kAmxBytes);
     scores = memory.take<float>(kQueries * scores_pitch);
-    weights = memory.take<bf16>(kQueries * weights_pitch);
+    weights = memory.take<char>(kQueries / kAmxRows * token_steps * kAmxBytes);
     sums = memory.take<float>(kQueries * sums_pitch);
   }
   char* end() const { return memory.next; }
@@ -69,11 +54,11 @@ class Attention {
   // Of the queries from `first` on.
   void attend(int64_t head, int64_t first, int64_t count) const {
     for (int64_t q = 0; q < count; ++q)
-      for (int64_t c = 0; c < depth; c += kStep)
-        store_words(queries + q * depth + c, load_step(row(p.q, head, first + q) + c, p.channels - c));
-    const int64_t row_bytes = depth * sizeof(bf16), weights_bytes = weights_pitch * sizeof(bf16);
+      for (int64_t i = 0; i < steps; ++i)
+        store_words(row_of_tiles(queries, steps, q) + i * kAmxBytes,
+                    load_step(row(p.q, head, first + q) + i * kStep, p.channels - i * kStep));
     TileProduct{steps,
-                {queries, row_bytes, 64, kAmxRows * row_bytes},
+                {queries, 64, kAmxBytes, steps * kAmxBytes},
                 {keys, 64, kAmxBytes, steps * kAmxBytes},
                 scores,
                 scores_pitch}
@@ -84,10 +69,10 @@ class Attention {
       prefetch(p.q, head + 1, first + q);
       prefetch(p.k, head + 1, first + q);
       prefetch(p.v, head + 1, first + q);
-      scale[q] = 1 / exponentials(scores + q * scores_pitch, maximum[q], weights + q * weights_pitch);
+      scale[q] = 1 / exponentials(scores + q * scores_pitch, maximum[q], row_of_tiles(weights, token_steps, q));
     }
-    TileProduct{tokens / kStep,
-                {weights, weights_bytes, 64, kAmxRows * weights_bytes},
+    TileProduct{token_steps,
+                {weights, 64, kAmxBytes, token_steps * kAmxBytes},
                 {values, 64, channel_tiles * kAmxBytes, kAmxBytes},
                 sums,
                 sums_pitch}
@@ -101,17 +86,15 @@ class Attention {
  private:
   const Params& p;
   Memory memory;
-  const int64_t depth = round_up(p.channels, kStep), steps = depth / kStep;
-  const int64_t channel_tiles = (p.channels + kAmxWords - 1) / kAmxWords;
-  const int64_t tokens = round_up(p.tokens, kStep);
-  const int64_t scores_pitch = pitch_of<float>(tokens), weights_pitch = pitch_of<bf16>(tokens),
-                sums_pitch = pitch_of<float>(channel_tiles * kAmxWords);
+  const int64_t steps = round_up(p.channels, kStep) / kStep, token_steps = round_up(p.tokens, kStep) / kStep;
+  const int64_t channel_tiles = (p.channels + kAmxWords - 1) / kAmxWords, tokens = token_steps * kStep;
+  const int64_t scores_pitch = pitch_of<float>(tokens), sums_pitch = pitch_of<float>(channel_tiles * kAmxWords);
   const float factor = p.scale * 1.44269504088896341f;  // of scores as exponents of 2
-  char* keys;                                           // [tokens / 16, depth / 32] tiles, columns are tokens
+  char* keys;                                           // [tokens / 16, channels / 32] tiles, columns are tokens
   char* values;                                         // [tokens / 32, channels / 16] tiles
-  bf16* queries;                                        // [32, depth]
+  char* queries;                                        // [2, channels / 32] tiles
   float* scores;                                        // [32, tokens]
-  bf16* weights;                                        // [32, tokens], before they are divided by their sum
+  char* weights;                                        // [2, tokens / 32] tiles, before they are divided by their sum
   float* sums;                                          // [32, channels]
 
   bf16* row(const AttentionView& view, int64_t head, int64_t token) const {
@@ -136,13 +119,13 @@ class Attention {
     return max_lane<float>(max<float>(first, second));
   }
 
-  // out = exp(p.scale (row - maximum)), whose sum is returned.
-  TF_INLINE float exponentials(const float* row, float maximum, bf16* out) const {
+  // out, a row of tiles, = exp(p.scale (row - maximum)), whose sum is returned.
+  TF_INLINE float exponentials(const float* row, float maximum, char* out) const {
     Vec<float> first_sum{}, second_sum{};
     for (int64_t t = 0; t < tokens; t += kStep) {
       const Vec<float> first = exp2_for_bf16((load(row + t) - maximum) * factor),
                        second = exp2_for_bf16((load(row + t + kAmxWords) - maximum) * factor);
-      store_pair(out + t, first, second);
+      store_pair(reinterpret_cast<bf16*>(out + t / kStep * kAmxBytes), first, second);
       first_sum += first;
       second_sum += second;
     }

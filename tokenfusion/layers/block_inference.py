@@ -13,6 +13,7 @@ from torch import nn
 from tokenfusion.kernels import dispatch
 from tokenfusion.kernels.attention import attention
 from tokenfusion.kernels.linear import linear
+from tokenfusion.kernels.mlp import mlp
 from tokenfusion.layers.drop_in import remember_forwards, why_not_part
 from tokenfusion.layers.functions import why_not_functions
 
@@ -66,14 +67,17 @@ def _run_attention(attn: Attention, x: torch.Tensor) -> torch.Tensor:
     return attn.proj_drop(_run_linear(attn.proj, attn.norm(x)))
 
 
-def run_mlp(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
-    """mlp(x) for one whose parts are untouched, where no gradient is recorded: bias and GELU in one pass with the
-    product."""
-    if type(mlp.act) is nn.GELU and mlp.act.approximate == "none":
-        hidden = _run_linear(mlp.fc1, x, "gelu")
+def run_mlp(part: Mlp, x: torch.Tensor) -> torch.Tensor:
+    """part(x) for one whose parts are untouched, where no gradient is recorded: bias and GELU in one pass with the
+    product, or both layers in one."""
+    exact_gelu = type(part.act) is nn.GELU and part.act.approximate == "none"
+    if exact_gelu and _is_identity(part.norm) and not (part.training and part.drop1.p):
+        return part.drop2(mlp(x, part.fc1.weight, part.fc1.bias, part.fc2.weight, part.fc2.bias))
+    if exact_gelu:
+        hidden = _run_linear(part.fc1, x, "gelu")
     else:
-        hidden = mlp.act(_run_linear(mlp.fc1, x))
-    return mlp.drop2(_run_linear(mlp.fc2, mlp.norm(mlp.drop1(hidden))))
+        hidden = part.act(_run_linear(part.fc1, x))
+    return part.drop2(_run_linear(part.fc2, part.norm(part.drop1(hidden))))
 
 
 def _run_linear(layer: nn.Linear, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:

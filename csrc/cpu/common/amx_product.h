@@ -86,6 +86,12 @@ struct TileProduct {
   }
 };
 
+// Row number r of a left side that lies as tiles, [rows / 16, steps]: its steps are kAmxBytes apart. Tiles whose rows
+// lie one after the other are loaded up to twice as fast as those of a matrix.
+TF_INLINE char* row_of_tiles(char* tiles, int64_t steps, int64_t r) {
+  return tiles + r / kAmxRows * steps * kAmxBytes + r % kAmxRows * 64;
+}
+
 // The first `count` numbers of a step; beyond them zeros, and nothing is read.
 TF_INLINE U32 load_step(const bf16* p, int64_t count) {
   return (U32)_mm512_maskz_loadu_epi16(count < kStep ? (1u << count) - 1 : ~0u, p);

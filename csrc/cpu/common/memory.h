@@ -19,6 +19,12 @@ struct Memory {
   }
 };
 
+// A whole number of lines of the cache that is odd, so that rows do not all fall on the same few places of it.
+template <typename E>
+constexpr int64_t pitch_of(int64_t count) {
+  return ((count * int64_t(sizeof(E)) + 63) / 64 | 1) * 64 / int64_t(sizeof(E));
+}
+
 }  // namespace
 }  // namespace TOKENFUSION_ISA_NAMESPACE
 }  // namespace tokenfusion
