@@ -16,7 +16,7 @@ class Active:
     def __init__(self, machine, index: np.ndarray | None):
         self.machine, self.index, self.at = machine, index, index
         if index is None:
-            self.at = slice(None)
+            self.at = slice(0, machine.size)
         elif len(index) and index[-1] - index[0] == len(index) - 1:
             self.at = slice(int(index[0]), int(index[-1]) + 1)
         self._warps = self._full = None

@@ -1,14 +1,16 @@
 """Runs a kernel on a grid."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from . import instructions  # noqa: F401
+from .active import WARP
 from .errors import Fault, PtxError
 from .formats import VALUES
-from .machine import Machine
+from .machine import Machine, Operation
 from .memory import Memory
 from .observe import Observer
 from .parse import Kernel
@@ -16,6 +18,7 @@ from .registry import bind, check
 from .schedule import Order, Scheduler
 
 _THREADS_A_BATCH = 4096
+_KERNELS_KEPT = 24  # bound to their machines
 
 
 def launch(
@@ -41,23 +44,17 @@ def launch(
     grid, block = _three(grid), _three(block)
     if kernel.reqntid and _three(kernel.reqntid) != block:
         raise PtxError(f"the kernel is for blocks of {kernel.reqntid} threads, not {block}", kernel.name)
-    for unknown, reason in check(kernel):
-        raise PtxError(reason, kernel.name, unknown.line, unknown.text)
+    machine, operations = _bound(kernel)
     chosen = list(blocks) if blocks is not None else _every(grid)
     parameters = _pack(kernel, arguments)
-    threads = block[0] * block[1] * block[2]
-    at_once = max(1, min(len(chosen), _THREADS_A_BATCH // threads))
-    machine = None
+    at_once = max(1, _THREADS_A_BATCH // (-(-block[0] * block[1] * block[2] // WARP) * WARP))
+    machine.begin(block, grid, memory, shared, parameters)
+    machine.late, machine.approximate, machine.observers = late, approximate, tuple(observers)
+    machine.seed = order if isinstance(order, int) else order.value
+    machine.first_lane_stays = order is Order.REVERSED
     with np.errstate(all="ignore"):
         for start in range(0, len(chosen), at_once):
-            batch = np.array(chosen[start : start + at_once], np.uint32)
-            if machine is None or machine.blocks != len(batch):
-                machine = Machine(kernel, len(batch), block, grid, memory, shared, parameters)
-                machine.late, machine.approximate, machine.observers = late, approximate, tuple(observers)
-                machine.seed = order if isinstance(order, int) else order.value
-                machine.first_lane_stays = order is Order.REVERSED
-                operations = _bind(kernel, machine)
-            machine.place(batch)
+            machine.place(np.array(chosen[start : start + at_once], np.uint32))
             _run(kernel, machine, operations, order)
 
 
@@ -88,7 +85,12 @@ def _pack(kernel: Kernel, arguments: Sequence) -> np.ndarray:
     return packed
 
 
-def _bind(kernel: Kernel, machine: Machine) -> list:
+@functools.lru_cache(maxsize=_KERNELS_KEPT)
+def _bound(kernel: Kernel) -> tuple[Machine, list[Operation]]:
+    """A machine for all launches of the kernel, one after another, and the kernel's instructions bound to it."""
+    for unknown, reason in check(kernel):
+        raise PtxError(reason, kernel.name, unknown.line, unknown.text)
+    machine = Machine(kernel, _THREADS_A_BATCH)
     operations = []
     for each in kernel.instructions:
         try:
@@ -96,7 +98,7 @@ def _bind(kernel: Kernel, machine: Machine) -> list:
         except Fault as fault:
             raise PtxError(fault.message, kernel.name, each.line, each.text) from None
     machine.products.watch(operations)
-    return operations
+    return machine, operations
 
 
 def _run(kernel: Kernel, machine: Machine, operations: list, order) -> None:

@@ -15,7 +15,7 @@ from .parse import Instruction, Kernel
 from .poison import Poison
 from .products import Products
 from .registers import Registers
-from .shared import SharedMemory
+from .shared import SharedMemory, narrowest_access, uses_async_proxy
 
 # Where the windows of other state spaces begin in generic addresses; no pointer of a process is as large.
 SHARED_WINDOW, LOCAL_WINDOW, PARAMETER_WINDOW = 1 << 56, 1 << 57, 1 << 58
@@ -37,37 +37,46 @@ class Operation:
 
 
 class Machine(Registers):
-    """Runs blocks of one kernel; `place` says which."""
+    """Runs blocks of one kernel: `begin` says in which launch, `place` which of its blocks."""
 
-    def __init__(self, kernel: Kernel, blocks: int, threads, grid, memory: Memory, shared: int, parameters: np.ndarray):
-        super().__init__(kernel, blocks, threads, grid)
-        self.memory, self.parameters, self.dynamic_shared = memory, parameters, shared
+    def __init__(self, kernel: Kernel, room: int):
+        super().__init__(kernel, room)
         self.late, self.approximate, self.seed, self.observers = True, False, 0, ()
         self.first_lane_stays = False  # of lanes that store to one place; else the last
         self.poison = Poison(self)
-        self.carry = np.zeros(self.size, bool)
-        size = self._lay_out(shared)
-        self.shared = SharedMemory(self, size)
-        self.local = Window("local", self._lay_out_local(), self.threads)
+        self.carry = np.zeros(room, bool)
+        self._shared_bytes, self._local_bytes = self._lay_out(), self._lay_out_local()
+        self._narrowest, self._uses_async_proxy = narrowest_access(kernel), uses_async_proxy(kernel)
         self.products = Products(self)
-        self._begin()
 
-    def _begin(self) -> None:
-        """Nothing is under way."""
+    def begin(self, threads, grid, memory: Memory, shared: int, parameters: np.ndarray) -> None:
+        super().begin(threads, grid)
+        self.memory, self.parameters, self.dynamic_shared = memory, parameters, shared
+
+    def _resize(self, blocks: int) -> None:
+        super()._resize(blocks)
+        dynamic = self.dynamic_shared if any(each.bytes is None for each in self.kernel.shared) else 0
+        self.shared = SharedMemory(self, self._shared_bytes + dynamic, self._narrowest, self._uses_async_proxy)
+        self.local = Window("local", self._local_bytes, self.threads)
+
+    def _nothing_is_under_way(self) -> None:
         self.products.clear()
         self.copies = Copies(self)
         self.bulk, self.mbarriers = Bulk(self), Mbarriers(self)
         self.vain, self.passed = 0, True
 
-    def _lay_out(self, dynamic: int) -> int:
-        """Variables in shared memory get addresses, those of a size given by the launch the one behind all others."""
+    def _lay_out(self) -> int:
+        """Variables in shared memory get addresses, those of a size given by the launch the one behind all others.
+
+        Returns the bytes before these.
+        """
         end = 0
         for name, size, alignment in sorted(self.kernel.shared, key=lambda each: each.bytes is None):
             start = -(-end // alignment) * alignment
             self.symbols[name] = start
             end = start + size if size is not None else end
         if any(each.bytes is None for each in self.kernel.shared):
-            end = max(self.symbols[each.name] for each in self.kernel.shared if each.bytes is None) + dynamic
+            end = max(self.symbols[each.name] for each in self.kernel.shared if each.bytes is None)
         for parameter in self.kernel.parameters:
             self.symbols[parameter.name] = PARAMETER_WINDOW + parameter.offset
         return end
@@ -86,7 +95,8 @@ class Machine(Registers):
         self.poison.clear()
         self.shared.clear()
         self.local.clear()
-        self._begin()
+        self.carry[:] = False
+        self._nothing_is_under_way()
 
     # Memory ----------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """PTX text to kernels whose statements are taken apart once."""
 
+import functools
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -20,12 +21,16 @@ class Instruction:
     text: str
     line: int
 
-    @property
+    @functools.cached_property
     def types(self) -> tuple[str, ...]:
         return tuple(name for name in self.modifiers if name in TYPES)
 
     def has(self, *names: str) -> bool:
-        return any(name in self.modifiers for name in names)
+        return not self._words.isdisjoint(names)
+
+    @functools.cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(self.modifiers)
 
 
 class Parameter(NamedTuple):
@@ -43,7 +48,7 @@ class Variable(NamedTuple):
     alignment: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     name: str
     parameters: list[Parameter] = field(default_factory=list)

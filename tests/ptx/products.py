@@ -20,11 +20,11 @@ class Products:
     def __init__(self, machine):
         self.machine = machine
         self.used: dict[str, int] = {}
-        self.unfenced = np.zeros((0, machine.size), bool)
+        self.unfenced = np.zeros((0, machine.room), bool)
         self.clear()
 
     def clear(self) -> None:
-        self.committed = np.zeros(-(-self.machine.size // WARPGROUP), np.int64)
+        self.committed = np.zeros(self.machine.room // WARPGROUP, np.int64)
         self.flying: list[Product] = []
         self.unfenced[:] = True
 
@@ -47,7 +47,7 @@ class Products:
 
         Moves do not: compilers leave them behind a fence, and ptxas gives both names one register.
         """
-        self.unfenced = np.ones((len(self.used), self.machine.size), bool)
+        self.unfenced = np.ones((len(self.used), self.machine.room), bool)
         for operation in operations:
             numbers = [self.used[name] for name in operation.writes if name in self.used]
             if numbers and operation.instruction.opcode not in ("wgmma", "mov"):

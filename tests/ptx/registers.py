@@ -12,24 +12,32 @@ from .parse import Kernel
 
 
 class Registers:
-    """A batch of `blocks` blocks of the same kernel; block b's thread t is number b * threads_a_block + t."""
+    """A batch of blocks of the same kernel; block b's thread t is number b * threads_a_block + t.
 
-    def __init__(self, kernel: Kernel, blocks: int, threads: tuple[int, int, int], grid: tuple[int, int, int]):
-        self.kernel, self.blocks, self.grid, self.shape = kernel, blocks, grid, threads
-        self.launched = threads[0] * threads[1] * threads[2]
-        self.warps_a_block = -(-self.launched // WARP)
-        self.threads_a_block = self.warps_a_block * WARP
-        self.size = blocks * self.threads_a_block
-        self.threads = np.arange(self.size)
-        self.block_of = self.threads // self.threads_a_block
-        self.everyone = Active(self, None)
-        self.block_index = np.zeros((blocks, 3), np.uint32)
+    room: how many threads a batch may have. What is bound to the registers holds for a batch of any size.
+    """
+
+    def __init__(self, kernel: Kernel, room: int):
+        self.kernel, self.room = kernel, room
         self._registers: dict[str, np.ndarray] = {}
         self._special: dict[str, np.ndarray] = {}
         self._reads: list[str] = []
         self._writes: list[str] = []
         self.symbols: dict[str, int] = {}
-        self.dynamic_shared = 0
+
+    def begin(self, threads: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+        """A launch of blocks of so many threads begins; `place` says which of them run."""
+        self.grid, self.shape = grid, threads
+        self.launched = threads[0] * threads[1] * threads[2]
+        self.warps_a_block = -(-self.launched // WARP)
+        self.threads_a_block = self.warps_a_block * WARP
+        self.blocks = 0
+
+    def _resize(self, blocks: int) -> None:
+        self.blocks, self.size = blocks, blocks * self.threads_a_block
+        self.threads = np.arange(self.size)
+        self.block_of = self.threads // self.threads_a_block
+        self.everyone = Active(self, None)
 
     def register(self, name: str) -> np.ndarray:
         """The values of a register in all threads, as bits."""
@@ -38,7 +46,7 @@ class Registers:
             kind = self.kernel.register_type(name)
             if kind is None:
                 raise Fault(f"{name} is declared nowhere")
-            values = self._registers[name] = np.zeros(self.size, storage(kind))
+            values = self._registers[name] = np.zeros(self.room, storage(kind))
         return values
 
     def source(self, operand, kind: str) -> Callable[[Active], np.ndarray]:
@@ -46,13 +54,19 @@ class Registers:
         if isinstance(operand, Register):
             return self._register_source(operand, kind)
         if isinstance(operand, Special):
-            values, bits, dtype = self.special(operand.name), UNSIGNED[BITS[kind]], VALUES[kind]
-            if values.ndim == 0:
-                scalar = values.astype(bits).view(dtype)[()]
-                return lambda active: scalar
-            return lambda active: active.of(values).astype(bits).view(dtype)
+            return self._special_source(operand.name, UNSIGNED[BITS[kind]], VALUES[kind])
         value = self.constant(operand, kind)
         return lambda active: value
+
+    def _special_source(self, name: str, bits, dtype):
+        if name not in _SPECIAL:
+            raise Fault(f"{name} is not known")
+
+        def read(active):
+            values = self.special(name)
+            return (values if values.ndim == 0 else active.of(values)).astype(bits).view(dtype)[()]
+
+        return read
 
     def _register_source(self, operand: Register, kind: str):
         values = self.register(operand.name)
@@ -136,42 +150,9 @@ class Registers:
 
     def special(self, name: str) -> np.ndarray:
         """A special register as int64, in all threads, or a scalar where all have the same."""
-        found = self._special.get(name)
-        if found is None:
-            found = self._special[name] = self._make_special(name)
-        return found
-
-    def _make_special(self, name: str) -> np.ndarray:
-        base, _, axis = name.partition(".")
-        within = self.threads % self.threads_a_block
-        if axis in ("x", "y", "z"):
-            number = "xyz".index(axis)
-            if base == "%tid":
-                x, y, _ = self.shape
-                return (within % x, within // x % y, within // (x * y))[number]
-            if base in ("%ctaid", "%clusterid"):
-                return np.repeat(self.block_index[:, number], self.threads_a_block).astype(np.int64)
-            if base in ("%ntid", "%nctaid", "%nclusterid", "%cluster_nctaid", "%cluster_ctaid"):
-                sizes = {"%ntid": self.shape, "%cluster_nctaid": (1, 1, 1), "%cluster_ctaid": (0, 0, 0)}
-                return np.array(sizes.get(base, self.grid)[number])
-        lane = within % WARP
-        masks = {"eq": 1 << lane, "lt": (1 << lane) - 1, "le": (2 << lane) - 1}
-        values = {
-            "%laneid": lane,
-            "%warpid": within // WARP,
-            "%nwarpid": np.array(self.warps_a_block),
-            "%cluster_ctarank": np.array(0),
-            "%cluster_nctarank": np.array(1),
-            "%dynamic_smem_size": np.array(self.dynamic_shared),
-            "%lanemask_eq": masks["eq"],
-            "%lanemask_lt": masks["lt"],
-            "%lanemask_le": masks["le"],
-            "%lanemask_gt": 0xFFFFFFFF - masks["le"],
-            "%lanemask_ge": 0xFFFFFFFF - masks["lt"],
-        }
-        if name not in values:
-            raise Fault(f"{name} is not known")
-        return values[name]
+        if name not in self._special:
+            self._special[name] = _SPECIAL[name](self)
+        return self._special[name]
 
     def taken(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The registers that were asked for since the last call: read, written."""
@@ -182,10 +163,58 @@ class Registers:
 
     def place(self, blocks: np.ndarray) -> None:
         """The batch's blocks are these: [blocks, 3] indices in the grid. Registers begin as zeros."""
-        self.block_index[:] = blocks
-        for name, values in self._special.items():
-            base, _, axis = name.partition(".")
-            if base in ("%ctaid", "%clusterid"):
-                values[:] = np.repeat(blocks[:, "xyz".index(axis)], self.threads_a_block)
+        if len(blocks) != self.blocks:
+            self._resize(len(blocks))
+        self.block_index = blocks
+        self._special.clear()
         for values in self._registers.values():
-            values[...] = 0
+            values[: self.size] = 0
+
+
+def _lane(registers: Registers) -> np.ndarray:
+    return registers.threads % WARP
+
+
+def _along(axis: int) -> dict[str, Callable[[Registers], np.ndarray]]:
+    """The special registers for one axis of a block and of the grid."""
+
+    def thread(registers):
+        x, y, _ = registers.shape
+        within = registers.threads % registers.threads_a_block
+        return (within % x, within // x % y, within // (x * y))[axis]
+
+    def block(registers):
+        return np.repeat(registers.block_index[:, axis], registers.threads_a_block).astype(np.int64)
+
+    def blocks(registers):
+        return np.array(registers.grid[axis])
+
+    values = {
+        "%tid": thread,
+        "%ntid": lambda registers: np.array(registers.shape[axis]),
+        "%ctaid": block,
+        "%clusterid": block,
+        "%nctaid": blocks,
+        "%nclusterid": blocks,
+        "%cluster_nctaid": lambda _: np.array(1),
+        "%cluster_ctaid": lambda _: np.array(0),
+    }
+    return {f"{name}.{'xyz'[axis]}": value for name, value in values.items()}
+
+
+_SPECIAL: dict[str, Callable[[Registers], np.ndarray]] = {
+    **_along(0),
+    **_along(1),
+    **_along(2),
+    "%laneid": _lane,
+    "%warpid": lambda registers: registers.threads % registers.threads_a_block // WARP,
+    "%nwarpid": lambda registers: np.array(registers.warps_a_block),
+    "%cluster_ctarank": lambda _: np.array(0),
+    "%cluster_nctarank": lambda _: np.array(1),
+    "%dynamic_smem_size": lambda registers: np.array(registers.dynamic_shared),
+    "%lanemask_eq": lambda registers: 1 << _lane(registers),
+    "%lanemask_lt": lambda registers: (1 << _lane(registers)) - 1,
+    "%lanemask_le": lambda registers: (2 << _lane(registers)) - 1,
+    "%lanemask_gt": lambda registers: 0x100000000 - (2 << _lane(registers)),
+    "%lanemask_ge": lambda registers: 0x100000000 - (1 << _lane(registers)),
+}

@@ -18,14 +18,15 @@ _CHUNK = 16
 
 
 class SharedMemory:
-    def __init__(self, machine, size: int):
+    def __init__(self, machine, size: int, narrowest: int, uses_async_proxy: bool):
+        """narrowest: bytes of the narrowest access that the kernel makes."""
         self.machine, self.size = machine, size
         self.pitch = -(-max(size, 1) // _ROOM) * _ROOM
         self.data = np.empty(machine.blocks * self.pitch, np.uint8)
         self.state = np.empty(machine.blocks * self.pitch, np.uint8)
         self.base = machine.block_of * self.pitch
-        self.races = Races(machine, narrowest_access(machine.kernel), self.pitch)
-        self.mark = UNFENCED if uses_async_proxy(machine.kernel) else 0
+        self.races = Races(machine, narrowest, self.pitch)
+        self.mark = UNFENCED if uses_async_proxy else 0
         self.clear()
 
     def clear(self) -> None:

@@ -38,14 +38,14 @@ def _absolute(bound):
 
 def _unary(found, machine, function, error):
     read, write = machine.source(found.operands[1], "f32"), machine.destination(found.operands[0], "f32")
-    zeros, approximate = found.has("ftz"), machine.approximate
+    zeros = found.has("ftz")
 
     def run(active):
         operand = np.asarray(read(active))
         if zeros:
             operand = flush(operand)
         exact = function(operand.astype(np.float64))
-        if approximate:
+        if machine.approximate:
             exact = error(exact, operand)
         result = np.asarray(exact).astype(np.float32)
         write(active, flush(result) if zeros else result)
@@ -115,14 +115,14 @@ def _div(found, machine):
     """2 ulp: .full over the full range, .approx where the divisor is in [2^-126, 2^126]."""
     first, second = (machine.source(each, "f32") for each in found.operands[1:])
     write = machine.destination(found.operands[0], "f32")
-    zeros, approximate = found.has("ftz"), machine.approximate
+    zeros = found.has("ftz")
 
     def run(active):
         a, b = np.asarray(first(active)), np.asarray(second(active))
         if zeros:
             a, b = flush(a), flush(b)
         exact = a.astype(np.float64) / b
-        if approximate:
+        if machine.approximate:
             exact = _units(2)(exact, np.asarray(exact, np.float32))
         result = np.asarray(exact).astype(np.float32)
         write(active, flush(result) if zeros else result)

@@ -88,7 +88,7 @@ def _arrive(found, machine):
 
 @instruction("fence.proxy.async", "", "shared::cta shared::cluster global")
 def _fence_proxy(found, machine):
-    return machine.shared.fence
+    return lambda active: machine.shared.fence(active)
 
 
 @instruction("barrier.cluster.wait", "", "acquire aligned", kind="barrier")
