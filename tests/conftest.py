@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
 import tokenfusion
+from tests import garbage
 from tokenfusion import precision
 from tokenfusion.kernels import extension
 
@@ -53,6 +54,10 @@ def pytest_itemcollected(item):
 def pytest_collection_modifyitems(config, items):
     if _is_worker(config):  # long files first, so that no worker waits for the last one
         items.sort(key=lambda item: not any(map(item.get_closest_marker, SLOW)))
+
+
+def pytest_collection_finish():
+    garbage.look_among_what_comes()
 
 
 @pytest.fixture(autouse=True)

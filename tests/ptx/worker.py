@@ -55,6 +55,7 @@ def _start() -> None:
     importlib.import_module("tokenfusion")
     del os.environ["TRITON_INTERPRET"]
     importlib.import_module("torch").set_num_threads(1)
+    importlib.import_module("tests.garbage").look_among_what_comes()
 
 
 def _serve() -> None:
