@@ -18,7 +18,7 @@ from .registry import bind, check
 from .schedule import Order, Scheduler
 
 _THREADS_A_BATCH = 4096
-_KERNELS_KEPT = 24  # bound to their machines
+_KERNELS_KEPT = 16  # bound to their machines
 
 
 def launch(
@@ -52,10 +52,13 @@ def launch(
     machine.late, machine.approximate, machine.observers = late, approximate, tuple(observers)
     machine.seed = order if isinstance(order, int) else order.value
     machine.first_lane_stays = order is Order.REVERSED
-    with np.errstate(all="ignore"):
-        for start in range(0, len(chosen), at_once):
-            machine.place(np.array(chosen[start : start + at_once], np.uint32))
-            _run(kernel, machine, operations, order)
+    try:
+        with np.errstate(all="ignore"):
+            for start in range(0, len(chosen), at_once):
+                machine.place(np.array(chosen[start : start + at_once], np.uint32))
+                _run(kernel, machine, operations, order)
+    finally:
+        machine.end()
 
 
 def _three(size) -> tuple[int, int, int]:

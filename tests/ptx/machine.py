@@ -53,6 +53,13 @@ class Machine(Registers):
         super().begin(threads, grid)
         self.memory, self.parameters, self.dynamic_shared = memory, parameters, shared
 
+    def end(self) -> None:
+        """The launch is over: what it alone needed is not kept."""
+        self.memory = self.parameters = self.shared = self.local = self.copies = self.bulk = self.mbarriers = None
+        self.observers = ()
+        self.poison.clear()
+        self.products.clear()
+
     def _resize(self, blocks: int) -> None:
         super()._resize(blocks)
         dynamic = self.dynamic_shared if any(each.bytes is None for each in self.kernel.shared) else 0

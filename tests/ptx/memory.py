@@ -106,8 +106,8 @@ _WORD = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 def gather(data: np.ndarray, places: np.ndarray, width: int) -> np.ndarray:
     """Aligned accesses as [accesses, words], words being as wide as possible."""
     if width <= 8:
-        return data.view(_WORD[width])[places >> (width.bit_length() - 1)].reshape(-1, 1)
-    return data.view(np.uint64).reshape(-1, width // 8)[places >> (width.bit_length() - 1)]
+        return data.view(_WORD[width]).take(places >> (width.bit_length() - 1)).reshape(-1, 1)
+    return data.view(np.uint64).reshape(-1, width // 8).take(places >> (width.bit_length() - 1), axis=0)
 
 
 def scatter(data: np.ndarray, places: np.ndarray, words: np.ndarray) -> None:

@@ -63,10 +63,10 @@ class Races:
         flat = self.read.reshape(-1)
         places = granules * self.warps + (warp % self.warps)[:, None]
         if not together:
-            before = flat[places]
+            before = flat.take(places)
             meets = ((before ^ stamps) >> _LANES == 0) & (before != stamps)
             flat[places] = stamps
-            meets |= flat[places] != stamps
+            meets |= flat.take(places) != stamps
             if not meets.any():
                 return
             stamps = stamps[meets] | _LANES_ALL
@@ -77,7 +77,7 @@ class Races:
         """`same()` tells which accesses leave memory as it was: these may meet other writes."""
         granules = self._granules(places, width)
         self._check_written(granules, threads, threads % (self.warps * WARP), "overwrites", same)
-        stamps = self.read[granules]  # [accesses, granules, warps]
+        stamps = self.read.take(granules, axis=0)  # [accesses, granules, warps]
         if int(stamps.max()) >> _LANES <= self.safe:
             return
         warp = threads // WARP
@@ -102,7 +102,7 @@ class Races:
         self.written[self._granules(places, width)] = (self.engine[block] << _CODES) | self.engine_code
 
     def _check_written(self, granules, threads, code, what, same=None):
-        stamps = self.written[granules]
+        stamps = self.written.take(granules)
         if int(stamps.max()) >> _CODES <= self.safe and not self.engine.any():
             return
         writer = stamps & ((1 << _CODES) - 1)

@@ -1,5 +1,6 @@
 """The registers of a batch of blocks, and how operands are bound to them before anything runs."""
 
+import mmap
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,8 @@ from .formats import BITS, UNSIGNED, VALUES, storage
 from .operands import Address, Immediate, Register, Special, Symbol, elements
 from .parse import Kernel
 
+_SLAB = 4 << 20  # bytes that registers are cut from
+
 
 class Registers:
     """A batch of blocks of the same kernel; block b's thread t is number b * threads_a_block + t.
@@ -19,6 +22,7 @@ class Registers:
 
     def __init__(self, kernel: Kernel, room: int):
         self.kernel, self.room = kernel, room
+        self._free = np.zeros(0, np.uint8)
         self._registers: dict[str, np.ndarray] = {}
         self._special: dict[str, np.ndarray] = {}
         self._reads: list[str] = []
@@ -46,8 +50,16 @@ class Registers:
             kind = self.kernel.register_type(name)
             if kind is None:
                 raise Fault(f"{name} is declared nowhere")
-            values = self._registers[name] = np.zeros(self.room, storage(kind))
+            values = self._registers[name] = self._zeros(np.dtype(storage(kind)))
         return values
+
+    def _zeros(self, dtype: np.dtype) -> np.ndarray:
+        """For all threads that there is room for; of threads that never run they take no memory."""
+        size = self.room * dtype.itemsize
+        if len(self._free) < size:
+            self._free = np.frombuffer(mmap.mmap(-1, _SLAB), np.uint8)
+        taken, self._free = self._free[:size], self._free[size:]
+        return taken.view(dtype)
 
     def source(self, operand, kind: str) -> Callable[[Active], np.ndarray]:
         """A function that gives the operand's values in active threads, as numpy's type for `kind`."""

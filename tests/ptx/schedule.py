@@ -149,7 +149,7 @@ class Scheduler:
             kind = operation.kind
             if not kind:
                 if doing is not None:
-                    if poison.active:
+                    if poison.shadows or poison.busy:
                         poison.step(operation, doing)
                     else:
                         operation.run(doing)

@@ -16,9 +16,9 @@ def membermask(machine, operand):
     read = machine.source(operand, "u32")
 
     def members(active):
-        masks = np.broadcast_to(read(active), active.count)
-        if np.ndim(read(active)) == 0:
-            return masks[:1].repeat(len(active.warps))
+        masks = read(active)
+        if masks.ndim == 0:
+            return np.full(len(active.warps), masks)
         first = np.searchsorted(active.threads // WARP, active.warps)
         if (masks != masks[first].repeat(np.diff(np.append(first, active.count)))).any():
             raise Fault("threads of a warp give different membermasks", active.threads[0])
@@ -38,7 +38,7 @@ def _shfl(found, machine):
     members = membermask(machine, found.operands[4])
 
     def source_lanes(active):
-        b, c = (np.broadcast_to(each(active), active.count).astype(np.int64) for each in (by, clamp))
+        b, c = (each(active).astype(np.int64) for each in (by, clamp))
         lane, b = active.threads % WARP, b & 31
         segment = (c >> 8) & 31
         last = (lane & segment) | (c & 31 & ~segment)
