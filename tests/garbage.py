@@ -7,4 +7,4 @@ def look_among_what_comes() -> None:
     """What is there by now, such as all imported modules, is never looked through again, and the rest less often."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 10)
+    gc.set_threshold(10_000, 5, 5)
