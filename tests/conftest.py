@@ -36,7 +36,8 @@ SLOW = {  # marker: where its tests are
 
 def pytest_configure(config):
     if _is_worker(config):
-        torch.set_num_threads(1)  # the workers share the processors
+        torch.set_num_threads(1)  # the workers share the processors,
+        os.environ["OMP_NUM_THREADS"] = "1"  # and so do the programs that they start
         del os.environ["PYTEST_XDIST_WORKER"]  # what a test starts is none
 
 
