@@ -10,6 +10,7 @@ from tokenfusion import kernels
 from tokenfusion.kernels import gated_sum
 from tokenfusion.kernels.attention import attention
 from tokenfusion.kernels.linear import linear
+from tokenfusion.kernels.mlp import mlp
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 LAYOUTS = ("contiguous", "offset", "sliced", "stepped", "permuted", "expanded")
@@ -185,6 +186,14 @@ def _attention(pick):
     return Call(attention, tuple(shapes), differentiable=False)
 
 
+def _mlp(pick):
+    rows, channels = pick.choice((1, 5, 70, 150)), pick.choice((1, 7, 16, 64))
+    features, outputs = pick.choice((1, 5, 40, 96)), pick.choice((1, 5, 32, 50))
+    bias_in, bias_out = ((size,) if pick.random() < 0.8 else None for size in (features, outputs))
+    shapes = (rows, channels), (features, channels), bias_in, (outputs, features), bias_out
+    return Call(mlp, shapes, differentiable=False)
+
+
 def _gated(pick):
     count, batch, tokens = pick.choice((1, 2, 3)), pick.choice((1, 2)), pick.choice((1, 5, 40))
     inputs, outputs = pick.choice((3, 16, 48)), pick.choice((5, 16, 64))
@@ -222,6 +231,7 @@ _OPERATORS = {
     "upconv_add": _upconv_add,
     "linear": _linear,
     "attention": _attention,
+    "mlp": _mlp,
     "gated_sum": _gated_sum,
     "gated_sum, out": _gated_sum_out,
 }

@@ -122,6 +122,14 @@ def test_attention_in_inference():
         assert flops(torch.ops.tokenfusion.attention_cpu, q, k, k, 0.1) == 2 * product(2, 3, 50, 70, 32)
 
 
+@pytest.mark.skipif(not extension.amx_allowed(), reason="no AMX here")
+def test_an_mlp_in_inference():
+    x, weight_in, weight_out = (torch.randn(size).bfloat16() for size in ((2, 30, 40), (56, 40), (24, 56)))
+    with torch.no_grad():
+        counted = flops(torch.ops.tokenfusion.mlp_cpu, x, weight_in, None, weight_out, None)
+    assert counted == product(60, 40, 56) + product(60, 56, 24)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_counts_as_with_the_reference(name):
     module, inputs = layer(name)

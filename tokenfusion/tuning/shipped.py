@@ -57,10 +57,14 @@ def _of_one_image(dtype: str) -> Iterator[Workload]:
         yield Workload("upconv_concat_project", (dtype, "inference", *words), (1, inputs, 4, 3, pixels, 1))
 
 
-_ATTENTION = (
-    Workload("attention", ("bfloat16", "inference"), (6 * images, tokens, tokens, channels))
-    for images in (1, 8)
-    for tokens, channels in ((401, 32), (197, 64))
+_BFLOAT16 = "bfloat16", "inference"
+_OF_BFLOAT16 = (
+    *(
+        Workload("attention", _BFLOAT16, (6 * batch, *sizes))
+        for batch in (1, 8)
+        for sizes in ((401, 401, 32), (197, 197, 64))
+    ),
+    *(Workload("mlp", _BFLOAT16, (rows, c, 3 * c, c)) for rows in (256, 1600, 6400) for c in (192, 384)),
 )
 _OF_BOTH_DTYPES = itertools.chain.from_iterable(zip(*map(_of, _DTYPES), strict=True))  # in a short time of both
-WORKLOADS = (*_OF_BOTH_DTYPES, *_ATTENTION)
+WORKLOADS = (*_OF_BOTH_DTYPES, *_OF_BFLOAT16)
