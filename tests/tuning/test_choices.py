@@ -90,6 +90,16 @@ def test_compiled_code_follows_it():
             dynamic(query, tokens)
 
 
+def test_operators_of_the_list_are_there_once_the_package_is(run_python):
+    run_python("""
+        import tokenfusion
+        from tokenfusion.kernels.dispatch import OPERATORS
+        from tokenfusion.tuning.shipped import WORKLOADS
+
+        assert {workload.operator for workload in WORKLOADS} == set(OPERATORS)
+    """)
+
+
 @pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.workloads])
 def test_examples_are_of_their_workload(name):
     from tokenfusion.tuning import proof

@@ -1,5 +1,6 @@
 """The operators. Each has a folder: reference.py is its definition, op.py its checks, registration and autograd."""
 
+from tokenfusion.kernels import attention, linear, mlp  # noqa: F401  (registered, for `tokenfusion tune`)
 from tokenfusion.kernels.dynamic_mixing.op import dynamic_mixing
 from tokenfusion.kernels.gated_sum.op import gated_sum
 from tokenfusion.kernels.single_query_attention.op import single_query_attention
