@@ -302,6 +302,20 @@ def bfloat16(model, part, undo):
     return model.to(torch.bfloat16)
 
 
+class _InBfloat16(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x.bfloat16())
+
+
+def norm_in_float32(model, part, undo):
+    model.to(torch.bfloat16).get_submodule(part).float()
+    return _InBfloat16(model)
+
+
 def float64(model, part, undo):
     return model.double()
 
@@ -480,6 +494,7 @@ CHANGES = {
     "norm of another kind": Change(norm_of_another_kind, _norm),
     "norm without parameters": Change(norm_without_parameters, _norm),
     "eps": Change(norm_eps, _norm),
+    "norm in float32, the rest in bfloat16": Change(norm_in_float32, _norm, tolerance=0.03),
     "dropout": Change(dropout, _dropout),
     "dropout in training alone": Change(dropout_in_training_alone, _dropout),
     "AlphaDropout": Change(alpha_dropout, _dropout),

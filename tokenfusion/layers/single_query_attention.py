@@ -167,7 +167,7 @@ def _absorbed(
 ) -> torch.Tensor:
     """Projected queries [B, L, D] -> [B, heads L, C], whose products with normalised tokens are the scores."""
     absorbed = query if key is None else _mixed(_times_key(query, key, num_heads), mix).flatten(1, 2)
-    return absorbed if norm is None or norm.weight is None else absorbed * norm.weight
+    return absorbed if norm is None or norm.weight is None else _rounded(absorbed * norm.weight, absorbed)
 
 
 def _times_key(query: torch.Tensor, key: nn.Linear | Projection, num_heads: int) -> torch.Tensor:
@@ -193,10 +193,12 @@ def _heads_side_by_side(
     context = _mixed(context.unflatten(1, (num_heads, -1)), mix)
     if mix is not None:
         mass = _mixed(mix.new_ones(1, num_heads, 1, 1) if mass is None else mass.expand(-1, num_heads, -1, -1), mix)
+    sums = context
     if norm is not None and norm.weight is not None:
         context = context * norm.weight
     if norm is not None and norm.bias is not None:
         context = context + (norm.bias if mass is None else mass * norm.bias)
+    context = _rounded(context, sums)
     if value is None:
         return context.flatten(1, 2)
     out = _times_each_head(context, _heads_of(value.weight, num_heads).transpose(1, 2))  # [B, heads, L, d]
@@ -204,6 +206,12 @@ def _heads_side_by_side(
         bias = value.bias.unflatten(0, (num_heads, 1, -1))
         out = out + (bias if mass is None else mass * bias).to(out.dtype)  # of nn.Linear's under autocast
     return out.transpose(1, 2).flatten(2)
+
+
+def _rounded(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """In the dtype of `like`, as torch's LayerNorm gives it, which takes float32 parameters of its own in a model of
+    lower precision; autocast chooses by itself."""
+    return x if torch.is_autocast_enabled(like.device.type) else x.to(like.dtype)
 
 
 def _mixed(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
