@@ -149,6 +149,7 @@ def test_a_fall_back_is_logged_once(caplog, monkeypatch):
 def test_environment_variable(run_python):
     program = "from tokenfusion.kernels import dispatch; print(dispatch.get_backend())"
     assert run_python(program, TOKENFUSION_BACKEND="reference").strip() == "reference"
+    assert run_python(program, TOKENFUSION_BACKEND="").strip() == "auto"
     with pytest.raises(AssertionError, match="TOKENFUSION_BACKEND.*'gpu'"):
         run_python(program, TOKENFUSION_BACKEND="gpu")
 

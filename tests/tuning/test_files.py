@@ -20,12 +20,18 @@ WORKLOAD = Workload("single_query_attention", ("float32", "inference"), (2, 50, 
 
 
 @pytest.fixture
-def path(tmp_path, monkeypatch) -> Path:
+def fresh():
+    """What was read before counts for nothing, nor what is read now for anybody later."""
+    files.loaded.cache_clear()
+    yield
+    files.loaded.cache_clear()
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch, fresh) -> Path:
     found = tmp_path / "tuning.json"
     monkeypatch.setenv("TOKENFUSION_TUNING", str(found))
-    files.loaded.cache_clear()
-    yield found
-    files.loaded.cache_clear()
+    return found
 
 
 def test_what_was_written_is_followed(path):
@@ -42,6 +48,10 @@ def _changed(path: Path, **changes) -> None:
     path.write_text(json.dumps(content))
 
 
+def _with_conditions(path: Path, conditions) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"conditions": conditions}))
+
+
 @pytest.mark.parametrize(
     "spoil, reason",
     [
@@ -50,6 +60,9 @@ def _changed(path: Path, **changes) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:200]), "no tuning file, or not a whole one"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "no tuning file, or not a whole one"),
         (lambda path: path.write_text("[1, 2]"), "no tuning file, or not a whole one"),
+        (lambda path: path.write_text("[" * 100_000), "no tuning file, or not a whole one"),
+        (lambda path: _with_conditions(path, None), "no tuning file, or not a whole one"),
+        (lambda path: _with_conditions(path, []), "device None, here"),
         (lambda path: _changed(path, torch="1.0"), "torch '1.0', here"),
         (lambda path: _changed(path, kernels="0" * 16), "kernels '0000000000000000', here"),
         (lambda path: _changed(path, device="cpu-riscv"), "device 'cpu-riscv', here"),
@@ -101,14 +114,34 @@ def test_the_variable_turns_it_off(path, monkeypatch):
     assert files.loaded().table.choices == {}
 
 
-def test_the_users_folder(tmp_path, monkeypatch):
+def test_the_users_folder(tmp_path, monkeypatch, fresh):
     monkeypatch.delenv("TOKENFUSION_TUNING")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert files.user_path() == tmp_path / "tokenfusion" / f"{machine.name()}.json"
-    files.loaded.cache_clear()
     files.write(files.user_path(), ENTRIES)
     assert files.loaded().path == files.user_path()
+
+
+def _no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_user_without_a_home(monkeypatch, fresh):
+    for variable in ("TOKENFUSION_TUNING", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", _no_home)
+    assert files.loaded().ignored == ()
+    with pytest.raises(OSError, match="home"):
+        files.user_path()
+
+
+def test_an_empty_variable_is_none(tmp_path, monkeypatch, fresh):
+    monkeypatch.setenv("TOKENFUSION_TUNING", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    named = files.loaded()
+    monkeypatch.delenv("TOKENFUSION_TUNING")
     files.loaded.cache_clear()
+    assert (named.path, named.ignored) == (files.loaded().path, files.loaded().ignored)
 
 
 def test_a_full_disk_leaves_the_old_file(path, monkeypatch):

@@ -355,7 +355,7 @@ _of_process = "auto"
 _of_task: ContextVar[str | None] = ContextVar("tokenfusion.backend", default=None)
 _noted: ContextVar[list[Choice] | None] = ContextVar("tokenfusion.choices", default=None)
 _while_compiling: str | None = None  # chosen within the code that dynamo traces
-if "TOKENFUSION_BACKEND" in os.environ:
+if os.environ.get("TOKENFUSION_BACKEND"):
     try:
         set_backend(os.environ["TOKENFUSION_BACKEND"])
     except ValueError as error:

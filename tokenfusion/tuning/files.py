@@ -34,28 +34,37 @@ class Loaded:
 
 
 def user_path() -> Path:
-    """Where `tokenfusion tune` writes for this device."""
+    """Where `tokenfusion tune` writes for this device.
+
+    Raises:
+        OSError: the user has no home, as one of a container may not.
+    """
     chosen = os.environ.get(_VARIABLE, "")
     if chosen not in ("", "0"):
         return Path(chosen)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
     return Path(cache) / "tokenfusion" / f"{machine.name()}.json"
 
 
 @functools.cache
 def loaded() -> Loaded:
     """What "auto" follows in this process: the first file that fits this machine, read once."""
-    if os.environ.get(_VARIABLE) == "0":
+    named = os.environ.get(_VARIABLE)
+    if named == "0":
         return Loaded(Table({}))
-    paths = [user_path()]
-    if _VARIABLE not in os.environ:
+    paths, ignored = [], []
+    with contextlib.suppress(OSError):
+        paths.append(user_path())
+    if not named:
         paths.append(_PACKAGED / f"{machine.name()}.json")
-    ignored = []
     for path in paths:
         try:
             entries, digest, remark = _read(path, packaged=path.parent == _PACKAGED)
         except FileNotFoundError:
-            if path == paths[0] and _VARIABLE in os.environ:
+            if named:
                 ignored.append(f"{path}: there is no such file")
         except (OSError, ValueError) as error:
             ignored.append(f"{path}: {error}")
@@ -130,8 +139,8 @@ def _read(path: Path, packaged: bool = False) -> tuple[list[dict], str, str | No
     data = path.read_bytes()
     try:
         content = json.loads(data)
-        schema, found, entries = content["schema"], content["conditions"], content["entries"]
-    except (ValueError, KeyError, TypeError):
+        schema, found, entries = content["schema"], dict(content["conditions"]), content["entries"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError("it is no tuning file, or not a whole one") from None
     if schema != _SCHEMA:
         raise ValueError(f"schema {schema!r}, expected {_SCHEMA}")
