@@ -75,6 +75,13 @@ def test_other_latents_than_it_was_made_for():
             model(tokens())
 
 
+def test_other_tokens_than_there_are_positions():
+    plain = latent_pool(**LATENT["positions"])
+    for pool in (plain, fused_copy(plain)):
+        with pytest.raises(RuntimeError, match="shape"):
+            pool(tokens()[:, :1])
+
+
 def test_more_queries_than_a_kernel_takes():
     plain = randomize(AttentionPoolLatent(192, num_heads=12, latent_len=7, pool_type=""))
     check_parity(fused_copy(plain), plain, torch.randn(2, 20, 192))
@@ -100,6 +107,11 @@ def test_feature_maps(options, memory_format, dtype):
 def test_positions_are_resampled(size):
     plain = map_pool()
     check_parity(fused_copy(plain), plain, feature_map(size=size))
+
+
+def test_a_map_of_one_channel_is_for_all():
+    plain, x = map_pool(), feature_map()[:, :1]
+    torch.testing.assert_close(fused_copy(plain)(x), plain(x))
 
 
 def test_the_input_is_not_changed():

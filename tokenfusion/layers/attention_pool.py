@@ -58,7 +58,8 @@ class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x, attn_mask)
-        if attn_mask is not None or not self.fuses(x, kept=True) or x.shape[1] == 0:
+        positions = x.shape[1] if self.pos_embed is None else len(self.pos_embed)
+        if attn_mask is not None or not self.fuses(x, kept=True) or x.shape[1] != positions or positions == 0:
             return super().forward(x, attn_mask)
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)

@@ -59,7 +59,7 @@ class AttentionPool2d(DropIn, attention_pool2d.AttentionPool2d):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x, pre_logits)
-        if not self.fuses(x):
+        if not self.fuses(x) or x.shape[1] != self.in_features:
             return super().forward(x, pre_logits)
         positions = resample_abs_pos_embed(
             self.pos_embed.unsqueeze(0), x.shape[-2:], old_size=self.feat_size, num_prefix_tokens=1
