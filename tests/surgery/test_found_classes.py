@@ -320,6 +320,20 @@ class ZeroIsPadding(Changing):
         return torch.where((x == 0).all(dim=-1, keepdim=True), 1.0, x)
 
 
+class NumberIsPadding(Changing):
+    def __init__(self):
+        super().__init__()
+        self.padding = -77.0
+
+    def changed(self, x):
+        return torch.where((x == self.padding).all(dim=-1, keepdim=True), 1.0, x)
+
+
+class MinusOneIsPadding(Changing):
+    def changed(self, x):
+        return torch.where((x == -1).all(dim=-1, keepdim=True), 1.0, x)
+
+
 class Cleaned(Changing):
     def changed(self, x):
         return torch.nan_to_num(x)
@@ -358,9 +372,17 @@ class CastBack(AutocastInside):
         return super().forward(q, x).to(x.dtype)
 
 
-@pytest.mark.parametrize(
-    "kind", [ZeroIsPadding, Cleaned, Finite, Refusing, Limited, QueryIsCleaned, AutocastInside, CastBack]
-)
+class Widened(Changing):
+    def forward(self, q, x):
+        out = super().forward(q, x)
+        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+
+
+PADDED = [ZeroIsPadding, NumberIsPadding, MinusOneIsPadding]
+LIMITED = [Cleaned, Finite, Refusing, Limited, QueryIsCleaned]
+
+
+@pytest.mark.parametrize("kind", [*PADDED, *LIMITED, AutocastInside, CastBack, Widened])
 def test_what_ordinary_tokens_in_float64_would_not_show(kind):
     assert "does not compute attention of few queries" in reason(kind())
 

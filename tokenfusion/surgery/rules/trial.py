@@ -20,6 +20,7 @@ Forward = Callable[..., Any]  # of a module, its inputs and its keywords
 _TOLERANCE = 1e-6  # relative, in float64
 _TOLERANCE_OF_FLOAT32 = 1e-4
 _LARGE = 1e6
+_MARKS = {0.0, 1.0, -1.0, -100.0}  # what a token of padding is made of
 
 
 class Draws:
@@ -100,7 +101,7 @@ class Trial:
     def agrees_for_special_values(self, fused: Forward) -> bool:
         """Which a class may leave out, replace, limit or refuse."""
         module = _copy(self.module)
-        for inputs in _special(self.inputs):
+        for inputs in _special(self.inputs, _MARKS | self._numbers()):
             got, expected = (self._outcome(forward, module, inputs) for forward in (fused, _original))
             if got is None or expected is None:
                 agrees = got is expected
@@ -112,12 +113,12 @@ class Trial:
 
     def agrees_in_float32(self, fused: Forward) -> bool:
         """Autocast in a forward leaves float64 alone, and gives another dtype here, or rounds more."""
-        got, expected = self._in_float32(fused, autocast=False)
+        got, expected = self._in(torch.float32, fused)
         return got.dtype == expected.dtype and same(got, expected, tolerance=_TOLERANCE_OF_FLOAT32)
 
-    def agrees_in_autocast(self, fused: Forward) -> bool:
+    def gives_the_same_dtype(self, fused: Forward, dtype: torch.dtype, autocast: bool = False) -> bool:
         try:
-            got, expected = self._in_float32(fused, autocast=True)
+            got, expected = self._in(dtype, fused, autocast)
         except RuntimeError:
             return False
         return got.dtype == expected.dtype
@@ -146,9 +147,14 @@ class Trial:
         except Exception:  # noqa: BLE001  (whatever a class raises)
             return None
 
+    def _numbers(self) -> set[float]:
+        """That the module holds, and could look for in its tokens."""
+        plain = (value for then in watch_all(self.module, self.used.names) for _, value in then.plain)
+        return {float(value) for value in plain if type(value) in (int, float) and abs(value) <= _LARGE}
+
     @torch.no_grad()
-    def _in_float32(self, fused: Forward, autocast: bool) -> list[torch.Tensor]:
-        module, inputs = copy.deepcopy(self.module).float(), _each(torch.Tensor.float, self.inputs)
+    def _in(self, dtype: torch.dtype, fused: Forward, autocast: bool = False) -> list[torch.Tensor]:
+        module, inputs = copy.deepcopy(self.module).to(dtype), _each(lambda x: x.to(dtype), self.inputs)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             return [_result(self._run(forward, module, inputs)) for forward in (fused, _original)]
 
@@ -187,9 +193,11 @@ def found_out(trials: list[Trial], fused: Forward) -> Agreement | None:
         return None
     if not trials[0].agrees_in_float32(fused):
         return None
+    if not all(trials[0].gives_the_same_dtype(fused, dtype) for dtype in (torch.bfloat16, torch.float16)):
+        return None
     return Agreement(
         in_training=all(trial.agrees_in_all(fused, training=True) for trial in trials[::2]),
-        in_autocast=trials[0].agrees_in_autocast(fused),
+        in_autocast=trials[0].gives_the_same_dtype(fused, torch.float32, autocast=True),
         modes=trials[0].modes(),
     )
 
@@ -212,15 +220,20 @@ def _each(change: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs) -> Inp
     return tuple(changed[x] for x in inputs)
 
 
-def _special(inputs: Inputs) -> Iterator[Inputs]:
-    """Each tensor by itself, large and with an infinite value, or with a row of zeros and, in another image, NaN."""
+def _special(inputs: Inputs, marks: set[float]) -> Iterator[Inputs]:
+    """Each tensor by itself, large and with an infinite value, with NaN, or with a row of one of the marks."""
     for each in dict.fromkeys(inputs):
-        large, zeros = _LARGE * each, each.clone()
+        large, unknown = _LARGE * each, each.clone()
         _rows(large[-1])[-1, :1] = torch.inf
-        _rows(zeros[0])[-1] = 0.0
-        _rows(zeros[-1])[-1, :1] = torch.nan
-        for special in (large, zeros):
+        _rows(unknown[-1])[-1, :1] = torch.nan
+        for special in (large, unknown, *(_marked(each, mark) for mark in sorted(marks))):
             yield tuple(special if x is each else x for x in inputs)
+
+
+def _marked(x: torch.Tensor, mark: float) -> torch.Tensor:
+    marked = x.clone()
+    _rows(marked[0])[-1] = mark
+    return marked
 
 
 def _rows(image: torch.Tensor) -> torch.Tensor:
