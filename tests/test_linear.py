@@ -31,10 +31,14 @@ def tensors(rows=(3, 67), dtype=torch.float32, transposed=False):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("kind", ["plain", "transposed weight", "sliced input", "few rows", "no rows"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "transposed weight", "overlapping weight", "sliced input", "few rows", "no rows"]
+)
 def test_against_pytorch(dtype, activation, with_bias, kind):
     rows = {"few rows": (3, 5), "no rows": (0, 67)}.get(kind, (3, 67))
     x, weight, bias = tensors(rows, dtype, transposed=kind == "transposed weight")
+    if kind == "overlapping weight":
+        weight = weight.flatten().unfold(0, 40, 20)[:56]
     if kind == "sliced input":
         x = x[:, 1:]
     bias = bias if with_bias else None

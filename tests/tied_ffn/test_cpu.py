@@ -126,12 +126,23 @@ def test_views_and_expanded_gradients():
                 assert torch.equal(a, b), name
 
 
-def test_weight_of_any_strides():
+@pytest.mark.parametrize(
+    "lay_out",
+    [
+        lambda weight: weight.t().contiguous().t(),
+        lambda weight: torch.cat((weight, weight), 1)[:, 8:24],
+        lambda weight: weight.flatten().unfold(0, 16, 8)[:24],
+        lambda weight: weight.flatten().unfold(0, 24, 8)[:16].t(),
+        lambda weight: weight[:1].expand(24, 16),
+    ],
+    ids=["transposed", "sliced", "overlapping rows", "overlapping columns", "one row"],
+)
+def test_weight_of_any_strides(lay_out):
     x, weight, bias_in, bias_out, grad = make_inputs(30, channels=16, features=24, dtype=torch.float32)
-    transposed = weight.detach().t().contiguous().t().requires_grad_()
+    laid_out = lay_out(weight.detach())
     for a, b in zip(
-        with_gradients(tied_ffn, (x, transposed, bias_in, bias_out, grad)),
-        with_gradients(tied_ffn, (x, weight, bias_in, bias_out, grad)),
+        with_gradients(tied_ffn, (x, laid_out.requires_grad_(), bias_in, bias_out, grad)),
+        with_gradients(tied_ffn, (x, laid_out.detach().clone().contiguous().requires_grad_(), bias_in, bias_out, grad)),
     ):
         torch.testing.assert_close(a, b)
 

@@ -57,6 +57,8 @@ def _onednn_can_run(x, weight, bias, activation) -> str | None:
         return f"oneDNN's product takes float32 or bfloat16, and x is {x.dtype}"
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         return "its sizes do not match"
+    if _overlaps(weight):
+        return "rows and columns of the weight share memory, which oneDNN refuses"
     if not x.numel() >= _MIN_ROWS * x.shape[-1] > 0:
         return f"of less than {_MIN_ROWS} rows PyTorch's product is faster"
     if torch.is_autocast_enabled("cpu"):
@@ -68,6 +70,11 @@ def _onednn_can_run(x, weight, bias, activation) -> str | None:
     if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "oneDNN does not take bfloat16 on this processor"
     return None
+
+
+def _overlaps(matrix: torch.Tensor) -> bool:
+    (rows, columns), (row, column) = matrix.shape, matrix.stride()
+    return row < columns * column and column < rows * row
 
 
 def _workload_of(x, weight, bias, activation):

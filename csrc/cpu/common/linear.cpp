@@ -24,6 +24,13 @@ const c10::TypedOperatorHandle<OneDnnProduct>* onednn_product() {
   return found ? &*found : nullptr;
 }
 
+// oneDNN refuses a matrix whose rows or columns share memory.
+Tensor without_overlaps(const Tensor& matrix) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  const bool apart = matrix.stride(0) >= columns * matrix.stride(1) || matrix.stride(1) >= rows * matrix.stride(0);
+  return apart ? matrix : matrix.contiguous();
+}
+
 }  // namespace
 
 Tensor linear(Library library, Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
@@ -33,7 +40,8 @@ Tensor linear(Library library, Tensor out, const Tensor& x, const Tensor& weight
   if (library == Library::kOneDnn && x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() &&
       onednn_product()) {
     const OptionalTensor read = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
-    return onednn_product()->call(x, weight, read, "none", c10::List<std::optional<at::Scalar>>(), "");
+    return onednn_product()->call(x, without_overlaps(weight), read, "none", c10::List<std::optional<at::Scalar>>(),
+                                  "");
   }
   return bias ? at::addmm_out(out, *bias, x, weight.t()) : at::mm_out(out, x, weight.t());
 }
