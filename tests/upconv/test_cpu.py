@@ -69,6 +69,19 @@ def test_bias_and_skip(op, skip_first, skip, bias, formats, dtype):
     check(op, make_inputs(op, channels=(5, 3, skip), bias=bias, formats=formats, dtype=dtype), skip_first=skip_first)
 
 
+def _projected(*tensors):
+    return upconv_concat_project(*tensors, torch.ones(5, 3), None)
+
+
+@pytest.mark.parametrize("joined", [upconv_concat, _projected])
+def test_a_skip_without_channels(joined):
+    x, weight, none = torch.randn(2, 6, 4, 4), torch.randn(6, 3, 2, 2), torch.empty(2, 0, 8, 8, requires_grad=True)
+    out = joined(x, weight, None, none)
+    torch.testing.assert_close(out, joined(x, weight, None, None), rtol=1e-4, atol=1e-5)
+    out.sum().backward()
+    assert none.grad.shape == none.shape
+
+
 @pytest.mark.parametrize("formats", UNIFORM, ids=lambda f: f[0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("projected", [6, 64])

@@ -196,7 +196,7 @@ def upconv_concat_project(
     x, weight, bias, skip, proj_weight, proj_bias = autocast(x, weight, bias, skip, proj_weight, proj_bias)
     check_upconv(x, weight, bias, skip)
     _check_projection(proj_weight, proj_bias, x, weight, skip)
-    if transform() is not None:
+    if transform() is not None or (skip is not None and skip.shape[1] == 0):  # no product has no summands
         return reference.upconv_concat_project(x, weight, bias, skip, proj_weight, proj_bias, skip_first=skip_first)
     up_channels = weight.shape[1]
     proj_skip = None
