@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from timm.layers import AttentionPool2d, AttentionPoolLatent
+from timm.models import get_graph_node_names
 from torch import nn
 
 from tests.crossvit import fused_copy, randomize
@@ -80,6 +81,12 @@ def test_other_tokens_than_there_are_positions():
     for pool in (plain, fused_copy(plain)):
         with pytest.raises(RuntimeError, match="shape"):
             pool(tokens()[:, :1])
+
+
+@pytest.mark.parametrize("options", ["one", "positions"])
+def test_torch_fx_sees_timms_nodes(options):
+    plain = nn.Sequential(latent_pool(**LATENT[options]))
+    assert get_graph_node_names(fused_copy(plain)) == get_graph_node_names(plain)
 
 
 def test_more_queries_than_a_kernel_takes():

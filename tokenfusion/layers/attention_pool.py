@@ -58,8 +58,7 @@ class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x, attn_mask)
-        positions = x.shape[1] if self.pos_embed is None else len(self.pos_embed)
-        if attn_mask is not None or not self.fuses(x, kept=True) or x.shape[1] != positions or positions == 0:
+        if attn_mask is not None or not self.fuses(x, kept=True) or not self._takes(x.shape[1]):
             return super().forward(x, attn_mask)
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)
@@ -80,3 +79,7 @@ class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
         if self.pool == "token":
             return x[:, 0]
         return x.mean(1) if self.pool == "avg" else x
+
+    def _takes(self, count: int) -> bool:
+        """Whether so many tokens are some, and as many as there are positions; others timm refuses or broadcasts."""
+        return count > 0 and (self.pos_embed is None or count == len(self.pos_embed))
