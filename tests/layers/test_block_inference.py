@@ -73,6 +73,28 @@ def test_training_and_changed_blocks_go_the_usual_way(runs_in_place):
     assert not runs_in_place
 
 
+BETWEEN = {  # the linear layers of an MLP
+    "dropout that alone is in training": lambda: nn.Dropout(0.5).train(),
+    "dropout that alone is in evaluation": lambda: nn.Dropout(0.5).eval(),
+    "nothing": nn.Identity,
+    "another activation": nn.ReLU,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("make", BETWEEN.values(), ids=BETWEEN)
+def test_what_is_between_both_layers_of_an_mlp(make, training, runs_in_place):
+    model, outs = blocks().train(training), []
+    for block in model:
+        block.mlp.drop1 = make()
+    for run in (block_inference.run_blocks, nn.Sequential.__call__):
+        torch.manual_seed(0)
+        outs.append(run(model, X))
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    assert len(runs_in_place) == 2
+
+
 def test_hooks_run_and_keep_what_they_saw():
     model, seen = blocks(), []
     model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))

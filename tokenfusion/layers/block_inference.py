@@ -71,7 +71,7 @@ def run_mlp(part: Mlp, x: torch.Tensor) -> torch.Tensor:
     """part(x) for one whose parts are untouched, where no gradient is recorded: bias and GELU in one pass with the
     product, or both layers in one."""
     exact_gelu = type(part.act) is nn.GELU and part.act.approximate == "none"
-    if exact_gelu and _is_identity(part.norm) and not (part.training and part.drop1.p):
+    if exact_gelu and _is_identity(part.norm) and _drops_nothing(part.drop1):
         return part.drop2(mlp(x, part.fc1.weight, part.fc1.bias, part.fc2.weight, part.fc2.bias))
     if exact_gelu:
         hidden = _run_linear(part.fc1, x, "gelu")
@@ -82,6 +82,10 @@ def run_mlp(part: Mlp, x: torch.Tensor) -> torch.Tensor:
 
 def _run_linear(layer: nn.Linear, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
     return linear(x, layer.weight, layer.bias, activation)
+
+
+def _drops_nothing(part: nn.Module) -> bool:
+    return _is_identity(part) or (type(part) is nn.Dropout and not (part.training and part.p > 0))
 
 
 def _is_identity(*modules: nn.Module) -> bool:
