@@ -118,8 +118,8 @@ def test_each_module_is_tried_with_what_it_holds():
 @pytest.mark.parametrize(
     "attributes",
     [
-        dict(several=[torch.ones(1)]),
-        dict(options=SimpleNamespace(factor=torch.ones(1))),
+        dict(several=[torch.ones(())]),
+        dict(options=SimpleNamespace(factor=torch.ones(()))),
         dict(function=nn.Identity().forward),
     ],
 )
