@@ -116,6 +116,12 @@ def small_calls_are_fused(monkeypatch):
 
 
 @pytest.fixture
+def within_a_model(monkeypatch):
+    """Parts of fused models that are called by themselves defer, as in the model's forward."""
+    monkeypatch.setattr("tokenfusion.layers.settled._running.models", 1)
+
+
+@pytest.fixture
 def run_python():
     """Runs a program in a fresh interpreter, with changes to the environment; returns what it prints."""
 

@@ -15,6 +15,8 @@ import tokenfusion
 from tests.deferred import check, fused_copy, inputs, upconv
 from tests.parity import assert_runs
 
+pytestmark = pytest.mark.usefixtures("within_a_model")
+
 
 def cat(up, x, skip):
     return torch.cat((up(x), skip), 1)

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from tests.deferred import check, fused_copy, inputs, outcome, upconv
 from tests.parity import assert_runs
 
+pytestmark = pytest.mark.usefixtures("within_a_model")
+
 MODES = {
     "nothing": contextlib.nullcontext,
     "no_grad": torch.no_grad,

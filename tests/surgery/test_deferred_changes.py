@@ -8,6 +8,8 @@ import tokenfusion
 from tests.deferred import check, fused_copy, inputs, upconv
 from tests.surgery.test_deferred import cat
 
+pytestmark = pytest.mark.usefixtures("within_a_model")
+
 CHANGES = {
     "input": lambda up, x: x.detach().mul_(2),
     "input without recording": lambda up, x: torch.no_grad()(x.add_)(1),

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 import tokenfusion
 from tests.deferred import fused_copy, inputs, upconv
 from tests.parity import assert_runs
+from tokenfusion.layers import settled
 from tokenfusion.layers.settled import settles
 
 
@@ -165,13 +167,62 @@ def test_a_model_that_is_an_up_convolution_computes_at_once():
     model = nn.Sequential(up)
     tokenfusion.fuse(model, strict=True)
     assert settles(model) and not settles(up)
-    assert type(up(inputs()[0])) is not torch.Tensor
 
 
-def test_a_part_that_is_called_by_itself_stays_as_it_is():
-    model = fused_copy(nn.Sequential(upconv()))
+def computed(model, *tensors) -> bool:
+    return type(model(*tensors)) is torch.Tensor
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_a_part_that_is_called_by_itself_computes_at_once(mode):
+    plain, (x, _) = nn.Sequential(nn.ReLU(), upconv()), inputs()
+    fused = fused_copy(plain)
+    with mode():
+        expected = plain(x)
+        for call in (nn.Sequential(*fused.children()), lambda x: fused[1](fused[0](x)), fused.forward):
+            result = call(x)
+            data(fused)
+            torch.testing.assert_close(result + 0, expected)
+            fused.load_state_dict(plain.state_dict())
+
+
+def test_what_fails_before_and_within_a_model_leaves_nothing_deferred_elsewhere():
+    model, (x, skip) = fused_copy(Keeping()), inputs()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="asked to fail"):
+            model(x, skip, fail=True)
+        assert computed(model.ups[0], x)
+
+    def refuse(*_):
+        raise ValueError("refused")
+
+    handle = model.register_forward_pre_hook(refuse, prepend=True)
+    with pytest.raises(ValueError, match="refused"):
+        model(x, skip)
+    handle.remove()
+    assert computed(model.ups[0], x)
     with torch.no_grad(), assert_runs("upconv_concat_cpu"):
-        torch.cat((model[0](inputs()[0]), inputs()[1]), 1)
+        model(x, skip)
+
+
+def test_a_model_within_another_and_another_thread():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.up = fused_copy(nn.Sequential(upconv())), upconv()
+
+        def forward(self, x):
+            self.inner(x)
+            with ThreadPoolExecutor() as threads:
+                elsewhere = threads.submit(computed, self.up, x).result()
+            return elsewhere, computed(self.up, x)
+
+    model, (x, _) = Outer(), inputs()
+    model.up = fused_copy(nn.Sequential(model.up))[0]
+    settled.add(model)
+    with torch.no_grad():
+        assert model(x) == (True, False)
+        assert computed(model.up, x)
 
 
 def test_the_hook_comes_and_goes():
@@ -183,7 +234,7 @@ def test_the_hook_comes_and_goes():
         tokenfusion.fuse(model)
         assert settles(model) and len(model._forward_hooks) == 2
     tokenfusion.unfuse(model)
-    assert len(model._forward_hooks) == 1 and not model._forward_hooks_always_called
+    assert len(model._forward_hooks) == 1 and not model._forward_hooks_always_called and not model._forward_pre_hooks
     handle.remove()
     tokenfusion.fuse(model.ups)
     tokenfusion.fuse(model)

@@ -18,6 +18,8 @@ from tests.deferred import check, fused_copy, inputs, upconv
 from tests.parity import assert_runs
 from tests.surgery.test_deferred import cat
 
+pytestmark = pytest.mark.usefixtures("within_a_model")
+
 OP = "upconv_concat_cpu"
 
 

@@ -18,9 +18,9 @@ class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
 
     Takes and holds what nn.ConvTranspose2d does. Where a kernel runs, the result is a tensor that does not exist yet:
     torch.cat of it with a skip connection runs upconv_concat, and anything else computes it (see `deferred.py`), at
-    the latest the return of the model that was fused. Where none runs, where it is that model itself, for small
-    results, with hooks, sharded by FSDP, under torch.compile, tracing, function transforms and modes, the convolution
-    runs at once. An inference tensor is copied, since it does not tell of changes.
+    the latest the return of the model that was fused. Where none runs, where it is that model itself or outside of that
+    model's forward, for small results, with hooks, sharded by FSDP, under torch.compile, tracing, function transforms
+    and modes, the convolution runs at once. An inference tensor is copied, since it does not tell of changes.
     """
 
     @staticmethod
@@ -46,7 +46,8 @@ class ConvTranspose2d(DropIn, nn.ConvTranspose2d):
         if torch.jit.is_scripting():
             return self.plain_forward(input, output_size)
         at_once = settled.settles(self) or "_is_fsdp_managed_module" in vars(self)  # which takes the weight away
-        if output_size is not None or at_once or not only_runs() or not self.fuses() or not self._is_served(input):
+        at_once = at_once or output_size is not None or not only_runs() or not settled.may_defer()
+        if at_once or not self.fuses() or not self._is_served(input):
             if output_size is not None and symbolic(input):  # whose padding only a call can tell
                 return self.as_leaf((input,), {"output_size": output_size})
             return super().forward(input, output_size)

@@ -156,7 +156,7 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
         return f"{name}: the forward of {kind.__name__} was replaced"
     if (
         (state["_forward_hooks"] and settled.has_others(state["_forward_hooks"]))
-        or state["_forward_pre_hooks"]
+        or (state["_forward_pre_hooks"] and settled.has_others(state["_forward_pre_hooks"]))
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
     ):

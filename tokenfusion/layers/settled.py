@@ -1,10 +1,11 @@
-"""The hook by which a fused model leaves no deferred result behind: they are computed when its forward returns.
+"""The hooks by which results are deferred in the forward of a fused model alone, and computed when it returns.
 
-What outlives the model's forward may be used after its weights or inputs were changed in ways that no tensor tells of,
-such as `parameter.data.add_`, or memory that NumPy writes to.
+What outlives the model's forward, or is made by a part that is called by itself, may be used after its weights or
+inputs were changed in ways that no tensor tells of, such as `parameter.data.add_`, or memory that NumPy writes to.
 """
 
 import copy
+import threading
 from collections import OrderedDict
 
 import torch
@@ -15,12 +16,35 @@ from tokenfusion.layers.deferred import DeferredUpConv, settle
 _KEY = "tokenfusion"  # torch's are numbers, which start again in the process that a copy is sent to
 
 
+class _Running(threading.local):
+    """How many forwards of fused models this thread is in."""
+
+    models = 0
+
+
+_running = _Running()
+
+
+def may_defer() -> bool:
+    """Whether a fused model's forward runs; or a backward pass, where activation checkpointing repeats parts of one."""
+    return _running.models > 0 or torch._C._current_graph_task_id() != -1
+
+
+def begin(_module: nn.Module, _inputs: tuple) -> None:
+    """The hook before the forward; like the other a function of this file, so that a pickled model finds it."""
+    if not torch.compiler.is_compiling():
+        _running.models += 1
+
+
 def settle_after(_module: nn.Module, _inputs: tuple, output: object) -> None:
-    """The hook; a function of this file, so that a pickled model finds it.
+    """The hook after it.
 
     In compiled code nothing is deferred, unless there was a graph break and what came then was not compiled.
     """
-    if not torch.compiler.is_compiling() or _is_deferred(output):
+    if not torch.compiler.is_compiling():
+        _running.models = max(0, _running.models - 1)  # none where another hook failed before this model's began
+        _settle()
+    elif _is_deferred(output):
         _settle()
 
 
@@ -43,13 +67,14 @@ def settles(module: nn.Module) -> bool:
 def add(model: nn.Module) -> None:
     """Has the model settle, and no module in it before it is done."""
     remove(model)
+    model._forward_pre_hooks[_KEY] = begin
     model._forward_hooks[_KEY] = settle_after
     model._forward_hooks_always_called[_KEY] = True
 
 
 def remove(model: nn.Module) -> None:
     for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_hooks_always_called):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
             hooks.pop(_KEY, None)
 
 
@@ -58,12 +83,13 @@ def has_others(hooks: dict) -> bool:
 
 
 def _scriptable(module: nn.Module) -> nn.Module:
-    """What TorchScript compiles, which takes a hook for code of the model: the module without the hook."""
+    """What TorchScript compiles, which takes a hook for code of the model: the module without the hooks."""
     if not settles(module):
         return module
     without = copy.copy(module)
-    vars(without)["_forward_hooks"] = OrderedDict(module._forward_hooks)
-    del without._forward_hooks[_KEY]
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = vars(without)[name] = OrderedDict(getattr(module, name))
+        hooks.pop(_KEY, None)
     return without
 
 
