@@ -37,8 +37,9 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale) 
   p.tokens = k.size(2);
   p.channels = channels;
   p.queries_a_part = block_length(queries, queries, batch * heads, kernels.queries_together);
+  p.parts = at::divup(queries, p.queries_a_part);
   p.scale = static_cast<float>(scale);
-  at::parallel_for(0, batch * heads * p.parts(), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, batch * heads * p.parts, 1, [&](int64_t begin, int64_t end) {
     const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(kernels.scratch_bytes(p));
     kernels.run(p, begin, end, scratch.get());
   });

@@ -13,15 +13,13 @@ struct AttentionView {
   int64_t batch_stride, head_stride, token_stride;
 };
 
-// A work item is a part of the queries of a head, of `queries_a_part` or, the last one, fewer.
+// A work item is one of the parts of a head's queries, of `queries_a_part` or, the last one, fewer.
 struct AttentionParams {
   AttentionView q, k, v;
   AttentionView out;  // written
   int64_t heads, queries, tokens, channels;
-  int64_t queries_a_part;
+  int64_t parts, queries_a_part;
   float scale;
-
-  int64_t parts() const { return (queries + queries_a_part - 1) / queries_a_part; }
 };
 
 struct AttentionKernels {

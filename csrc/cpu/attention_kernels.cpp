@@ -137,10 +137,9 @@ int64_t scratch_bytes(const Params& p) { return Attention(p, nullptr).end() - st
 
 void run(const Params& p, int64_t begin, int64_t end, void* scratch) {
   const Attention attention(p, scratch);
-  const int64_t parts = p.parts();
   attention.begin();
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t head = item / parts, first = item % parts * p.queries_a_part;
+    const int64_t head = item / p.parts, first = item % p.parts * p.queries_a_part;
     if (item == begin || first == 0) attention.pack(head);
     const int64_t last = first + p.queries_a_part < p.queries ? first + p.queries_a_part : p.queries;
     for (int64_t q = first; q < last; q += kQueries)

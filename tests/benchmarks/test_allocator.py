@@ -14,11 +14,11 @@ def test_nothing_is_faulted_in_while_memory_is_kept_and_all_is_afterwards(run_py
         """
         from benchmarks.measure import allocator
 
-        for _ in range(2):
-            assert min(allocator.faults() for _ in range(3)) > 10 * 32
+        for _ in range(2):  # of ten tensors in 18 huge pages each, or in many more small ones
+            assert min(allocator.faults() for _ in range(3)) > 100
             with allocator.keeping_freed_memory():
                 assert allocator.faults() < 32
-        assert min(allocator.faults() for _ in range(3)) > 10 * 32
+        assert min(allocator.faults() for _ in range(3)) > 100
         """
     )
 

@@ -211,7 +211,10 @@ def _heads_side_by_side(
 def _rounded(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """In the dtype of `like`, as torch's LayerNorm gives it, which takes float32 parameters of its own in a model of
     lower precision; autocast chooses by itself."""
-    return x if torch.is_autocast_enabled(like.device.type) else x.to(like.dtype)
+    device = like.device.type  # on which there may be no autocast, as on "meta"
+    if x.dtype == like.dtype or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return x
+    return x.to(like.dtype)
 
 
 def _mixed(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
