@@ -25,13 +25,6 @@ class Attention {
   }
   char* end() const { return memory.next; }
 
-  void begin() const {
-    AmxShapes shapes;
-    for (int tile = 0; tile < 8; ++tile) shapes.set(tile, kAmxRows);
-    amx_configure(shapes);
-  }
-  void finish() const { amx_release(); }
-
   void pack(int64_t head) const {
     for (int64_t t = 0; t < tokens; t += kAmxWords)
       for (int64_t i = 0; i < steps; ++i)
@@ -137,7 +130,7 @@ int64_t scratch_bytes(const Params& p) { return Attention(p, nullptr).end() - st
 
 void run(const Params& p, int64_t begin, int64_t end, void* scratch) {
   const Attention attention(p, scratch);
-  attention.begin();
+  amx_configure_whole();
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = item / p.parts, first = item % p.parts * p.queries_a_part;
     if (item == begin || first == 0) attention.pack(head);
@@ -145,7 +138,7 @@ void run(const Params& p, int64_t begin, int64_t end, void* scratch) {
     for (int64_t q = first; q < last; q += kQueries)
       attention.attend(head, q, last - q < kQueries ? last - q : kQueries);
   }
-  attention.finish();
+  amx_release();
 }
 
 #endif

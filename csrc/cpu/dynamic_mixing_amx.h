@@ -42,11 +42,7 @@ class AmxProducts {
   }
   char* end() const { return memory.next; }
 
-  void begin() const {
-    AmxShapes shapes;
-    for (int tile = 0; tile < 8; ++tile) shapes.set(tile, kAmxRows);
-    amx_configure(shapes);
-  }
+  void begin() const { amx_configure_whole(); }
   void finish() const { amx_release(); }
 
   void generate(int64_t first, int64_t count) const {

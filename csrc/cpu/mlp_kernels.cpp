@@ -95,9 +95,7 @@ class Block {
 int64_t scratch_bytes(const Params& p) { return Block(p, nullptr).end() - static_cast<char*>(nullptr); }
 
 void run(const Params& p, int64_t first_row, int64_t count, void* scratch) {
-  AmxShapes shapes;
-  for (int tile = 0; tile < 8; ++tile) shapes.set(tile, kAmxRows);
-  amx_configure(shapes);
+  amx_configure_whole();
   Block(p, scratch).run(first_row, count);
   amx_release();
 }

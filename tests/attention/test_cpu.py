@@ -1,13 +1,11 @@
 """attention by the tiles of AMX against PyTorch's, and where it runs."""
 
-import contextlib
-
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenfusion
+from tests.elsewhere import Watching, within, without_gradient
 from tests.parity import assert_parity, assert_runs
 from tokenfusion.kernels import dispatch, extension
 from tokenfusion.kernels.attention import attention
@@ -29,6 +27,10 @@ def tensors(batch=2, heads=3, queries=50, tokens=None, channels=32, dtype=torch.
         return made(queries), made(tokens), made(tokens)
     qkv = torch.randn(batch, queries, 3, heads, channels, generator=generator).to(dtype)
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def kernel(q, k, v):
+    return torch.ops.tokenfusion.attention_cpu(q, k, v, q.shape[-1] ** -0.5)
 
 
 def check(q, k, v, scale=None):
@@ -83,17 +85,17 @@ def test_any_batch_and_threads(batch, heads, threads, set_threads):
 def test_an_image_does_not_depend_on_the_others_nor_on_threads(set_threads):
     calls = tensors(5)
     with torch.no_grad():
-        out = attention(*calls)
+        out = kernel(*calls)
         for threads in (1, 3):
             set_threads(threads)
-            assert torch.equal(attention(*(t[3:4] for t in calls)), out[3:4])
+            assert torch.equal(kernel(*(t[3:4] for t in calls)), out[3:4])
 
 
 def test_fifty_calls_are_bit_equal():
     calls = tensors(queries=90)
     with torch.no_grad():
-        first = attention(*calls)
-        assert all(torch.equal(attention(*calls), first) for _ in range(50))
+        first = kernel(*calls)
+        assert all(torch.equal(kernel(*calls), first) for _ in range(50))
 
 
 @pytest.mark.parametrize("channels", [20, 32, 40])
@@ -105,7 +107,7 @@ def test_guard_bands_are_not_read(channels):
         return memory[1:3, 1:4, 2:47, 4:-5].copy_(tensor)
 
     with torch.no_grad():
-        assert torch.equal(attention(*map(guarded, calls)), attention(*calls))
+        assert torch.equal(kernel(*map(guarded, calls)), kernel(*calls))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -114,7 +116,7 @@ def test_nan_and_inf_propagate_as_in_the_definition(value, where):
     calls = tensors(queries=40)
     calls[where][1, 2, 5, 7] = value
     with torch.no_grad():
-        out = attention(*calls)
+        out = kernel(*calls)
     exact = F.scaled_dot_product_attention(*(t.double() for t in calls))
     assert torch.equal(out.isnan(), exact.isnan())
     torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02, equal_nan=True)
@@ -126,7 +128,7 @@ def test_large_scores_do_not_overflow(factor):
     q, k, v = tensors(queries=40)
     exact = F.scaled_dot_product_attention(*(t.double() for t in (q * factor, k * factor, v)))
     with torch.no_grad():
-        out = attention(q * factor, k * factor, v)
+        out = kernel(q * factor, k * factor, v)
     assert out.isfinite().all()
     agree = (out - exact).abs().amax(-1) < 0.05
     assert agree.float().mean() > 0.95  # float32 cannot tell some scores apart
@@ -136,49 +138,26 @@ def gradient(q, k, v):
     return attention(q.requires_grad_(), k, v)
 
 
-def without(function):
-    def call(q, k, v):
-        with torch.no_grad():
-            return function(q, k, v)
-
-    return call
-
-
-class _Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-def within(*contexts):
-    def call(q, k, v):
-        with contextlib.ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context())
-            return attention(q, k, v)
-
-    return without(call)
-
-
 ELSEWHERE = {
     "a gradient": gradient,
-    "float32": without(lambda q, k, v: attention(q.float(), k.float(), v.float())),
-    "dropout": without(lambda q, k, v: attention(q, k, v, dropout_p=1e-30)),
-    "a mask": without(lambda q, k, v: attention(q, k, v, torch.ones(50, 50, dtype=torch.bool))),
-    "causal": without(lambda q, k, v: attention(q, k, v, is_causal=True)),
-    "an infinite scale": without(lambda q, k, v: attention(q, k, v, scale=float("inf"))),
-    "channels of q apart": without(lambda q, k, v: attention(q.mT.contiguous().mT, k, v)),
-    "channels of v apart": without(lambda q, k, v: attention(q, k, v.mT.contiguous().mT)),
-    "a negative scale": without(lambda q, k, v: attention(q, k, v, scale=-0.1)),
-    "three dimensions": without(lambda q, k, v: attention(q[0], k[0], v[0])),
-    "other channels of v": without(lambda q, k, v: attention(q, k, v[..., :16])),
-    "broadcast heads": without(lambda q, k, v: attention(q, k[:, :1], v[:, :1])),
-    "many channels": without(lambda q, k, v: attention(*(t.repeat(1, 1, 1, 5) for t in (q, k, v)))),
-    "many tokens": without(lambda q, k, v: attention(q, k.repeat(1, 1, 41, 1), v.repeat(1, 1, 41, 1))),
-    "no queries": without(lambda q, k, v: attention(q[:, :, :0], k, v)),
-    "no tokens": without(lambda q, k, v: attention(q, k[:, :, :0], v[:, :, :0])),
-    "the reference": within(lambda: tokenfusion.backend("reference")),
-    "autocast to float16": within(lambda: torch.autocast("cpu", torch.float16)),
-    "a dispatch mode": within(_Watching),
+    "float32": without_gradient(lambda q, k, v: attention(q.float(), k.float(), v.float())),
+    "dropout": without_gradient(lambda q, k, v: attention(q, k, v, dropout_p=1e-30)),
+    "a mask": without_gradient(lambda q, k, v: attention(q, k, v, torch.ones(50, 50, dtype=torch.bool))),
+    "causal": without_gradient(lambda q, k, v: attention(q, k, v, is_causal=True)),
+    "an infinite scale": without_gradient(lambda q, k, v: attention(q, k, v, scale=float("inf"))),
+    "channels of q apart": without_gradient(lambda q, k, v: attention(q.mT.contiguous().mT, k, v)),
+    "channels of v apart": without_gradient(lambda q, k, v: attention(q, k, v.mT.contiguous().mT)),
+    "a negative scale": without_gradient(lambda q, k, v: attention(q, k, v, scale=-0.1)),
+    "three dimensions": without_gradient(lambda q, k, v: attention(q[0], k[0], v[0])),
+    "other channels of v": without_gradient(lambda q, k, v: attention(q, k, v[..., :16])),
+    "broadcast heads": without_gradient(lambda q, k, v: attention(q, k[:, :1], v[:, :1])),
+    "many channels": without_gradient(lambda q, k, v: attention(*(t.repeat(1, 1, 1, 5) for t in (q, k, v)))),
+    "many tokens": without_gradient(lambda q, k, v: attention(q, k.repeat(1, 1, 41, 1), v.repeat(1, 1, 41, 1))),
+    "no queries": without_gradient(lambda q, k, v: attention(q[:, :, :0], k, v)),
+    "no tokens": without_gradient(lambda q, k, v: attention(q, k[:, :, :0], v[:, :, :0])),
+    "the reference": within(lambda: tokenfusion.backend("reference"), attention),
+    "autocast to float16": within(lambda: torch.autocast("cpu", torch.float16), attention),
+    "a dispatch mode": within(Watching, attention),
 }
 
 

@@ -5,9 +5,9 @@ import contextlib
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenfusion
+from tests.elsewhere import Watching, within, without_gradient
 from tests.parity import assert_parity, assert_runs
 from tokenfusion.kernels import dispatch, extension
 from tokenfusion.kernels.mlp import mlp
@@ -31,6 +31,10 @@ def tensors(rows=(2, 37), channels=48, features=96, outputs=48, biases=(True, Tr
         normal(outputs, features, scale=features**-0.5),
         normal(outputs) if biases[1] else None,
     )
+
+
+def kernel(*call):
+    return torch.ops.tokenfusion.mlp_cpu(*call)
 
 
 def plain(x, weight_in, bias_in, weight_out, bias_out):
@@ -95,17 +99,17 @@ def test_biases_of_any_stride():
 def test_rows_do_not_depend_on_the_others_nor_on_threads(threads, set_threads):
     x, *layers = tensors(rows=(300,))
     with torch.no_grad():
-        out = mlp(x, *layers)
+        out = kernel(x, *layers)
         set_threads(threads)
-        assert torch.equal(mlp(x, *layers), out)
-        assert torch.equal(mlp(x[77:91], *layers), out[77:91])
+        assert torch.equal(kernel(x, *layers), out)
+        assert torch.equal(kernel(x[77:91], *layers), out[77:91])
 
 
 def test_fifty_calls_are_bit_equal():
     call = tensors(rows=(300,))
     with torch.no_grad():
-        first = mlp(*call)
-        assert all(torch.equal(mlp(*call), first) for _ in range(50))
+        first = kernel(*call)
+        assert all(torch.equal(kernel(*call), first) for _ in range(50))
 
 
 @pytest.mark.parametrize("channels", [40, 48, 64])
@@ -119,7 +123,7 @@ def test_guard_bands_are_not_read(channels):
         return memory[2:-2, 4:-5].copy_(tensor)
 
     with torch.no_grad():
-        assert torch.equal(mlp(*map(guarded, (x, *layers))), mlp(x, *layers))
+        assert torch.equal(kernel(*map(guarded, (x, *layers))), kernel(x, *layers))
 
 
 def through_gelu(values: torch.Tensor) -> torch.Tensor:
@@ -152,31 +156,10 @@ def test_nan_and_inf_propagate_as_in_the_definition(value, where, features):
     call = tensors(features=features)
     call[where].view(-1)[5] = value
     with torch.no_grad():
-        out = mlp(*call)
+        out = kernel(*call)
     exact = plain(*(t.double() for t in call))
     assert torch.equal(out.isnan(), exact.isnan())
     torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.05, equal_nan=True)
-
-
-def without(function):
-    def call(*tensors):
-        with torch.no_grad():
-            return function(*tensors)
-
-    return call
-
-
-class _Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-def within(context):
-    def call(*tensors):
-        with context():
-            return mlp(*tensors)
-
-    return without(call)
 
 
 def with_another(which, change):
@@ -186,19 +169,19 @@ def with_another(which, change):
         with contextlib.suppress(RuntimeError):  # PyTorch's own, of sizes that do not match
             mlp(*changed)
 
-    return without(call)
+    return without_gradient(call)
 
 
 ELSEWHERE = {
     "a gradient": lambda x, *layers: mlp(x.requires_grad_(), *layers),
-    "float32": without(lambda *tensors: mlp(*(t.float() for t in tensors))),
+    "float32": without_gradient(lambda *tensors: mlp(*(t.float() for t in tensors))),
     "a weight of another dtype": with_another(3, torch.Tensor.float),
     "a weight of another size": with_another(3, lambda t: t[:, 1:]),
     "a bias of another size": with_another(2, lambda t: t[:1]),
     "no rows": with_another(0, lambda t: t[:0]),
-    "the reference": within(lambda: tokenfusion.backend("reference")),
-    "autocast": within(lambda: torch.autocast("cpu", torch.bfloat16)),
-    "a dispatch mode": within(_Watching),
+    "the reference": within(lambda: tokenfusion.backend("reference"), mlp),
+    "autocast to float16": within(lambda: torch.autocast("cpu", torch.float16), mlp),
+    "a dispatch mode": within(Watching, mlp),
 }
 
 
@@ -207,6 +190,11 @@ def test_pytorchs_layers_elsewhere(name):
     with dispatch.observe() as seen:
         ELSEWHERE[name](*tensors())
     assert not seen.ran
+
+
+def test_autocast_to_bfloat16_runs_the_kernel():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), assert_runs("mlp_cpu"):
+        mlp(*tensors())
 
 
 def test_few_rows_are_single_products(monkeypatch):

@@ -1,4 +1,7 @@
-"""The operators. Each has a folder: reference.py is its definition, op.py its checks, registration and autograd."""
+"""The operators. Each has a folder: reference.py is its definition, op.py its checks, registration and autograd.
+
+attention, linear and mlp are no operators of the package's own but PyTorch's, which fused blocks run in inference.
+"""
 
 from tokenfusion.kernels import attention, linear, mlp  # noqa: F401  (registered, for `tokenfusion tune`)
 from tokenfusion.kernels.dynamic_mixing.op import dynamic_mixing

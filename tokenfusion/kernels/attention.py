@@ -5,11 +5,10 @@ import math
 import torch
 from torch.nn import functional as F
 
-from tokenfusion.kernels import extension
 from tokenfusion.kernels.choices import Workloads
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.library import define_without_gradient
-from tokenfusion.kernels.linear import kernels_may_run
+from tokenfusion.kernels.tiles import why_not_tiles
 
 _MOST_TOKENS = 2048  # scores of more do not fit into a core's cache
 _MOST_CHANNELS = 128
@@ -35,12 +34,9 @@ def _run_reference(q, k, v, scale):
 
 
 def _kernel_can_run(q, k, v, scale) -> str | None:
-    if not kernels_may_run(q, k, v):
-        return "a gradient may be recorded, the call is compiled or recorded, or its tensors are not plain ones"
-    if not (q.dtype == k.dtype == v.dtype == torch.bfloat16):
-        return "the tiles of AMX multiply bfloat16, and not all tensors are of it"
-    if not extension.amx_allowed():
-        return extension.why_not() or "this processor has no AMX, or it is switched off"
+    reason = why_not_tiles(q, k, v)
+    if reason is not None:
+        return reason
     if not (q.dim() == k.dim() == 4 and v.shape == k.shape and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]):
         return "its sizes do not match"
     if not (0 < k.shape[2] <= _MOST_TOKENS and 0 < k.shape[3] <= _MOST_CHANNELS and q.numel() > 0):
@@ -51,10 +47,6 @@ def _kernel_can_run(q, k, v, scale) -> str | None:
         return f"it takes a positive scale, not {scale}"
     if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         return "channels lie apart"
-    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
-        return "autocast chooses the dtype"
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode looks at the call"
     return None
 
 

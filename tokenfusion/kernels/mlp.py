@@ -4,11 +4,11 @@ import math
 
 import torch
 
-from tokenfusion.kernels import extension
 from tokenfusion.kernels.choices import Workloads
 from tokenfusion.kernels.dispatch import Implementation, register
 from tokenfusion.kernels.library import define_without_gradient
-from tokenfusion.kernels.linear import kernels_may_run, linear
+from tokenfusion.kernels.linear import linear
+from tokenfusion.kernels.tiles import why_not_tiles
 
 _LEAST_ROWS = 128  # of fewer, packing the weights takes longer than the products
 
@@ -34,13 +34,9 @@ def _run_reference(x, weight_in, bias_in, weight_out, bias_out):
 
 
 def _kernel_can_run(x, weight_in, bias_in, weight_out, bias_out) -> str | None:
-    tensors = [tensor for tensor in (x, weight_in, bias_in, weight_out, bias_out) if tensor is not None]
-    if not kernels_may_run(*tensors):
-        return "a gradient may be recorded, the call is compiled or recorded, or its tensors are not plain ones"
-    if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
-        return "the tiles of AMX multiply bfloat16, and not all tensors are of it"
-    if not extension.amx_allowed():
-        return extension.why_not() or "this processor has no AMX, or it is switched off"
+    reason = why_not_tiles(*(tensor for tensor in (x, weight_in, bias_in, weight_out, bias_out) if tensor is not None))
+    if reason is not None:
+        return reason
     if not (
         weight_in.dim() == weight_out.dim() == 2
         and x.shape[-1] == weight_in.shape[1]
@@ -51,10 +47,6 @@ def _kernel_can_run(x, weight_in, bias_in, weight_out, bias_out) -> str | None:
         return "its sizes do not match"
     if not x.numel() >= _LEAST_ROWS * x.shape[-1] > 0:
         return f"of less than {_LEAST_ROWS} rows single products are faster"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast chooses the dtype"
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode looks at the call"
     return None
 
 

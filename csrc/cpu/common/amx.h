@@ -26,6 +26,13 @@ struct AmxShapes {
 
 TF_INLINE void amx_configure(const AmxShapes& shapes) { asm volatile("ldtilecfg %0" : : "m"(shapes) : "memory"); }
 
+// All tiles have 16 rows.
+TF_INLINE void amx_configure_whole() {
+  AmxShapes shapes;
+  for (int tile = 0; tile < 8; ++tile) shapes.set(tile, kAmxRows);
+  amx_configure(shapes);
+}
+
 TF_INLINE void amx_release() { asm volatile("tilerelease" : : : "memory"); }
 
 template <int tile>

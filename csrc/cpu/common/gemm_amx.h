@@ -152,9 +152,7 @@ TF_INLINE void amx_finish(const GemmCall& call, const AmxBlock& block, int64_t t
 
 void run_amx(const GemmCall& call) {
   constexpr int64_t kRowsTogether = kStripsTogether * kStripRows;
-  AmxShapes shapes;
-  for (int tile = 0; tile < 8; ++tile) shapes.set(tile, kAmxRows);
-  amx_configure(shapes);
+  amx_configure_whole();
   const AmxBlock block(call.scratch, call.count);
   for (int64_t first = 0; first < call.rows; first += kRowsTogether) {
     const int64_t rows = call.rows - first < kRowsTogether ? call.rows - first : kRowsTogether;
