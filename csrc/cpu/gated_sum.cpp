@@ -2,9 +2,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addcmul.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
@@ -20,6 +18,7 @@
 #include "../common/checks.h"
 #include "common/blocks.h"
 #include "common/huge_pages.h"
+#include "common/library_product.h"
 #include "common/packed_b.h"
 
 namespace tokenfusion {
@@ -68,13 +67,10 @@ void forward_by_library(at::TensorList branches, at::TensorList weights, const T
       Tensor product = memory[0].narrow(0, 0, count), target = out[image].narrow(0, first, count);
       Tensor sums = proj_weight ? memory[1].narrow(0, 0, count) : target;
       for (size_t k = 0; k < branches.size(); ++k) {
-        at::mm_out(product, branches[k][image].narrow(0, first, count), weights[k].t());
+        library_product(product, branches[k][image].narrow(0, first, count), weights[k].t());
         at::addcmul_out(sums, k == 0 ? bias[image] : sums, product, gates[image][k]);
       }
-      if (proj_weight && proj_bias)
-        at::addmm_out(target, *proj_bias, sums, proj_weight->t());
-      else if (proj_weight)
-        at::mm_out(target, sums, proj_weight->t());
+      if (proj_weight) library_product(target, sums, proj_weight->t(), proj_bias);
     }
   });
 }

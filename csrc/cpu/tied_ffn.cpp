@@ -17,6 +17,7 @@
 #include "../common/tied_ffn_checks.h"
 #include "common/huge_pages.h"
 #include "common/kernels_for.h"
+#include "common/library_product.h"
 #include "common/linear.h"
 
 namespace tokenfusion {
@@ -55,13 +56,14 @@ void put(const Tensor& target, const Tensor& result) {
   if (!result.is_same(target)) target.copy_(result);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_in,
+std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_in,
                                    const OptionalTensor& bias_out, std::string_view activation, bool hold,
                                    std::string_view form) {
   const Library library = library_of(form);
-  tied_ffn::check_operands(x_, weight, bias_in, bias_out);
+  tied_ffn::check_operands(x_, weight_, bias_in, bias_out);
   const int index = static_cast<int>(tied_ffn::activation_of(activation));
   const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).forward[index];
+  const Tensor weight = widened(weight_);
   const int64_t features = weight.size(0);
   Tensor y = in_huge_pages(at::empty(x_.sizes(), x_.options()));
   Tensor hidden =
@@ -85,15 +87,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight, const
   return {y, hidden};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight_,
                                                     const OptionalTensor& bias_in, const Tensor& hidden,
                                                     std::string_view activation, std::array<bool, 4> needed,
                                                     std::string_view form) {
   const Library library = library_of(form);
-  tied_ffn::check_operands(x_, weight, bias_in, std::nullopt);
-  tied_ffn::check_gradient(grad_y_, hidden, x_, weight);
+  tied_ffn::check_operands(x_, weight_, bias_in, std::nullopt);
+  tied_ffn::check_gradient(grad_y_, hidden, x_, weight_);
   const int index = static_cast<int>(tied_ffn::activation_of(activation));
   const auto kernel = kernels_for(TOKENFUSION_KERNELS(tied_ffn), "x", x_.scalar_type()).backward[index];
+  const Tensor weight = widened(weight_);
   const int64_t features = weight.size(0), channels = weight.size(1);
   const auto accumulation = x_.options().dtype(accumulation_dtype(x_));
   const bool held = hidden.numel() > 0;

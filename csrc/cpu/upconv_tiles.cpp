@@ -3,13 +3,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 
 #include <algorithm>
 
 #include "../common/upconv_checks.h"
 #include "common/huge_pages.h"
 #include "common/kernels_for.h"
+#include "common/library_product.h"
 
 namespace tokenfusion {
 namespace {
@@ -62,12 +62,7 @@ void UpconvTiles::multiply(const Tensor& out, const Tensor& a, const Tensor& b) 
 }
 
 void UpconvTiles::accumulate(const Tensor& sum, const Tensor& a, const Tensor& b, bool first) const {
-  if (sum.scalar_type() != a.scalar_type()) {
-    const Tensor product = at::mm(a, b);
-    first ? sum.copy_(product) : sum.add_(product);
-  } else {
-    tokenfusion::multiply(sum, a, b, product_, !first);
-  }
+  tokenfusion::multiply(sum, a, b, product_, !first);
 }
 
 int64_t UpconvTiles::units_per_block(bool whole_columns) const {
@@ -96,7 +91,7 @@ std::vector<UpconvBlock> UpconvTiles::blocks(bool whole_columns) const {
 }
 
 Tensor UpconvTiles::weight_matrix(const Tensor& weight) const {
-  return (planes_ ? weight : weight.permute({0, 2, 3, 1})).reshape({weight.size(0), -1});
+  return widened((planes_ ? weight : weight.permute({0, 2, 3, 1})).reshape({weight.size(0), -1}));
 }
 
 bool UpconvTiles::is_matrix(const Tensor& weight) const {

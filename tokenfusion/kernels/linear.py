@@ -9,8 +9,11 @@ from torch.nn import functional as F
 from tokenfusion.kernels import dispatch
 from tokenfusion.kernels.choices import Workloads
 from tokenfusion.kernels.dispatch import Implementation, register
+from tokenfusion.kernels.widened import is_widened
 
 _MIN_ROWS = 128  # below, oneDNN spends more on its set-up than it saves
+_MIN_WIDENED_ROWS = 8  # below, to widen the weight takes longer than the product
+_ROWS_TOGETHER = 512  # that are widened; more would leave the cache
 _DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN = (torch.Tensor, nn.Parameter)  # no quantized or distributed weights
 
@@ -42,6 +45,19 @@ def _run_onednn(x, weight, bias, activation):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *algorithm)
 
 
+def _run_widened(x, weight, bias, activation):
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    rows = x.flatten(0, -2)
+    out = x.new_empty(rows.shape[0], weight.shape[0])
+    for part, of_part in zip(rows.split(_ROWS_TOGETHER), out.split(_ROWS_TOGETHER), strict=True):
+        of_part.copy_(_run_reference(part.float(), weight, bias, activation))
+    return out.unflatten(0, x.shape[:-1])
+
+
+def _run_cpu(x, weight, bias, activation):
+    return (_run_widened if is_widened(x.dtype) else _run_onednn)(x, weight, bias, activation)
+
+
 def _run_reference(x, weight, bias, activation):
     out = F.linear(x, weight, bias)
     if activation is None:
@@ -49,26 +65,31 @@ def _run_reference(x, weight, bias, activation):
     return F.gelu(out) if torch.is_grad_enabled() else torch.ops.aten.gelu_(out)
 
 
-def _onednn_can_run(x, weight, bias, activation) -> str | None:
+def _cpu_can_run(x, weight, bias, activation) -> str | None:
     parameters = (weight,) if bias is None else (weight, bias)
     if not kernels_may_run(x, *parameters):
         return "a gradient may be recorded, the call is compiled or recorded, or its tensors are not plain ones"
-    if x.dtype not in _DTYPES or any(parameter.dtype != x.dtype for parameter in parameters):
-        return f"oneDNN's product takes float32 or bfloat16, and x is {x.dtype}"
+    if any(parameter.dtype != x.dtype for parameter in parameters):
+        return "x and the parameters have different dtypes"
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         return "its sizes do not match"
-    if _overlaps(weight):
-        return "rows and columns of the weight share memory, which oneDNN refuses"
-    if not x.numel() >= _MIN_ROWS * x.shape[-1] > 0:
-        return f"of less than {_MIN_ROWS} rows PyTorch's product is faster"
+    fewest = _MIN_WIDENED_ROWS if is_widened(x.dtype) else _MIN_ROWS
+    if not x.numel() >= fewest * x.shape[-1] > 0:
+        return f"of less than {fewest} rows PyTorch's product is faster"
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses the dtype"
     if torch._C._len_torch_dispatch_stack():  # FlopCounterMode, for one, knows PyTorch's own product alone
         return "a dispatch mode looks at the call"
+    return None if is_widened(x.dtype) else _why_not_onednn(x, weight)
+
+
+def _why_not_onednn(x, weight) -> str | None:
+    if x.dtype not in _DTYPES:
+        return f"oneDNN's product takes float32 or bfloat16, and x is {x.dtype}"
+    if _overlaps(weight):
+        return "rows and columns of the weight share memory, which oneDNN refuses"
     if not (torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()):
         return "there is no oneDNN"
-    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "oneDNN does not take bfloat16 on this processor"
     return None
 
 
@@ -90,7 +111,7 @@ def _example(words, sizes, make):
 
 OPERATOR = register(
     "linear",
-    Implementation("cpu", _run_onednn, _onednn_can_run),
+    Implementation("cpu", _run_cpu, _cpu_can_run),
     Implementation("reference", _run_reference, lambda x, weight, bias, activation: None),
     supporting=True,
     workloads=Workloads(("rows", "C", "F"), None, _workload_of, _example),
@@ -105,7 +126,8 @@ def linear(
     In inference on a CPU oneDNN adds the bias and applies the activation to each tile of the product while it is in
     cache. PyTorch's own product first fills the output with the bias, and the activation is one more pass over it; it
     is the faster one where its library serves the make of the processor well, which `tokenfusion tune` finds out.
-    Elsewhere, and under the reference backend, this is F.linear and F.gelu.
+    Half precision that the processor has no instructions for is computed in float32. Elsewhere, and under the reference
+    backend, this is F.linear and F.gelu.
 
     Args:
         x: [..., C], floating point.

@@ -4,8 +4,8 @@
 //     out[i][j] (+)= bias[j] + sum over terms of scale[j] * (sum over k of a(i, k) b(j, k))
 //
 // b is packed once, by `pack`, and shared by all calls and threads. `run` packs a, a few rows at a time, and is the
-// work of one thread. Sums are float; those of bfloat16 need instructions that multiply pairs: see
-// `takes_bfloat16`.
+// work of one thread. Sums are float. bfloat16 is multiplied in pairs by builds for processors that may have
+// instructions for it, and widened to float by the others.
 #pragma once
 
 #include <stdint.h>
@@ -54,7 +54,7 @@ struct GemmKernels {
     void (*run)(const GemmCall&);
   };
   ForDtype float32, bfloat16, bfloat16_tiles;
-  bool (*takes_bfloat16)();  // whether there are instructions for pairs; tiles (AMX) are only where these are
+  bool (*takes_bfloat16)();  // not where pairs are packed and no instruction multiplies them; tiles need those of AMX
 };
 
 TOKENFUSION_DECLARE_KERNELS(GemmKernels, gemm)

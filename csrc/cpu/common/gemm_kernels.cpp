@@ -156,7 +156,7 @@ bool takes_bfloat16() {
 #if TF_VECTOR_BYTES == 64
   return __builtin_cpu_supports("avx512bf16");
 #else
-  return false;
+  return true;
 #endif
 }
 

@@ -13,9 +13,10 @@ constexpr int kVectors = 2;
 constexpr int64_t kPanel = kVectors * kLanes;
 constexpr int64_t kUnroll = 4;  // words
 
-// Elements of a word, which is what is packed: a float, or a pair of bf16 along k.
+// Elements of a word, which is what is packed: a float, or a pair of bf16 along k where instructions may multiply
+// pairs. Elsewhere bf16 is widened to float.
 template <typename T>
-constexpr int64_t kPerWord = sizeof(float) / sizeof(T);
+constexpr int64_t kPerWord = TF_VECTOR_BYTES == 64 ? sizeof(float) / sizeof(T) : 1;
 
 // Rounded up to whole steps of the loop, or to the rows of a tile: see gemm_amx.h.
 template <typename T, int64_t kStep = kUnroll>
@@ -26,6 +27,7 @@ TF_INLINE int64_t words_of(int64_t depth) {
 // The words of a line from p on, where it has `count` more elements.
 template <typename T>
 TF_INLINE Vec<float> load_words(const T* p, int64_t count) {
+  if constexpr (kPerWord<T> * sizeof(T) != sizeof(float)) return load_lanes(p, count);
   Vec<float> v{};
   if (count >= kLanes * kPerWord<T>)
     __builtin_memcpy(&v, p, sizeof(v));
@@ -38,6 +40,7 @@ TF_INLINE Vec<float> words_across(const float* p, int64_t, int64_t, int64_t coun
 
 // The same word of `count` neighbouring lines, each of which has `left` more elements.
 TF_INLINE Vec<float> words_across(const bf16* p, int64_t depth_stride, int64_t left, int64_t count) {
+  if constexpr (kPerWord<bf16> == 1) return load_lanes(p, count);
   const Vec<float> second = left > 1 ? load_lanes(p + depth_stride, count) : Vec<float>{};
   return (Vec<float>)((U32)load_lanes(p, count) >> 16 | (U32)second);
 }

@@ -3,10 +3,10 @@
 #include <ATen/Context.h>
 #include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
 
 #include <string_view>
+
+#include "library_product.h"
 
 namespace tokenfusion {
 namespace {
@@ -34,16 +34,17 @@ Tensor without_overlaps(const Tensor& matrix) {
 }  // namespace
 
 Tensor linear(Library library, Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  // oneDNN's operator reads a bias as contiguous, whatever its strides. In bfloat16 PyTorch's own product is oneDNN's,
-  // too. A weight in oneDNN's own order would be a few percent faster, but other numbers of rows than it was made for
-  // get oneDNN's reference code, which is slower by orders of magnitude.
+  // oneDNN's operator reads a bias as contiguous, whatever its strides. A weight in oneDNN's own order would be a few
+  // percent faster, but other numbers of rows than it was made for get oneDNN's reference code, which is slower by
+  // orders of magnitude.
   if (library == Library::kOneDnn && x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() &&
       onednn_product()) {
     const OptionalTensor read = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
     return onednn_product()->call(x, without_overlaps(weight), read, "none", c10::List<std::optional<at::Scalar>>(),
                                   "");
   }
-  return bias ? at::addmm_out(out, *bias, x, weight.t()) : at::mm_out(out, x, weight.t());
+  library_product(out, x, weight.t(), bias);
+  return out;
 }
 
 }  // namespace tokenfusion

@@ -1,14 +1,13 @@
 #include "packed_b.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 
 #include "huge_pages.h"
+#include "library_product.h"
 
 namespace tokenfusion {
 namespace {
@@ -63,12 +62,11 @@ void PackedB::multiply(const GemmLines& a, GemmCall call) const {
 
 void multiply(const Tensor& out_, const Tensor& a_, const Tensor& b_, Product product, bool accumulate) {
   const bool by_rows = out_.stride(1) == 1 || out_.size(1) == 1, by_columns = out_.stride(0) == 1 || out_.size(0) == 1;
-  const bool own = product == Product::kOwn && a_.scalar_type() == at::kFloat && gemm_takes(at::kFloat);
-  if (!own || !(by_rows || by_columns)) {
-    Tensor out = out_;
-    accumulate ? at::addmm_out(out, out, a_, b_) : at::mm_out(out, a_, b_);
-    return;
-  }
+  const bool floats =
+      out_.scalar_type() == at::kFloat && a_.scalar_type() == at::kFloat && b_.scalar_type() == at::kFloat;
+  const bool own = product == Product::kOwn && floats && gemm_takes(at::kFloat);
+  if (!own || !(by_rows || by_columns))
+    return library_product(out_, a_, b_, accumulate ? OptionalTensor(out_) : std::nullopt);
   if (!by_rows) return multiply(out_.t(), b_.t(), a_.t(), product, accumulate);
   const GemmKernels::ForDtype& kernels = gemm_kernels(at::kFloat);
   const Tensor a = with_lines(a_), b = with_lines(b_);

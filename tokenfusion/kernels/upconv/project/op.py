@@ -20,6 +20,7 @@ from tokenfusion.kernels.upconv.arguments import (
 from tokenfusion.kernels.upconv.project import flops
 from tokenfusion.kernels.upconv.project.workloads import WORKLOADS, WORKLOADS_OF_ADD
 from tokenfusion.kernels.upconv.shapes import empty_gradient, empty_map, empty_sum, gives_channels_last
+from tokenfusion.kernels.widened import is_widened
 
 _TENSORS = "Tensor x, Tensor weight, {}Tensor? skip, Tensor? proj_up, Tensor? proj_skip"
 _SCHEMA = f"({_TENSORS.format('Tensor? bias, ')}, bool channels_last) -> Tensor"
@@ -99,12 +100,19 @@ def _composing_pays(x: torch.Tensor, weight: torch.Tensor, proj_up: torch.Tensor
     return passes * composed < passes * pixels * up_channels * (channels + projected) + again
 
 
+def _compose(weight, proj_up):
+    if weight.device.type != "cpu" or not is_widened(weight.dtype):
+        return reference.compose(weight, proj_up)
+    with torch.autocast("cpu", enabled=False):
+        return reference.compose(weight.float(), proj_up.float()).to(weight.dtype)
+
+
 def _run_on(backend: str, *form: str, composes: bool | None = None):
     """composes says whether the weight is multiplied by its projection beforehand; None: where that is less work."""
 
     def run(x, weight, bias, skip, proj_up, proj_skip):
         if proj_up is not None and (_composing_pays(x, weight, proj_up) if composes is None else composes):
-            weight, proj_up = reference.compose(weight, proj_up), None
+            weight, proj_up = _compose(weight, proj_up), None
         return _KERNELS[backend](x, weight, bias, skip, proj_up, proj_skip, gives_channels_last(x, skip), *form)
 
     return run
