@@ -6,18 +6,15 @@ never as before: the values of buffers, and tensors and modules in attributes.
 """
 
 import functools
-import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from tokenfusion.layers.drop_in import NAME, STATE, remember_forwards, why_not_part
+from tokenfusion.layers.frozen import NUMBERS, PLAIN, frozen, is_listed, listed
 
-_NUMBERS = (bool, int, float, str, type(None))
-_PLAIN = (*_NUMBERS, types.FunctionType, types.BuiltinFunctionType, type)
-_CONTAINERS = (list, tuple)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl", NAME, STATE}
 
 
@@ -25,7 +22,8 @@ class Watched(NamedTuple):
     """A module, by its path in another, as it was.
 
     plain are attributes and constants of the class that stand for themselves, contained are lists and the like of such,
-    deeper are attributes of attributes; frozen are all others, at which compiled code cannot look.
+    deeper are attributes of attributes; frozen are all others, at which compiled code cannot look, and classes, which
+    may be namespaces.
     """
 
     path: str
@@ -56,10 +54,16 @@ class UsedParts(NamedTuple):
 
 
 class _Class(NamedTuple):
-    """What a class holds, and how many names each of its bases has."""
+    """What a class holds, and how many names each of its bases has.
+
+    frozen is what is in the contents that do not stand for themselves; others are those of the bases' names that give
+    another object each time, such as methods of the class.
+    """
 
     contents: dict[str, object]
     bases: tuple[tuple[Mapping[str, object], int], ...]
+    frozen: tuple[tuple[str, tuple], ...]
+    others: tuple[tuple[Mapping[str, object], str, object], ...]
 
 
 _classes: dict[type[nn.Module], _Class] = {}
@@ -70,10 +74,10 @@ def watch(path: str, module: nn.Module, *deeper: str) -> Watched:
     code sees these alone."""
     held = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
     constants = {name: getattr(module, name) for name in _names(type(module)) - held.keys()}
-    plain = {name: value for name, value in constants.items() if type(value) in _NUMBERS}
-    plain |= {name: value for name, value in held.items() if type(value) in _PLAIN}
-    others = {name: _frozen(value) for name, value in held.items() if name not in plain}
-    contained = {name: value for name, value in others.items() if value[0] in _CONTAINERS and _is_plain(value)}
+    plain = {name: value for name, value in constants.items() if type(value) in NUMBERS}
+    plain |= {name: value for name, value in held.items() if type(value) in PLAIN}
+    contained = {name: listed(value) for name, value in held.items() if name not in plain and is_listed(value)}
+    seen = {name for name, value in held.items() if name in contained or not _holds(value)}
     return Watched(
         path,
         type(module),
@@ -83,7 +87,7 @@ def watch(path: str, module: nn.Module, *deeper: str) -> Watched:
         tuple(plain.items()),
         tuple((name, attribute(module, name)) for name in deeper),
         tuple(contained.items()),
-        tuple((name, value) for name, value in others.items() if name not in contained),
+        tuple((name, frozen(value)) for name, value in held.items() if name not in seen),
     )
 
 
@@ -142,7 +146,7 @@ def why_not_as_before(module: nn.Module, then: Watched) -> str | None:
         if _differs(attribute(module, path), value):
             return f"{where} has another {path} than when it was tried"
     for name, value in then.contained:
-        if _frozen(getattr(module, name, None)) != value:
+        if listed(getattr(module, name, None)) != value:
             return f"{where} has another {name} than when it was tried"
     for name, value in _classes[then.kind].contents.items():
         if _differs(getattr(then.kind, name, None), value):
@@ -165,16 +169,22 @@ def _why_not_unseen(module: nn.Module, then: Watched) -> str | None:
     if held.keys() - _OF_EVERY_MODULE != then.names:
         return f"{where} has other attributes than when it was tried"
     for name, value in then.frozen:
-        if _frozen(held[name]) != value:
+        if frozen(held[name]) != value:
             return f"{where} has another {name} than when it was tried, or one that may change without being seen"
-    contents, bases = _classes[then.kind]
-    if any(len(base) != count for base, count in bases) and _names(then.kind) != contents.keys():
+    of_class = _classes[then.kind]
+    if any(len(base) != count for base, count in of_class.bases) and _names(then.kind) != of_class.contents.keys():
         return f"names of the class {then.kind.__name__} were changed"
+    for name, value in of_class.frozen:
+        if frozen(getattr(then.kind, name)) != value:
+            return f"{name} of the class {then.kind.__name__} was changed, or may change without being seen"
+    for base, name, value in of_class.others:
+        if base.get(name) is not value:
+            return f"{name} of the class {then.kind.__name__} was changed"
     return None
 
 
 def _differs(now, then) -> bool:
-    return now is not then and (type(now) is not type(then) or type(then) not in _NUMBERS or now != then)
+    return now is not then and (type(now) is not type(then) or type(then) not in NUMBERS or now != then)
 
 
 def _tensors(module: nn.Module) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
@@ -187,10 +197,23 @@ def _children(module: nn.Module) -> tuple[tuple[str, bool], ...]:
 
 
 def _class(kind: type[nn.Module]) -> _Class:
+    contents, bases = {name: getattr(kind, name) for name in _names(kind)}, [vars(each) for each in _bases(kind)]
     return _Class(
-        {name: getattr(kind, name) for name in _names(kind)},
-        tuple((vars(each), len(vars(each))) for each in _bases(kind)),
+        contents,
+        tuple((base, len(base)) for base in bases),
+        tuple((name, frozen(value)) for name, value in contents.items() if _holds(value)),
+        tuple(
+            (base, name, value)
+            for base in bases
+            for name, value in base.items()
+            if not (name.startswith("__") or name in contents)
+        ),
     )
+
+
+def _holds(value) -> bool:
+    """Whether there may be something in it that changes; a class may be a namespace."""
+    return type(value) not in PLAIN or isinstance(value, type)
 
 
 def _bases(kind: type[nn.Module]) -> list[type]:
@@ -206,39 +229,3 @@ def _names(kind: type[nn.Module]) -> set[str]:
     """Of methods, properties and constants, but for what is another object each time."""
     names = {name for base in _bases(kind) for name in vars(base) if not name.startswith("__")}
     return {name for name in names if getattr(kind, name) is getattr(kind, name)}
-
-
-class _Held:
-    """An object that is equal to itself alone, and not even that where what it computes is in its values."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value):
-        self.value = value
-
-    def __eq__(self, other) -> bool:
-        owner = getattr(self.value, "__self__", self.value)  # of a method
-        same = isinstance(other, _Held) and self.value is other.value
-        return same and not isinstance(owner, (torch.Tensor, nn.Module, Iterator))
-
-    def __hash__(self) -> int:
-        return hash(type(self.value))
-
-
-def _is_plain(frozen) -> bool:
-    return all(map(_is_plain, frozen)) if isinstance(frozen, tuple) else type(frozen) in _PLAIN
-
-
-def _frozen(value) -> tuple:
-    """Its class and its contents; of an object also the numbers in its attributes, as in a configuration."""
-    kind = type(value)
-    if kind in _PLAIN:
-        return kind, value
-    if kind in _CONTAINERS:
-        return kind, *[_frozen(each) for each in value]
-    if kind in (set, frozenset):
-        return kind, frozenset(value)
-    if kind is dict:
-        return kind, *value, *map(_frozen, value.values())
-    attributes = getattr(value, "__dict__", {}).values()
-    return kind, _Held(value), *[(type(each), each) if type(each) in _NUMBERS else _Held(each) for each in attributes]
