@@ -70,13 +70,19 @@ def forward_of_the_class(model, part, undo):
     undo.enter_context(mock.patch.object(kind, "forward", _with_scaled_method(kind)))
 
 
-def _with_scaled_method(kind: type[nn.Module]) -> Callable:
-    original = kind.forward
+def _with_scaled_method(kind: type[nn.Module], name: str = "forward") -> Callable:
+    original = getattr(kind, name)
 
-    def forward(self, *args, **kwargs):
+    def method(self, *args, **kwargs):
         return _scaled(original(self, *args, **kwargs))
 
-    return forward
+    return method
+
+
+def call_of_the_class(model, part, undo):
+    kind = type(model.get_submodule(part))
+    kind = getattr(kind, "original", kind)
+    undo.enter_context(mock.patch.object(kind, "__call__", _with_scaled_method(kind, "__call__")))
 
 
 def subclass(model, part, undo):
@@ -389,6 +395,13 @@ def _of_another_make(name: str) -> Callable:
     return change
 
 
+def _call_of_all(name: str) -> Callable:
+    def change(model, part, undo):
+        undo.enter_context(mock.patch.object(nn.Module, name, _with_scaled_method(nn.Module, name)))
+
+    return change
+
+
 def _on_all_modules(register: Callable, hook: Callable) -> Callable:
     def change(model, part, undo):
         undo.callback(register(hook).remove)
@@ -475,6 +488,9 @@ CHANGES = {
     "backward pre-hook": Change(backward_pre_hook, _parts),
     "forward on the instance": Change(forward_on_the_instance, _parts, unfuses=False),
     "forward of the class": Change(forward_of_the_class, _parts),
+    "call of the class": Change(call_of_the_class, _parts),
+    "call of all": Change(_call_of_all("__call__"), _model),
+    "what calls all": Change(_call_of_all("_call_impl"), _model),
     "subclass": Change(subclass, _own_parts),
     "accelerate's hook": Change(accelerate_hook, _own_parts),
     "other dtype": Change(other_dtype, _own_parts, may_fail=True),

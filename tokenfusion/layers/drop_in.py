@@ -29,6 +29,7 @@ _log = logging.getLogger("tokenfusion")
 _told_of: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _told_of_replicas: set[tuple[str, type[nn.Module], str]] = set()
 _forwards: dict[type[nn.Module], types.FunctionType] = {}
+_calls: dict[type[nn.Module], tuple[types.FunctionType, types.FunctionType]] = {}
 
 
 class DropIn:
@@ -130,13 +131,19 @@ def renamed(function: types.FunctionType, new: str) -> types.FunctionType:
 
 
 def remember_forwards(*kinds: type[nn.Module]) -> None:
-    """Takes the forward of these classes, as it is when they are first seen, for the one that is read past.
+    """Takes the forward of these classes, as it is when they are first seen, for the one that is read past, and what
+    calls it.
 
     One that is patched at that moment counts as the class's own. When the patch is taken off, the class counts as
     changed, and its modules run their original forward until the process ends.
     """
     for kind in kinds:
         _forwards.setdefault(kind, kind.forward)
+        _calls.setdefault(kind, _call_of(kind))
+
+
+def _call_of(kind: type[nn.Module]) -> tuple[types.FunctionType, types.FunctionType]:
+    return kind.__call__, kind._call_impl
 
 
 def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> str | None:
@@ -154,6 +161,8 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
         return f"{name} has its forward set on the instance"
     if kind.forward is not _forwards[kind]:
         return f"{name}: the forward of {kind.__name__} was replaced"
+    if not torch.compiler.is_compiling() and _call_of(kind) != _calls[kind]:
+        return f"{name}: the __call__ of {kind.__name__} was replaced"
     if (
         (state["_forward_hooks"] and settled.has_others(state["_forward_hooks"]))
         or (state["_forward_pre_hooks"] and settled.has_others(state["_forward_pre_hooks"]))
