@@ -118,7 +118,7 @@ def small_calls_are_fused(monkeypatch):
 @pytest.fixture
 def within_a_model(monkeypatch):
     """Parts of fused models that are called by themselves defer, as in the model's forward."""
-    monkeypatch.setattr("tokenfusion.layers.settled._running.models", 1)
+    monkeypatch.setattr("tokenfusion.layers.settled._running.frames", [None])
 
 
 @pytest.fixture

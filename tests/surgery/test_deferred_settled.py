@@ -205,6 +205,24 @@ def test_what_fails_before_and_within_a_model_leaves_nothing_deferred_elsewhere(
         model(x, skip)
 
 
+def test_what_interrupts_a_model_leaves_nothing_deferred_elsewhere():
+    """Ctrl-C, for which no hook is called."""
+    model, (x, skip) = fused_copy(Keeping()), inputs()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.ups[2].register_forward_pre_hook(interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(x, skip)
+        assert computed(model.ups[0], x)
+    handle.remove()
+    with torch.no_grad(), assert_runs("upconv_concat_cpu"):
+        model(x, skip)
+    assert computed(model.ups[0], x)
+
+
 def test_a_model_within_another_and_another_thread():
     class Outer(nn.Module):
         def __init__(self):

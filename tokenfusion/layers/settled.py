@@ -5,8 +5,10 @@ inputs were changed in ways that no tensor tells of, such as `parameter.data.add
 """
 
 import copy
+import sys
 import threading
 from collections import OrderedDict
+from types import FrameType
 
 import torch
 from torch import nn
@@ -17,23 +19,43 @@ _KEY = "tokenfusion"  # torch's are numbers, which start again in the process th
 
 
 class _Running(threading.local):
-    """How many forwards of fused models this thread is in."""
+    """The frames in which this thread calls the forwards of fused models, the innermost last.
 
-    models = 0
+    Those of calls that Ctrl-C ended are among them until somebody looks: no hook is called then.
+    """
+
+    def __init__(self):
+        self.frames: list[FrameType] = []
 
 
 _running = _Running()
 
 
+def _runs() -> bool:
+    while _running.frames:
+        if _is_on_the_stack(_running.frames[-1]):
+            return True
+        _running.frames.pop()
+    return False
+
+
+def _is_on_the_stack(sought: FrameType) -> bool:
+    frame = sys._getframe(1)
+    while frame is not None and frame is not sought:
+        frame = frame.f_back
+    return frame is sought
+
+
 def may_defer() -> bool:
     """Whether a fused model's forward runs; or a backward pass, where activation checkpointing repeats parts of one."""
-    return _running.models > 0 or torch._C._current_graph_task_id() != -1
+    return _runs() or torch._C._current_graph_task_id() != -1
 
 
 def begin(_module: nn.Module, _inputs: tuple) -> None:
     """The hook before the forward; like the other a function of this file, so that a pickled model finds it."""
     if not torch.compiler.is_compiling():
-        _running.models += 1
+        _runs()
+        _running.frames.append(sys._getframe(1))
 
 
 def settle_after(_module: nn.Module, _inputs: tuple, output: object) -> None:
@@ -42,7 +64,8 @@ def settle_after(_module: nn.Module, _inputs: tuple, output: object) -> None:
     In compiled code nothing is deferred, unless there was a graph break and what came then was not compiled.
     """
     if not torch.compiler.is_compiling():
-        _running.models = max(0, _running.models - 1)  # none where another hook failed before this model's began
+        if _runs() and _running.frames[-1] is sys._getframe(1):
+            _running.frames.pop()
         _settle()
     elif _is_deferred(output):
         _settle()
