@@ -172,8 +172,9 @@ def _absorbed(
 
 def _times_key(query: torch.Tensor, key: nn.Linear | Projection, num_heads: int) -> torch.Tensor:
     """[B, L, D] -> [B, heads, L, C]."""
-    if key.bias is not None and torch.is_grad_enabled() and dispatch.transform() is None:
-        query = query + 0 * key.bias  # its gradient is zero, and not absent, as optimizers and DDP expect
+    if key.bias is not None and dispatch.transform() is None:
+        # its gradient is zero, and not absent, as optimizers and DDP expect; NaN and infinities in it give NaN
+        query = query.add(key.bias, alpha=0)
     query = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, heads, L, d]
     return _times_each_head(query, _heads_of(key.weight, num_heads))
 
