@@ -1,5 +1,6 @@
 """The fused class attention of CaiT, XCiT and VOLO against timm's."""
 
+import re
 from functools import partial
 
 import pytest
@@ -51,6 +52,20 @@ def test_a_class_token_alone(kind):
 def test_an_empty_batch(kind):
     plain = make(kind)
     assert fused_copy(plain)(*inputs(kind, batch=0)).shape == plain(*inputs(kind, batch=0)).shape
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 48), (3, 0, 48), (1, 1, 48), (3, 48), (3, 1, 24)], ids=str)
+def test_other_class_tokens_than_one_for_each_image(shape):
+    """timm adds the result for the first one to all of them, or refuses."""
+    plain, (x, _) = make("LayerScaleBlockClassAttn"), inputs("LayerScaleBlockClassAttn")
+    x_cls = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    try:
+        expected = plain(x, x_cls)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            fused_copy(plain)(x, x_cls)
+    else:
+        assert torch.equal(fused_copy(plain)(x, x_cls), expected)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)

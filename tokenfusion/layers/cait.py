@@ -101,8 +101,15 @@ class LayerScaleBlockClassAttn(DropIn, cait.LayerScaleBlockClassAttn):
         """
         if torch.jit.is_scripting():
             return self.plain_forward(x, x_cls)
-        if not self.fuses(x, x_cls, kept=True) or x.shape[1] == 0 or x.dtype != x_cls.dtype:
+        if not self.fuses(x, x_cls, kept=True) or not _are_patches_and_one_class_token(x, x_cls):
             return super().forward(x, x_cls)
         attended = class_attention(self.attn, self.norm1(x_cls), x, x_cls.squeeze(1), self.norm1)
         x_cls = x_cls + self.drop_path(self.gamma_1 * attended)
         return x_cls + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x_cls)))
+
+
+def _are_patches_and_one_class_token(x: torch.Tensor, x_cls: torch.Tensor) -> bool:
+    """Of sizes and of a dtype that go together; others timm refuses, or joins in its own way."""
+    if x.dim() != 3 or x_cls.dim() != 3 or x.dtype != x_cls.dtype:
+        return False
+    return x_cls.shape[1] == 1 and x.shape[1] > 0 and x.shape[::2] == x_cls.shape[::2]
