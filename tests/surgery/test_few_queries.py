@@ -320,6 +320,29 @@ def test_a_rule_for_a_class_of_ones_own(rules, normed_query):
     check_drop_in(randomize(model), tokens())
 
 
+class Bare(nn.Module):
+    """What comes out is the mean of the tokens themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.latent = nn.Parameter(torch.randn(2, DIM))
+
+    def forward(self, x):
+        return (self.latent @ x.transpose(1, 2)).softmax(-1) @ x
+
+
+def test_a_result_that_is_changed_in_place(rules):
+    tokenfusion.register_rule(Bare, latent="latent")
+    torch.manual_seed(0)
+    plain, gradients = Bare(), []
+    fused = copy.deepcopy(plain)
+    tokenfusion.fuse(fused, strict=True)
+    for module in (plain, fused):
+        module(tokens()).tanh_().sum().backward()
+        gradients.append(module.latent.grad)
+    torch.testing.assert_close(*gradients)
+
+
 class NotMine(Mine):
     def forward(self, asking, told):
         return 2 * super().forward(asking, told)

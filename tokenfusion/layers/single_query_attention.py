@@ -191,7 +191,8 @@ def _heads_side_by_side(
 
     mass: what the weights of each sum add up to, broadcast to [B, heads, L, 1]; None where that is one.
     """
-    context = _mixed(context.unflatten(1, (num_heads, -1)), mix)
+    unmixed = context.unflatten(1, (num_heads, -1))
+    context = _mixed(unmixed, mix)
     if mix is not None:
         mass = _mixed(mix.new_ones(1, num_heads, 1, 1) if mass is None else mass.expand(-1, num_heads, -1, -1), mix)
     sums = context
@@ -201,7 +202,7 @@ def _heads_side_by_side(
         context = context + (norm.bias if mass is None else mass * norm.bias)
     context = _rounded(context, sums)
     if value is None:
-        return context.flatten(1, 2)
+        return (context.clone() if context is unmixed else context).flatten(1, 2)  # whose memory autograd keeps
     out = _times_each_head(context, _heads_of(value.weight, num_heads).transpose(1, 2))  # [B, heads, L, d]
     if value.bias is not None:
         bias = value.bias.unflatten(0, (num_heads, 1, -1))
