@@ -35,8 +35,18 @@ class Rule(Protocol):
 
 def first_plan(rules: tuple[Rule, ...], module: nn.Module) -> tuple[Rule, Plan] | None:
     """The rule whose module it is, and what it plans."""
-    plans = ((rule, rule.plan(module)) for rule in rules)
-    return next(((rule, plan) for rule, plan in plans if plan is not None), None)
+    for rule in rules:
+        plan = rule.plan(module)
+        if plan is not None:
+            reason = plan.reason or _why_not_prepared(module)
+            return rule, plan if reason is None else Plan(plan.kind, reason)
+    return None
+
+
+def _why_not_prepared(module: nn.Module) -> str | None:
+    """torch.ao.quantization writes into each module what it means to do with it, and then goes by the exact class."""
+    prepared = any(getattr(part, "qconfig", None) is not None for part in module.modules())
+    return "it is prepared for quantisation, which would not find a fused module" if prepared else None
 
 
 def with_forward_on_instance(module: nn.Module) -> str | None:
