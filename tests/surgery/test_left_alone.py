@@ -165,17 +165,12 @@ def test_a_function_that_somebody_replaced(name, monkeypatch, caplog):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("by_fx", [False, True])
-def test_what_is_prepared_for_quantisation(by_fx):
+def test_what_is_prepared_for_quantisation():
     example = torch.randn(1, 16, 4, 4)
     model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ConvTranspose2d(16, 8, 2, 2)).eval()
-    model.qconfig = quantization.QConfig(quantization.default_observer, quantization.default_weight_observer)
-    if by_fx:
-        mapping = quantization.QConfigMapping().set_global(model.qconfig)
-        prepared = quantize_fx.prepare_fx(model, mapping, (example,))
-    else:
-        prepared = quantization.prepare(model)
+    qconfig = quantization.QConfig(quantization.default_observer, quantization.default_weight_observer)
+    prepared = quantize_fx.prepare_fx(model, quantization.QConfigMapping().set_global(qconfig), (example,))
     assert left(prepared) == {"1": "it is prepared for quantisation, which would not find a fused module"}
     prepared(example)
-    converted = quantize_fx.convert_fx(prepared) if by_fx else quantization.convert(prepared)
-    assert isinstance(converted.get_submodule("1"), torch.ao.nn.quantized.ConvTranspose2d)
+    converted = quantize_fx.convert_fx(prepared).get_submodule("1")
+    assert isinstance(converted, torch.ao.nn.quantized.ConvTranspose2d)
