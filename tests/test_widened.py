@@ -11,6 +11,7 @@ from tests.parity import assert_parity
 from tokenfusion import kernels
 from tokenfusion.kernels.linear import linear
 from tokenfusion.kernels.widened import is_widened
+from tokenfusion.layers import SingleQueryAttention
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 
@@ -40,11 +41,11 @@ def without_instructions():
         yield
 
 
-def dtypes_of_products(call) -> list[str]:
+def dtypes_of_products(call, products=PRODUCTS) -> list[str]:
     with profiler.profile(record_shapes=True) as profile:
         call()
     events = profile.kineto_results.events()
-    return [dtype for event in events if event.name() in PRODUCTS for dtype in event.dtypes() if "loat" in dtype]
+    return [dtype for event in events if event.name() in products for dtype in event.dtypes() if "loat" in dtype]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -75,6 +76,15 @@ def test_linear(dtype, activation):
         torch.testing.assert_close(linear(x, weight, bias, activation), expected)
         few = dtypes_of_products(lambda: linear(x[0, :2], weight, bias, activation))
         assert "float" not in few
+
+
+@pytest.mark.usefixtures("without_instructions", "one_thread")
+def test_the_projections_of_a_layer():
+    layer = SingleQueryAttention(32, 4, num_latents=2).bfloat16()
+    few, many = (torch.randn(batch, 9, 32).bfloat16() for batch in (2, 8))
+    for tokens, widened in ((few, False), (many, True)):
+        ran = dtypes_of_products(lambda tokens=tokens: layer(tokens), {"aten::bmm"})  # other projections are modules
+        assert ("float" in ran) == widened and "c10::BFloat16" in ran  # that of the two learned queries
 
 
 def test_where_the_library_has_instructions():

@@ -9,10 +9,9 @@ from torch.nn import functional as F
 from tokenfusion.kernels import dispatch
 from tokenfusion.kernels.choices import Workloads
 from tokenfusion.kernels.dispatch import Implementation, register
-from tokenfusion.kernels.widened import is_widened
+from tokenfusion.kernels.widened import FEWEST_ROWS, is_widened
 
 _MIN_ROWS = 128  # below, oneDNN spends more on its set-up than it saves
-_MIN_WIDENED_ROWS = 8  # below, to widen the weight takes longer than the product
 _ROWS_TOGETHER = 512  # that are widened; more would leave the cache
 _DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN = (torch.Tensor, nn.Parameter)  # no quantized or distributed weights
@@ -73,7 +72,7 @@ def _cpu_can_run(x, weight, bias, activation) -> str | None:
         return "x and the parameters have different dtypes"
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         return "its sizes do not match"
-    fewest = _MIN_WIDENED_ROWS if is_widened(x.dtype) else _MIN_ROWS
+    fewest = FEWEST_ROWS if is_widened(x.dtype) else _MIN_ROWS
     if not x.numel() >= fewest * x.shape[-1] > 0:
         return f"of less than {fewest} rows PyTorch's product is faster"
     if torch.is_autocast_enabled("cpu"):

@@ -9,6 +9,7 @@ import functools
 
 import torch
 
+FEWEST_ROWS = 8  # with less, to widen a weight takes longer than to multiply by it
 _SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
@@ -16,6 +17,12 @@ _SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_m
 def is_widened(dtype: torch.dtype) -> bool:
     """Whether products of this dtype on a CPU are computed in float32."""
     return dtype in _SUPPORTED and not (torch.backends.mkldnn.enabled and _library_multiplies(dtype))
+
+
+def bmm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """torch.bmm of [B, M, K] and [B, K, N], of one dtype where it is widened; differentiable."""
+    widens = x.device.type == "cpu" and x.dtype == weight.dtype and x.shape[1] >= FEWEST_ROWS and is_widened(x.dtype)
+    return torch.bmm(x.float(), weight.float()).to(x.dtype) if widens else torch.bmm(x, weight)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from torch import nn
 from tokenfusion.kernels import dispatch, single_query_attention
 from tokenfusion.kernels.checks import check_device, check_floating, check_rank, check_shape, check_sizes, symbolic
 from tokenfusion.kernels.single_query_attention.op import check_lengths, is_nested, packed, padded
+from tokenfusion.kernels.widened import bmm
 from tokenfusion.layers.attention_weights import (
     as_lengths,
     attention_weights,
@@ -233,7 +234,7 @@ def _times_each_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if dispatch.transform() is not None:  # where B = heads, ONNX's optimizer takes images for heads in what is below
         return x @ weight
     by_head = x.transpose(0, 1)
-    return torch.bmm(by_head.flatten(1, 2), weight).unflatten(1, by_head.shape[1:3]).transpose(0, 1)
+    return bmm(by_head.flatten(1, 2), weight).unflatten(1, by_head.shape[1:3]).transpose(0, 1)
 
 
 def _attend(
