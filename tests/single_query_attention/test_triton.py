@@ -206,7 +206,8 @@ def test_tokens_with_a_large_mean_keep_their_precision():
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("channels, queries", [(32, 3), (96, 3), (192, 6), (1040, 3)])
 def test_float32_on_a_gpu_is_as_exact_as_eager(channels, queries, seed):
-    inputs = make_inputs(2, queries, 41, channels, dtype=torch.float32, extra=True, seed=seed)
+    batch = max(2, 256 // channels)  # of fewer elements the largest error is a matter of chance
+    inputs = make_inputs(batch, queries, 41, channels, dtype=torch.float32, extra=True, seed=seed)
     with rounding_as_a_gpu(seed):
         check(inputs, normalize=True)
 

@@ -41,6 +41,9 @@ class Options:
 class Namespace:
     factor = 1.0
 
+    def read(self):
+        return self.factor
+
 
 class Reading(Changing):
     """Multiplies its tokens by what it finds in an attribute."""
@@ -88,6 +91,11 @@ HELD = {
     "slots": (Slots, _factor, _set_factor),
     "an object in an object": (Options, lambda held: held.nested.factor, lambda held: _set_factor(held.nested)),
     "a list in an object": (Options, lambda held: held.several[0], lambda held: _set_first(held.several)),
+    "a method of an object": (
+        lambda: Namespace().read,
+        lambda held: held(),
+        lambda held: _set_factor(held.__self__),
+    ),
     "arguments of a partial": (
         lambda: functools.partial(_item, {"factor": 1.0}),
         lambda held: held(),

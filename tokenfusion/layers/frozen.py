@@ -93,6 +93,8 @@ def _contents(value) -> list:
         return _constants(value)
     if isinstance(value, _NOT_LOOKED_INTO):
         return []
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
     held = []
     if isinstance(value, dict):
         held += [*dict.keys(value), *dict.values(value)]
