@@ -112,7 +112,9 @@ def test_a_run_that_is_killed_in_every_step_comes_to_its_end(runs):
     assert runs.statuses() == dict.fromkeys(PIECES, "passed"), done.stdout
     assert_is_whole(runs)
     repeated = {what for what, count in runs.done().items() if count > 1}
-    assert repeated == {"benchmarks.measure.environment"}
+    # of those that run at once, one may have ended just before the other killed the check
+    at_once = {f"{step} {kernels}" for step in ("memcheck", "racecheck") for kernels in ("one,cuda", "two,triton")}
+    assert repeated - at_once == {"benchmarks.measure.environment"}
 
 
 def test_programs_that_are_killed_cost_what_they_were_doing(runs):
