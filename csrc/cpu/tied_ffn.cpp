@@ -24,6 +24,8 @@ namespace tokenfusion {
 namespace {
 
 constexpr int64_t kBlock = 256;            // tokens of one matrix product
+constexpr int64_t kBlockBytes = 2 << 20;   // of their hidden layer, beyond which no core's cache holds it
+constexpr int64_t kLargeBlock = 512;       // tokens then: each product reads, and its library packs, the whole weight
 constexpr int64_t kMinBlock = 32;          // with fewer tokens a thread, the products are shared among the threads
 constexpr int64_t kChunkBytes = 16 << 20;  // of the hidden layer and its gradient, for one product of dW
 constexpr int64_t kMaxChunk = 2048;        // tokens of that product; a longer sum would lose precision
@@ -35,12 +37,13 @@ Library library_of(std::string_view form) {
 }
 
 // Tokens of a block, such that all threads get equally many blocks; all tokens where threads have to share the
-// products.
-int64_t block_of(int64_t tokens) {
+// products. hidden_bytes: of a token's hidden layer.
+int64_t block_of(int64_t tokens, int64_t hidden_bytes) {
   tokens = std::max<int64_t>(tokens, 1);
+  const int64_t most = kBlock * hidden_bytes > kBlockBytes ? kLargeBlock : kBlock;
   const int64_t threads = at::get_num_threads(), per_thread = at::divup(tokens, threads);
   if (threads > 1 && per_thread < kMinBlock) return tokens;
-  return at::divup(per_thread, at::divup(per_thread, kBlock));
+  return at::divup(per_thread, at::divup(per_thread, most));
 }
 
 // f(first block, last + 1) on every thread; a single block runs outside of them, so that its products can use them.
@@ -70,7 +73,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& weight_, cons
       hold ? in_huge_pages(at::empty(tied_ffn::hidden_sizes(x_, weight), x_.options())) : at::empty({0}, x_.options());
   if (y.numel() == 0) return {y, hidden};
   const Tensor x = tied_ffn::flat(x_), flat_y = tied_ffn::flat(y), flat_hidden = hold ? tied_ffn::flat(hidden) : hidden;
-  const int64_t tokens = x.size(0), block = block_of(tokens);
+  const int64_t tokens = x.size(0), block = block_of(tokens, features * x.element_size());
   const Tensor transposed = weight.t();
   each_share(at::divup(tokens, block), [&](int64_t begin, int64_t end) {
     const Tensor scratch = at::empty({std::min(block, tokens), features}, x.options());
@@ -106,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_, const
   const Tensor x = tied_ffn::flat(x_), grad_y = tied_ffn::flat(grad_y_),
                flat_grad_x = needed[0] ? tied_ffn::flat(grad_x) : grad_x;
   const Tensor flat_hidden = held ? tied_ffn::flat(hidden).contiguous() : hidden;
-  const int64_t tokens = x.size(0), block = block_of(tokens);
+  const int64_t tokens = x.size(0), block = block_of(tokens, features * x.element_size());
   const Tensor transposed = weight.t();
   const int64_t fitting = kChunkBytes / (2 * features * x_.element_size());
   const int64_t blocks_a_chunk = std::min(fitting, kMaxChunk) / block;

@@ -45,6 +45,10 @@ def test_many_chunks_are_summed(dtype):
     check(inputs)
 
 
+def test_blocks_of_a_wide_hidden_layer():
+    check(make_inputs(1300, channels=8, features=2080, dtype=torch.float32))  # 256 tokens are more than 2 MiB
+
+
 @pytest.mark.parametrize("biases", [(False, False), (True, False), (False, True)])
 def test_biases_may_be_absent(biases):
     check(make_inputs(2, 40, channels=16, features=24, dtype=torch.float32, biases=biases))
