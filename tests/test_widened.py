@@ -70,12 +70,21 @@ def test_linear(dtype, activation):
     assert is_widened(dtype)
     with torch.no_grad():
         ran = dtypes_of_products(lambda: linear(x, weight, bias, activation))
-        expected = F.linear(x.float(), weight.float(), bias.float())
-        expected = (F.gelu(expected) if activation else expected).to(dtype)
+        expected = F.linear(x.float(), weight.float(), bias.float()).to(dtype)
+        expected = F.gelu(expected) if activation else expected
         assert set(ran) == {"float"}
         torch.testing.assert_close(linear(x, weight, bias, activation), expected)
         few = dtypes_of_products(lambda: linear(x[0, :2], weight, bias, activation))
         assert "float" not in few
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_what_overflows_float16_before_the_activation():
+    x, weight = torch.full((300, 40), 100.0).half(), torch.full((8, 40), -100.0).half()
+    with torch.no_grad():
+        expected = F.gelu(F.linear(x, weight))
+        assert expected.isnan().all()
+        torch.testing.assert_close(linear(x, weight, None, "gelu"), expected, equal_nan=True)
 
 
 @pytest.mark.usefixtures("without_instructions", "one_thread")

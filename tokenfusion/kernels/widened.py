@@ -20,9 +20,11 @@ def is_widened(dtype: torch.dtype) -> bool:
 
 
 def bmm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """torch.bmm of [B, M, K] and [B, K, N], of one dtype where it is widened; differentiable."""
+    """torch.bmm of [B, M, K] and [B, K, N]; differentiable."""
     widens = x.device.type == "cpu" and x.dtype == weight.dtype and x.shape[1] >= FEWEST_ROWS and is_widened(x.dtype)
-    return torch.bmm(x.float(), weight.float()).to(x.dtype) if widens else torch.bmm(x, weight)
+    if not widens or torch.is_autocast_enabled("cpu"):
+        return torch.bmm(x, weight)
+    return torch.bmm(x.float(), weight.float()).to(x.dtype)
 
 
 @functools.cache
