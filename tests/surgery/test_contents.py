@@ -4,10 +4,11 @@ import array
 import copy
 import functools
 import logging
+import weakref
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -185,3 +186,16 @@ def test_contents_that_contain_themselves_and_too_many():
     assert frozen(held) != before
     many = [[each] for each in range(20_000)]
     assert frozen(many) != frozen(many)
+
+
+def test_views_and_proxies_of_what_others_hold():
+    held, referent = {"factor": 1.0}, Namespace()
+    readonly, view, weak = MappingProxyType(held), held.values(), weakref.proxy(referent)
+    before = frozen(readonly)
+    assert frozen(readonly) == before
+    held["factor"] = 2.0
+    assert frozen(readonly) != before
+    assert frozen(view) != frozen(view)
+    assert frozen(weak) != frozen(weak)
+    del referent
+    assert frozen(weak) != frozen(weak)  # and nobody asks what is gone

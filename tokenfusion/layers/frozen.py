@@ -3,8 +3,9 @@
 import functools
 import logging
 import types
+import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, MappingView
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ _SETS = (set, frozenset)
 _CONTAINERS = (*_SEQUENCES, *_SETS, dict)
 _NOT_LOOKED_INTO = (types.ModuleType, logging.Logger)
 _UNSEEN = (torch.Tensor, nn.Module, Iterator)  # what they compute is in their values
+_UNSEEN += (MappingView, weakref.ProxyType, weakref.CallableProxyType)  # of what others hold
 _MOST = 10_000  # things in one attribute; with more it is never as before
 
 
@@ -48,10 +50,14 @@ class _Held:
 
     def __eq__(self, other) -> bool:
         same = isinstance(other, _Held) and self.value is other.value
-        return same and not isinstance(self.value, _UNSEEN) and not _is_memory(self.value)
+        return same and not _is_unseen(self.value) and not _is_memory(self.value)
 
     def __hash__(self) -> int:
         return hash(type(self.value))
+
+
+def _is_unseen(value) -> bool:
+    return issubclass(type(value), _UNSEEN)  # isinstance would ask a proxy, which may be dead
 
 
 def _is_memory(value) -> bool:
@@ -72,7 +78,7 @@ class _Freezing:
         kind = type(value)
         if kind in PLAIN and kind is not type:
             return kind, value
-        if id(value) in self._met or isinstance(value, _UNSEEN):
+        if id(value) in self._met or _is_unseen(value):
             return kind, _Held(value)
         if len(self._met) == _MOST:
             return kind, _Held(iter(()))
@@ -98,6 +104,8 @@ def _contents(value) -> list:
     held = []
     if isinstance(value, dict):
         held += [*dict.keys(value), *dict.values(value)]
+    if isinstance(value, types.MappingProxyType):
+        held += [*value.keys(), *value.values()]
     for kind in (*_SEQUENCES, *_SETS):
         if isinstance(value, kind):
             held += kind.__iter__(value)
