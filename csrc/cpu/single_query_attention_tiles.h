@@ -11,11 +11,27 @@ namespace {
 typedef SingleQueryAttentionParams Params;
 typedef SingleQueryAttentionPart Part;
 
-constexpr int kPair = 2;                       // queries that share each load of a token
-constexpr int kVectors = TF_VECTOR_BYTES / 8;  // vectors of channels accumulated in registers together, at most
+constexpr int kVectors = TF_VECTOR_BYTES / 8;        // vectors of channels accumulated in registers together, at most
+constexpr int kPair = 2;                             // queries that share each load of a token
+constexpr bool kHasTriples = TF_VECTOR_BYTES == 32;  // or three, whose sums leave four of 16 registers
+
+// Queries as each_group takes them: whole pairs, or anything that pairs and triples make.
+TF_INLINE int64_t padded_queries(int64_t queries) {
+  return kHasTriples && queries > 1 ? queries : round_up(queries, kPair);
+}
+
+// f(first query, Constant<how many from there on>) over padded queries: triples first.
+template <typename F>
+TF_INLINE void each_group(int64_t queries, F f) {
+  int64_t q = 0;
+  if constexpr (kHasTriples)
+    for (; (queries - q) % kPair != 0 || queries - q > 2 * kPair; q += kPair + 1) f(q, Constant<kPair + 1>());
+  for (; q < queries; q += kPair) f(q, Constant<kPair>());
+}
 
 // Buffers of one thread, for tiles of so many tokens. Channels are padded with zeros to whole `unit`s, queries to whole
-// pairs. Rows lie an odd number of cache lines apart, so that a column of them does not fall into one set of the cache.
+// groups. Rows lie an odd number of cache lines apart, so that a column of them does not fall into one set of the
+// cache.
 template <typename A, int tile>
 struct Scratch {
   static constexpr int kTile = tile;
@@ -29,7 +45,7 @@ struct Scratch {
   void* end;
 
   Scratch(void* memory, int64_t channels_, int64_t queries_, int64_t unit = VecOf<A>::lanes)
-      : channels(round_up(channels_, unit)), queries(round_up(queries_, kPair)) {
+      : channels(round_up(channels_, unit)), queries(padded_queries(queries_)) {
     A* next = static_cast<A*>(memory);
     A** const matrices[] = {&query, &grad_context, &context, &grad_query};
     A** const vectors[] = {&maximum, &keep, &delta, &query_mean, &grad_mean};

@@ -34,31 +34,32 @@ class TileProducts {
     constexpr int lanes = VecOf<A>::lanes;
     Prefetch next = to_advance;  // in a register
     each_block<A>(s.channels, [&](int64_t c, auto vectors) {
-      for (int64_t q = 0; q < s.queries; q += kPair) {
-        constexpr int count = decltype(vectors)::value;
-        A* const rows[kPair] = {out + q * s.pitch + c, out + (q + 1) * s.pitch + c};
-        Vec<A> sums[kPair][count];
+      each_group(s.queries, [&](int64_t q, auto group) {
+        constexpr int count = decltype(vectors)::value, queries = decltype(group)::value;
+        A* const rows = out + q * s.pitch + c;
+        Vec<A> sums[queries][count];
+#pragma GCC unroll 3
+        for (int j = 0; j < queries; ++j)
 #pragma GCC unroll 8
-        for (int i = 0; i < count; ++i) {
-          sums[0][i] = load(rows[0] + i * lanes) * s.keep[q];
-          sums[1][i] = load(rows[1] + i * lanes) * s.keep[q + 1];
-        }
+          for (int i = 0; i < count; ++i) sums[j][i] = load(rows + j * s.pitch + i * lanes) * s.keep[q + j];
         for (int t = 0; t < kTile; ++t) {
           next.line();
-          const A w0 = weights[q * kTile + t], w1 = weights[(q + 1) * kTile + t];
+          const A* const token_row = tile + t * step + c;
+          Vec<A> w[queries];
+#pragma GCC unroll 3
+          for (int j = 0; j < queries; ++j) w[j] = broadcast(weights[(q + j) * kTile + t]);
 #pragma GCC unroll 8
           for (int i = 0; i < count; ++i) {
-            const Vec<A> token = in_register<A>(load(tile + t * step + c + i * lanes));
-            sums[0][i] += token * w0;
-            sums[1][i] += token * w1;
+            const Vec<A> token = in_register<A>(load(token_row + i * lanes));
+#pragma GCC unroll 3
+            for (int j = 0; j < queries; ++j) sums[j][i] += token * w[j];
           }
         }
+#pragma GCC unroll 3
+        for (int j = 0; j < queries; ++j)
 #pragma GCC unroll 8
-        for (int i = 0; i < count; ++i) {
-          store(rows[0] + i * lanes, sums[0][i]);
-          store(rows[1] + i * lanes, sums[1][i]);
-        }
-      }
+          for (int i = 0; i < count; ++i) store(rows + j * s.pitch + i * lanes, sums[j][i]);
+      });
     });
     to_advance = next;
   }
@@ -71,9 +72,11 @@ class TileProducts {
   TF_NOINLINE void write_token_gradients(const A (&rstd)[kTile], const A (&mean)[kTile], const A (&slope)[kTile],
                                          Gradient* const (&out)[kTile], int count) const {
     constexpr int lanes = VecOf<A>::lanes;
+    const bool adds = p.add_gradients;
     each_block<A>(s.channels, [&](int64_t c, auto vectors) {
       for (int t = 0; t < count; t += 2) {
         constexpr int width = decltype(vectors)::value;
+        const int64_t left = p.channels - c - (width - 1) * lanes;
         Vec<A> sums[2][width] = {};
         for (int64_t q = 0; q < s.queries; ++q) {
           const A p0 = s.scores[q * kTile + t], p1 = s.scores[q * kTile + t + 1];
@@ -82,21 +85,25 @@ class TileProducts {
           for (int i = 0; i < width; ++i) {
             const Vec<A> grad = load(s.grad_context + q * s.pitch + c + i * lanes);
             const Vec<A> query = load(s.query + q * s.pitch + c + i * lanes);
-            sums[0][i] += grad * p0 + query * d0;
-            sums[1][i] += grad * p1 + query * d1;
+            sums[0][i] += grad * p0;
+            sums[1][i] += grad * p1;
+            sums[0][i] += query * d0;
+            sums[1][i] += query * d1;
           }
         }
 #pragma GCC unroll 2
         for (int r = 0; r < 2; ++r) {
           if (out[t + r] == nullptr) continue;
+          Gradient* const to = out[t + r] + c;
+          const A* const centred = tile + (t + r) * step + c;
+          const Vec<A> factor = broadcast(rstd[t + r]), offset = broadcast(mean[t + r]),
+                       slopes = broadcast(slope[t + r]);
 #pragma GCC unroll 8
           for (int i = 0; i < width; ++i) {
-            const int64_t at = c + i * lanes;
-            const Vec<A> centred = load(tile + (t + r) * step + at);
-            const int64_t n = i < width - 1 ? lanes : p.channels - at;  // the last vector alone may end the row
-            Vec<A> grad = (sums[r][i] - mean[t + r] - centred * slope[t + r]) * rstd[t + r];
-            if (p.add_gradients) grad += load_lanes(out[t + r] + at, n);
-            store_lanes(out[t + r] + at, grad, n);
+            const int64_t n = i < width - 1 ? lanes : left;  // the last vector alone may end the row
+            Vec<A> grad = (sums[r][i] - offset - load(centred + i * lanes) * slopes) * factor;
+            if (adds) grad += load_lanes(to + i * lanes, n);
+            store_lanes(to + i * lanes, grad, n);
           }
         }
       }
@@ -114,24 +121,33 @@ class TileProducts {
     constexpr int tokens = lanes / kPair;
     for (int t = 0; t < kTile; t += tokens) {
       const A* const token_rows = tile + t * step;
-      for (int64_t q = 0; q < s.queries; q += kPair) {
+      each_group(s.queries, [&](int64_t q, auto group) {
+        constexpr int queries = decltype(group)::value;
         const A* const query = matrix + q * s.pitch;
-        Vec<A> sums[lanes] = {};
+        Vec<A> sums[(queries + queries % kPair) * tokens] = {};
         for (int64_t c = 0; c < s.channels; c += lanes) {
           next.line();
-          const Vec<A> first = load(query + c), second = load(query + s.pitch + c);
+          Vec<A> rows[queries];
+#pragma GCC unroll 3
+          for (int j = 0; j < queries; ++j) rows[j] = load(query + j * s.pitch + c);
 #pragma GCC unroll 8
           for (int i = 0; i < tokens; ++i) {
             const Vec<A> token = in_register<A>(load(token_rows + i * step + c));
-            sums[i] += first * token;
-            sums[tokens + i] += second * token;
+#pragma GCC unroll 3
+            for (int j = 0; j < queries; ++j) sums[j * tokens + i] += rows[j] * token;
           }
         }
-        const Vec<A> dots = sum_each<A>(sums);
-        __builtin_memcpy(out + q * kTile + t, &dots, sizeof(dots) / 2);
-        __builtin_memcpy(out + (q + 1) * kTile + t, reinterpret_cast<const char*>(&dots) + sizeof(dots) / 2,
-                         sizeof(dots) / 2);
-      }
+#pragma GCC unroll 3
+        for (int j = 0; j < queries; j += kPair) {
+          Vec<A> of_pair[lanes];
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) of_pair[i] = sums[j * tokens + i];
+          const Vec<A> dots = sum_each<A>(of_pair);
+          for (int i = 0; i < kPair && j + i < queries; ++i)
+            __builtin_memcpy(out + (q + j + i) * kTile + t, reinterpret_cast<const A*>(&dots) + i * tokens,
+                             sizeof(dots) / kPair);
+        }
+      });
     }
     to_advance = next;
     for (int64_t q = 0; q < s.queries; ++q)

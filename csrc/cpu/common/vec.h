@@ -168,7 +168,7 @@ TF_INLINE void narrow(f16* p, float x) {
 
 template <typename T>
 TF_INLINE Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // x + 0 would not be x where x is -0, and costs an addition
 }
 
 // exp(x) for x <= 0 (anything below -87 gives 0), within 2 units in the last place.
