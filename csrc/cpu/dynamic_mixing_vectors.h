@@ -14,8 +14,10 @@ namespace tokenfusion {
 namespace TOKENFUSION_ISA_NAMESPACE {
 namespace {
 
-constexpr int kRows = TF_VECTOR_BYTES == 64 ? 8 : 4;  // of a block of a product, whose sums are in registers
-constexpr int64_t kDepth = 64;                        // a longer sum would lose precision
+// Of a block of a product, whose sums are in registers: with AVX2 in 12 of 16.
+constexpr int kRows = TF_VECTOR_BYTES == 64 ? 8 : TF_VECTOR_BYTES == 32 ? 6 : 4;
+constexpr bool kHasTriples = TF_VECTOR_BYTES == 32;  // of vectors, with four rows
+constexpr int64_t kDepth = 64;                       // a longer sum would lose precision
 
 // c[r][j] = start + sum_k a[r * a_row + k * a_depth] b[k][j], for whole vectors of columns j.
 template <typename A>
@@ -56,16 +58,18 @@ struct Product {
       }
   }
 
-  template <Start start, int vectors, int rows = kRows>
+  template <Start start, int vectors, int rows = vectors == 3 ? 4 : kRows>
   TF_INLINE void panel(int64_t row, int64_t end, int64_t column) const {
     for (; row + rows <= end; row += rows) block<start, rows, vectors>(row, column);
-    if constexpr (rows > 1) panel<start, vectors, rows / 2>(row, end, column);
+    if constexpr (rows > 1) panel<start, vectors, rows == 6 ? 4 : rows / 2>(row, end, column);
   }
 
   template <Start start>
   void all(int64_t rows, int64_t columns) const {
     constexpr int lanes = VecOf<A>::lanes;
     int64_t j = 0;
+    if constexpr (kHasTriples)
+      if (columns > 2 * lanes && (columns + lanes - 1) / lanes % 2 != 0) panel<start, 3>(0, rows, 0), j = 3 * lanes;
     for (; j + lanes < columns; j += 2 * lanes) panel<start, 2>(0, rows, j);
     if (j < columns) panel<start, 1>(0, rows, j);
   }
