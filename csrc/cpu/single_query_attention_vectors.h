@@ -29,9 +29,14 @@ class TileProducts {
 
   TileProducts(const Params& params, void* memory) : p(params), s(memory, p.channels, p.queries) {}
 
-  // out[q] = out[q] * keep[q] + sum_t weights[q][t] tile[t]
+  // out[q] = out[q] * keep[q] + sum_t weights[q][t] tile[t]; what the means have of it is kept for `finish`.
   TF_NOINLINE void accumulate(const A* weights, A* out, Prefetch& to_advance) const {
     constexpr int lanes = VecOf<A>::lanes;
+    for (int64_t q = 0; q < s.queries; ++q) {
+      Vec<A> sum = load(of_means + q * lanes) * s.keep[q];
+      for (int t = 0; t < kTile && has_means; t += lanes) sum += load(weights + q * kTile + t) * load(mean + t);
+      store(of_means + q * lanes, sum);
+    }
     Prefetch next = to_advance;  // in a register
     each_block<A>(s.channels, [&](int64_t c, auto vectors) {
       each_group(s.queries, [&](int64_t q, auto group) {
@@ -65,11 +70,11 @@ class TileProducts {
   }
 
   // Gradient of the tile's tokens: with dn_t = sum_q p_qt dcontext_q + ds_qt query_q, that of token t is
-  // rstd_t (dn_t - mean(dn_t) - n_t mean(dn_t n_t)), whose means come from sums that are known already: mean is the
-  // first and slope is rstd_t times the second. out is null for rows beyond the tile's count and for those that need
-  // none.
+  // rstd_t (dn_t - mean(dn_t) - n_t mean(dn_t n_t)), whose means come from sums that are known already: grad_mean is
+  // the first and slope is rstd_t times the second. out is null for rows beyond the tile's count and for those that
+  // need none.
   template <typename Gradient>
-  TF_NOINLINE void write_token_gradients(const A (&rstd)[kTile], const A (&mean)[kTile], const A (&slope)[kTile],
+  TF_NOINLINE void write_token_gradients(const A (&rstd)[kTile], const A (&grad_mean)[kTile], const A (&slope)[kTile],
                                          Gradient* const (&out)[kTile], int count) const {
     constexpr int lanes = VecOf<A>::lanes;
     const bool adds = p.add_gradients;
@@ -95,13 +100,13 @@ class TileProducts {
         for (int r = 0; r < 2; ++r) {
           if (out[t + r] == nullptr) continue;
           Gradient* const to = out[t + r] + c;
-          const A* const centred = tile + (t + r) * step + c;
-          const Vec<A> factor = broadcast(rstd[t + r]), offset = broadcast(mean[t + r]),
-                       slopes = broadcast(slope[t + r]);
+          const A* const token = tile + (t + r) * step + c;
+          const A offset = grad_mean[t + r] - (has_means ? mean[t + r] * slope[t + r] : 0);
+          const Vec<A> factor = broadcast(rstd[t + r]), slopes = broadcast(slope[t + r]), offsets = broadcast(offset);
 #pragma GCC unroll 8
           for (int i = 0; i < width; ++i) {
             const int64_t n = i < width - 1 ? lanes : left;  // the last vector alone may end the row
-            Vec<A> grad = (sums[r][i] - offset - load(centred + i * lanes) * slopes) * factor;
+            Vec<A> grad = (sums[r][i] - offsets - load(token + i * lanes) * slopes) * factor;
             if (adds) grad += load_lanes(to + i * lanes, n);
             store_lanes(to + i * lanes, grad, n);
           }
@@ -111,11 +116,15 @@ class TileProducts {
   }
 
  protected:
-  const A* tile;  // tokens less their means, `step` apart
+  const A* tile;  // tokens, `step` apart: n_t = (tile[t] - mean[t]) rstd_t
   int64_t step;
+  bool has_means;  // else they are zeros
+  A mean[kTile];
+  A* of_means;  // [queries, lanes], partial sums of weights[q][t] mean[t]
 
-  // out[q][t] = matrix[q] . n_t
-  TF_NOINLINE void multiply(const A* matrix, const A (&rstd)[kTile], A* out, Prefetch& to_advance) const {
+  // out[q][t] = matrix[q] . n_t; row_means are those of the matrix.
+  TF_NOINLINE void multiply(const A* matrix, const A* row_means, const A (&rstd)[kTile], A* out,
+                            Prefetch& to_advance) const {
     constexpr int lanes = VecOf<A>::lanes;
     Prefetch next = to_advance;  // in a register
     constexpr int tokens = lanes / kPair;
@@ -151,7 +160,12 @@ class TileProducts {
     }
     to_advance = next;
     for (int64_t q = 0; q < s.queries; ++q)
-      for (int t = 0; t < kTile; t += lanes) store(out + q * kTile + t, load(out + q * kTile + t) * load(rstd + t));
+      for (int t = 0; t < kTile; t += lanes) {
+        A* const dots = out + q * kTile + t;
+        Vec<A> dot = load(dots);
+        if (has_means) dot -= row_means[q] * A(p.channels) * load(mean + t);
+        store(dots, dot * load(rstd + t));
+      }
   }
 };
 
@@ -166,49 +180,94 @@ class VectorProducts : public TileProducts<typename Accumulator<Dtype>::type> {
   using Base::p;
   using Base::s;
 
-  VectorProducts(const Params& params, void* memory) : Base(params, memory), copied(static_cast<A*>(s.end)) {}
-  void* end() const { return copied + kTile * s.pitch; }
+  VectorProducts(const Params& params, void* memory) : Base(params, memory), copied(static_cast<A*>(s.end)) {
+    of_means = copied + kTile * s.pitch;
+  }
+  void* end() const { return of_means + s.queries * VecOf<A>::lanes; }
 
   // Before the tiles of a part, whose sums go to `out`.
   void begin(A* out) const {
     for (int64_t i = 0; i < s.queries * s.pitch; i += VecOf<A>::lanes) store(out + i, Vec<A>{});
+    for (int64_t q = 0; q < s.queries; ++q) store(of_means + q * VecOf<A>::lanes, Vec<A>{});
   }
 
   // s.scores[q][t] = query[q] . n_t and, backward, s.weights[q][t] = grad_context[q] . n_t
   TF_INLINE void dot(const TileRows<T, kTile>& rows, A (&rstd)[kTile], Prefetch& next) {
     place(rows, rstd);
-    this->multiply(s.query, rstd, s.scores, next);
-    if (p.grad_context != nullptr) this->multiply(s.grad_context, rstd, s.weights, next);
+    this->multiply(s.query, s.query_mean, rstd, s.scores, next);
+    if (p.grad_context != nullptr) this->multiply(s.grad_context, s.grad_mean, rstd, s.weights, next);
   }
 
   // After the tiles of a part.
-  void finish(A*) const {}
+  void finish(A* out) const {
+    for (int64_t q = 0; q < s.queries; ++q) {
+      const A excess = sum_lanes<A>(load(of_means + q * VecOf<A>::lanes));
+      for (int64_t c = q * s.pitch; c < q * s.pitch + s.channels; c += VecOf<A>::lanes)
+        store(out + c, load(out + c) - excess);
+    }
+  }
 
  private:
   static constexpr int kChains = 4;
+  static constexpr A kNear = 1;  // by the variance: products with means further from zero would lose digits
 
   A* copied;  // [kTile, pitch]
+  using Base::has_means;
+  using Base::mean;
+  using Base::of_means;
   using Base::step;
   using Base::tile;
 
-  // The tile lies in place where nothing has to be done to it, and its rows do not fall into one set of the cache.
+  // The tile lies in place where that is possible, its rows do not fall into one set of the cache, and their means are
+  // near zero.
   TF_INLINE void place(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) {
+    has_means = false;
     if constexpr (sizeof(T) == sizeof(A)) {
       constexpr int64_t page = 4096 / sizeof(A);
-      if (!p.normalize && rows.evenly_spaced && p.channels == s.channels && p.tokens_stride % page != 0) {
+      if (rows.evenly_spaced && p.channels == s.channels && p.tokens_stride % page != 0) {
         tile = rows.row[0];
         step = p.tokens_stride;
-        for (int t = 0; t < kTile; ++t) rstd[t] = 1;
-        return;
+        if (!p.normalize) {
+          for (A& of_row : rstd) of_row = 1;
+          return;
+        }
+        if ((has_means = measure(rows, rstd))) return;
       }
     }
-    load_tile(rows, rstd);
+    copy_tile(rows, rstd);
     tile = copied;
     step = s.pitch;
   }
 
+  // Of rows as they are, in one pass; whether the means are near zero.
+  TF_NOINLINE bool measure(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) {
+    constexpr int lanes = VecOf<A>::lanes;
+    bool near = true;
+    for (int first = 0; first < kTile; first += lanes) {
+      Vec<A> sums[lanes], squares[lanes];
+      for (int t = 0; t < lanes; ++t) {
+        const T* const row = rows.row[first + t];
+        Vec<A> sum[kChains] = {}, square[kChains] = {};
+        each_chain(p.channels, [&](int64_t c, int64_t, int chain) {
+          const Vec<A> x = load(row + c);
+          sum[chain] += x;
+          square[chain] += x * x;
+        });
+        sums[t] = sum_of(sum), squares[t] = sum_of(square);
+      }
+      const Vec<A> means = sum_each<A>(sums) / A(p.channels);
+      const Vec<A> variance = sum_each<A>(squares) / A(p.channels) - means * means;
+      store(mean + first, means);
+      for (int t = 0; t < lanes; ++t) {
+        near = near && means[t] * means[t] <= kNear * variance[t];
+        rstd[first + t] = 1 / __builtin_sqrt(variance[t] + A(p.eps));
+      }
+    }
+    return near;
+  }
+
   // Copies the rows, less their means where they are normalised: n_t = tile[t] * rstd[t].
-  TF_NOINLINE void load_tile(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) const {
+  TF_NOINLINE void copy_tile(const TileRows<T, kTile>& rows, A (&rstd)[kTile]) const {
     constexpr int lanes = VecOf<A>::lanes;
     static_assert(kTile % lanes == 0, "a tile is made of whole groups of rows");
     for (int first = 0; first < kTile; first += lanes) {

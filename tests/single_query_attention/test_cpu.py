@@ -37,6 +37,19 @@ def test_any_channels(channels, dtype):
     check(make_inputs(3, 4, 37, channels, dtype=dtype, extra=True), normalize=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mean", [0.0, 0.9, -0.99, 1.1, 100.0])
+@pytest.mark.parametrize("every", [1, 40], ids=["all", "some"])
+def test_means_of_tokens(every, mean, dtype):
+    """Tokens lie in place where their means are small beside their deviation, and are copied less the means else."""
+    query, tokens, *others = make_inputs(3, 6, 120, 64, dtype=torch.float64)
+    with torch.no_grad():
+        tokens -= tokens.mean(2, keepdim=True)
+        tokens[:, ::every] += mean * tokens[:, ::every].std(2, keepdim=True)
+    inputs = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (query, tokens, *others)]
+    check(inputs, normalize=True)
+
+
 def test_every_float16():
     check_every_float16(single_query_attention)
 
