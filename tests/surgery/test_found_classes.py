@@ -207,6 +207,24 @@ def test_what_one_trial_would_not_show(kind):
     assert "does not compute attention of few queries" in reason(kind())
 
 
+class LongInTraining(Changing):
+    """Of a bag, training takes some tokens."""
+
+    def changed(self, x):
+        return x[:, :64] if self.training and x.shape[1] > 100 else x
+
+
+class OneImageInTraining(Changing):
+    def changed(self, x):
+        return x.tanh() if self.training and len(x) == 1 else x
+
+
+@pytest.mark.parametrize("kind", [LongInTraining, OneImageInTraining])
+def test_what_training_does_to_long_inputs_or_to_one_image(kind):
+    module = fused(kind).train()
+    check_original(module, torch.randn(1, 1, DIM), torch.randn(1, 300, DIM))
+
+
 class Pair(NamedTuple):
     out: torch.Tensor
     weights: None

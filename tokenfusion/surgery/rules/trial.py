@@ -196,7 +196,7 @@ def found_out(trials: list[Trial], fused: Forward) -> Agreement | None:
     if not all(trials[0].gives_the_same_dtype(fused, dtype) for dtype in (torch.bfloat16, torch.float16)):
         return None
     return Agreement(
-        in_training=all(trial.agrees_in_all(fused, training=True) for trial in trials[::2]),
+        in_training=all(trial.agrees_in_all(fused, training=True) for trial in trials),
         in_autocast=trials[0].gives_the_same_dtype(fused, torch.float32, autocast=True),
         modes=trials[0].modes(),
     )
