@@ -352,6 +352,13 @@ class MinusOneIsPadding(Changing):
         return torch.where((x == -1).all(dim=-1, keepdim=True), 1.0, x)
 
 
+class NothingIsThere(Changing):
+    """An image without any token, as where a modality is missing."""
+
+    def changed(self, x):
+        return torch.where((x == 0).flatten(1).all(dim=1)[:, None, None], 1.0, x)
+
+
 class Cleaned(Changing):
     def changed(self, x):
         return torch.nan_to_num(x)
@@ -396,7 +403,7 @@ class Widened(Changing):
         return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
 
 
-PADDED = [ZeroIsPadding, NumberIsPadding, MinusOneIsPadding]
+PADDED = [ZeroIsPadding, NumberIsPadding, MinusOneIsPadding, NothingIsThere]
 LIMITED = [Cleaned, Finite, Refusing, Limited, QueryIsCleaned]
 
 
