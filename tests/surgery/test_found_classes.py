@@ -255,6 +255,17 @@ def test_dtypes_that_a_class_changes(autocast):
         check_original(module, tokens(dtype=dtype)[:, :1], tokens(dtype=dtype))
 
 
+class LimitedInAutocast(Changing):
+    def changed(self, x):
+        return x.clamp(-1.0, 1.0) if torch.is_autocast_enabled("cpu") else x
+
+
+def test_values_that_a_class_changes_under_autocast():
+    module = fused(LimitedInAutocast)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check_original(module, tokens()[:, :1], tokens())
+
+
 class Inside(poolings.Context):
     def forward(self, x, context=None, kv_include_self=True):
         return super().forward(x, context, kv_include_self)
@@ -403,11 +414,16 @@ class Widened(Changing):
         return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
 
 
+class LimitedInHalf(Changing):
+    def changed(self, x):
+        return x.clamp(-1.0, 1.0) if x.dtype == torch.float16 else x
+
+
 PADDED = [ZeroIsPadding, NumberIsPadding, MinusOneIsPadding, NothingIsThere]
 LIMITED = [Cleaned, Finite, Refusing, Limited, QueryIsCleaned]
 
 
-@pytest.mark.parametrize("kind", [*PADDED, *LIMITED, AutocastInside, CastBack, Widened])
+@pytest.mark.parametrize("kind", [*PADDED, *LIMITED, AutocastInside, CastBack, Widened, LimitedInHalf])
 def test_what_ordinary_tokens_in_float64_would_not_show(kind):
     assert "does not compute attention of few queries" in reason(kind())
 

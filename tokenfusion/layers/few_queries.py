@@ -69,7 +69,7 @@ class Form(NamedTuple):
     pair: bool  # whether None follows, in the place of weights
     extra: bool  # whether the query is a token, too, where no argument says so
     in_training: bool  # whether all of it holds in training, too
-    in_autocast: bool  # whether the result has the same dtype under autocast, too
+    in_autocast: bool  # and under autocast
     modes: tuple[str, ...]  # the parts for which it counts whether they are in training
 
 

@@ -14,7 +14,7 @@ class Agreement(NamedTuple):
     """Where a fused form agrees with a class's own forward, beside in evaluation."""
 
     in_training: bool
-    in_autocast: bool  # whether the result has the same dtype under autocast
+    in_autocast: bool  # also of the result's dtype
     modes: tuple[str, ...]  # the parts for which it counts whether they are in training
 
 

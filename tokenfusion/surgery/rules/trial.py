@@ -19,6 +19,7 @@ Inputs = tuple[torch.Tensor, ...]
 Forward = Callable[..., Any]  # of a module, its inputs and its keywords
 _TOLERANCE = 1e-6  # relative, in float64
 _TOLERANCE_OF_FLOAT32 = 1e-4
+_TOLERANCE_OF_HALF = 0.1
 _LARGE = 1e6
 _MARKS = {0.0, 1.0, -1.0, -100.0}  # what a token of padding is made of
 
@@ -116,12 +117,13 @@ class Trial:
         got, expected = self._in(torch.float32, fused)
         return got.dtype == expected.dtype and same(got, expected, tolerance=_TOLERANCE_OF_FLOAT32)
 
-    def gives_the_same_dtype(self, fused: Forward, dtype: torch.dtype, autocast: bool = False) -> bool:
+    def agrees_in_half(self, fused: Forward, dtype: torch.dtype, autocast: bool = False) -> bool:
+        """In the dtype, and roughly in values: a forward may do something else where it meets half precision."""
         try:
             got, expected = self._in(dtype, fused, autocast)
         except RuntimeError:
             return False
-        return got.dtype == expected.dtype
+        return got.dtype == expected.dtype and same(*(x.float() for x in (got, expected)), tolerance=_TOLERANCE_OF_HALF)
 
     def modes(self) -> tuple[str, ...]:
         """The paths of the parts that change the result when they alone are in training."""
@@ -193,11 +195,11 @@ def found_out(trials: list[Trial], fused: Forward) -> Agreement | None:
         return None
     if not trials[0].agrees_in_float32(fused):
         return None
-    if not all(trials[0].gives_the_same_dtype(fused, dtype) for dtype in (torch.bfloat16, torch.float16)):
+    if not all(trials[0].agrees_in_half(fused, dtype) for dtype in (torch.bfloat16, torch.float16)):
         return None
     return Agreement(
         in_training=all(trial.agrees_in_all(fused, training=True) for trial in trials),
-        in_autocast=trials[0].gives_the_same_dtype(fused, torch.float32, autocast=True),
+        in_autocast=trials[0].agrees_in_half(fused, torch.float32, autocast=True),
         modes=trials[0].modes(),
     )
 
