@@ -122,6 +122,16 @@ def test_a_class_that_serves_as_a_namespace(monkeypatch):
     check_original(module, tokens()[:, :1], tokens())
 
 
+def test_a_namespace_of_which_an_object_is_copied():
+    class Config:
+        factor = 1.0
+
+    module = fused(lambda: Reading((Config, Config()), lambda held: held[0].factor))
+    copy.deepcopy(module)
+    with assert_runs(FORWARD):
+        check_same(module, module)
+
+
 class Constants(Changing):
     options, several, nested, log = {"factor": 1.0}, [1.0], Options(), logging.getLogger(__name__)
 

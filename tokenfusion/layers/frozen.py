@@ -120,9 +120,10 @@ def _contents(value) -> list:
 
 
 def _constants(kind: type) -> list:
-    """Numbers and the like of a class that serves as a namespace."""
+    """Numbers and the like of a class that serves as a namespace; copying an object leaves `__slotnames__` there."""
     bases = (vars(base) for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("builtins", "torch"))
-    return [each for base in bases for each in base.values() if type(each) in (*NUMBERS, *_CONTAINERS)]
+    named = ((name, each) for base in bases for name, each in base.items() if not name.startswith("__"))
+    return [each for _, each in named if type(each) in (*NUMBERS, *_CONTAINERS)]
 
 
 @functools.cache
