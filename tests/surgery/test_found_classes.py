@@ -225,6 +225,17 @@ def test_what_training_does_to_long_inputs_or_to_one_image(kind):
     check_original(module, torch.randn(1, 1, DIM), torch.randn(1, 300, DIM))
 
 
+class OneToken(Changing):
+    def changed(self, x):
+        return x.tanh() if x.shape[1] == 1 else x
+
+
+def test_calls_of_fewer_tokens_than_it_was_tried_with():
+    module = fused(OneToken)
+    for count in (1, 4):
+        check_original(module, tokens()[:, :1], tokens()[:, :count])
+
+
 class Pair(NamedTuple):
     out: torch.Tensor
     weights: None

@@ -36,6 +36,8 @@ from tokenfusion.layers.watched import (
     why_not_modes,
 )
 
+FEWEST = 5  # tokens that a class is tried with; with fewer, it may do something else, such as return the only one
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -284,6 +286,8 @@ def _serves(module: nn.Module, parts: Parts, form: Form, call: Call) -> bool:
     query = part(module, parts.latent) if call.query is None else call.query
     batch, count, channels = call.tokens.shape
     if call.tokens.is_meta or query.dtype != call.tokens.dtype or call.tokens.numel() == 0 or query.numel() == 0:
+        return False
+    if count < FEWEST:
         return False
     if call.query is not None and (len(query) != batch or (call.extra and query.shape[-1] != channels)):
         return False

@@ -15,7 +15,7 @@ from torch import nn
 from tokenfusion.kernels import dispatch
 from tokenfusion.layers import few_queries
 from tokenfusion.layers.drop_in import DropIn, why_not_surroundings
-from tokenfusion.layers.few_queries import Arguments, FewQueries, Form, Parts
+from tokenfusion.layers.few_queries import FEWEST, Arguments, FewQueries, Form, Parts
 from tokenfusion.layers.found import fused_class, why_not_names
 from tokenfusion.surgery.rules.rule import DECIDED_PER_CALL, Plan, with_forward_on_instance
 from tokenfusion.surgery.rules.trial import Draws, Inputs, Trial, failed, found_out, with_drawn_parameters
@@ -241,17 +241,17 @@ def _fused(parts: Parts, arguments: Arguments, form: Form, module: nn.Module, *i
 def _ways(arguments: Arguments) -> Iterator[tuple[bool, list[tuple[int, int, int, dict]]]]:
     """Whether the query is a token, and what shows it: images, tokens, queries and keywords of calls.
 
-    One image or query may be squeezed out of a result, and what is done to many tokens alone needs more than five.
+    One image or query may be squeezed out of a result, and what is done to many tokens alone needs more than a few.
     """
-    several, one = (2, 5, 3), (1, _MANY, 1)
+    several, one = (2, FEWEST, 3), (1, _MANY, 1)
     if len(arguments.tensors) == 1:
         yield False, [(*several, {}), (*one, {})]
     elif arguments.flag is None:
         yield False, [(*several, {}), (*one, {})]
-        yield True, [(2, 5, 1, {}), (*one, {})]
+        yield True, [(2, FEWEST, 1, {}), (*one, {})]
     else:
         keywords = [{arguments.flag: value} for value in (False, True)]
-        yield False, [(*several, keywords[0]), (*one, keywords[0]), (2, 5, 1, keywords[1]), (*one, keywords[1])]
+        yield False, [(*several, keywords[0]), (*one, keywords[0]), (2, FEWEST, 1, keywords[1]), (*one, keywords[1])]
 
 
 def _forms(module: nn.Module, parts: Parts, extra: bool) -> Iterator[Form]:
