@@ -1,9 +1,11 @@
 """Classes that nobody here has read: what they hold counts, and what a trial of one size or mode would not show."""
 
 import copy
+import random
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -179,6 +181,27 @@ class Keeping(Changing):
         return x
 
 
+class KeepingForPictures(Changing):
+    """What it saw, where nobody trains."""
+
+    def changed(self, x):
+        if not torch.is_grad_enabled():
+            self.last = x
+        return x
+
+
+class KeepingInAPart(Changing):
+    def changed(self, x):
+        self.kv.last = x
+        return x
+
+
+class KeepingInACalledPart(Changing):
+    def changed(self, x):
+        self.proj.last = x
+        return x
+
+
 class OneImage(Changing):
     def forward(self, q, x):
         return super().forward(q, x).squeeze(0)
@@ -201,7 +224,9 @@ class Uncalled(Changing):
 
 
 @pytest.mark.parametrize(
-    "kind", [Window, Long, Detached, WithGradients, Counting, Keeping, OneImage, OneQuery, Uncalled]
+    "kind",
+    [Window, Long, Detached, WithGradients, Counting, Keeping, KeepingForPictures, KeepingInAPart, KeepingInACalledPart]
+    + [OneImage, OneQuery, Uncalled],
 )
 def test_what_one_trial_would_not_show(kind):
     assert "does not compute attention of few queries" in reason(kind())
@@ -311,20 +336,42 @@ def test_another_shape_of_what_is_learned():
     check_original(module, tokens())
 
 
+class Rarely(Changing):
+    """Not once in all trials, probably."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def changed(self, x):
+        return x.tanh() if self.training and self.number() < 1e-3 else x
+
+
+@pytest.mark.parametrize("number", [random.random, lambda: numpy.random.rand(), lambda: torch.rand(())])
+def test_what_happens_rarely_in_training(number):
+    check_original(fused(lambda: Rarely(number)).train(), tokens()[:, :1], tokens())
+
+
+class RandomInPython(Changing):
+    def changed(self, x):
+        return x + random.random() + numpy.random.rand()
+
+
 class Random(Changing):
     def changed(self, x):
         return x + torch.rand(())
 
 
-@pytest.mark.parametrize("kind", [Random, Changing])
+@pytest.mark.parametrize("kind", [Random, RandomInPython, Changing])
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_trial_leaves_nothing_behind(kind, inference):
     with torch.inference_mode(inference):
         module, hooks = kind(), []
         module.register_full_backward_hook(lambda *_: hooks.append(None))
-        state = torch.get_rng_state()
+        state, others = torch.get_rng_state(), repr((random.getstate(), numpy.random.get_state()))
         assert (reports := tokenfusion.fuse(module).modules) and reports[0].replaced is (kind is Changing)
         assert torch.equal(torch.get_rng_state(), state)
+        assert repr((random.getstate(), numpy.random.get_state())) == others
     assert not hooks and all(parameter.grad is None for parameter in module.parameters())
 
 

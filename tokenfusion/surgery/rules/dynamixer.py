@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from tokenfusion import layers
-from tokenfusion.kernels import dispatch
 from tokenfusion.layers.drop_in import dropout, remember_forwards, restore, why_not_part, why_not_surroundings, within
 from tokenfusion.layers.found import fused_class, why_not_names
 from tokenfusion.layers.found_dynamixer import (
@@ -27,7 +26,15 @@ from tokenfusion.layers.found_dynamixer import (
 )
 from tokenfusion.layers.watched import watch_all, why_not_all_as_before
 from tokenfusion.surgery.rules.rule import Plan, with_forward_on_instance
-from tokenfusion.surgery.rules.trial import Draws, Trial, failed, found_out, same, with_drawn_parameters
+from tokenfusion.surgery.rules.trial import (
+    Draws,
+    Trial,
+    failed,
+    found_out,
+    same,
+    with_drawn_parameters,
+    without_a_trace,
+)
 
 _OTHER = "its forward does not compute what the official code's does"
 _OP_LINEARS = FoundOp._kind.linears
@@ -127,7 +134,7 @@ class StructuralRule:
             state = watch_all(module)
             what = (self.found, type(module).forward, state)
             if what not in _tried:
-                with torch.random.fork_rng(devices=[]), torch.inference_mode(False), dispatch.backend("reference"):
+                with without_a_trace():
                     _tried[what] = self._tried_details(module)
             return why_not_all_as_before(module, watch_all(module, self.found._kind.used.names)) or _tried[what]
         except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)

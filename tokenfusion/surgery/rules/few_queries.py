@@ -12,13 +12,20 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from tokenfusion.kernels import dispatch
 from tokenfusion.layers import few_queries
 from tokenfusion.layers.drop_in import DropIn, why_not_surroundings
 from tokenfusion.layers.few_queries import FEWEST, Arguments, FewQueries, Form, Parts
 from tokenfusion.layers.found import fused_class, why_not_names
 from tokenfusion.surgery.rules.rule import DECIDED_PER_CALL, Plan, with_forward_on_instance
-from tokenfusion.surgery.rules.trial import Draws, Inputs, Trial, failed, found_out, with_drawn_parameters
+from tokenfusion.surgery.rules.trial import (
+    Draws,
+    Inputs,
+    Trial,
+    failed,
+    found_out,
+    with_drawn_parameters,
+    without_a_trace,
+)
 
 _OTHER = "its forward does not compute attention of few queries with these parts"
 _HEADS = dict(heads="num_heads")
@@ -206,7 +213,7 @@ def _form(module: nn.Module, parts: Parts) -> Form | str:
         kinds = tuple(type(part) for part in module.modules())
         what = (type(module).forward, parts, state, kinds, sizes)
         if what not in _tried:
-            with torch.random.fork_rng(devices=[]), torch.inference_mode(False), dispatch.backend("reference"):
+            with without_a_trace():
                 _tried[what] = _tried_form(module, parts, arguments)
         found = _tried[what]
         return found if isinstance(found, str) else few_queries.why_not_as_tried(module, parts, state) or found

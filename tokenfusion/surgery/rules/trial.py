@@ -1,7 +1,11 @@
 """Trying out whether a module of somebody else's class computes what its fused form does."""
 
+import contextlib
 import copy
 import functools
+import pickle
+import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tokenfusion.kernels import dispatch
 from tokenfusion.layers.found import Agreement
 from tokenfusion.layers.watched import UsedParts, attribute, watch_all, why_not_all_as_before
 
@@ -32,6 +37,26 @@ class Draws:
 
     def __call__(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator, dtype=torch.float64, device="cpu")
+
+
+@contextlib.contextmanager
+def without_a_trace() -> Iterator[None]:
+    """A trial within takes random numbers from nobody, and needs nothing of its surroundings."""
+    numpy = sys.modules.get("numpy.random")
+    states = random.getstate(), None if numpy is None else numpy.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), dispatch.backend("reference"):
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy is not None:
+            numpy.set_state(states[1])
+
+
+def _random_numbers() -> bytes:
+    """Where Python's and NumPy's are."""
+    numpy = sys.modules.get("numpy.random")
+    return pickle.dumps((random.getstate(), None if numpy is None else numpy.get_state()))
 
 
 def with_drawn_parameters(module: nn.Module, drawn: Draws) -> nn.Module:
@@ -95,7 +120,7 @@ class Trial:
         return self._same(got, self.expected)
 
     def agrees_in_all(self, fused: Forward, training: bool) -> bool:
-        """In gradients, random numbers, what the parts are given that are called, and what is kept, too."""
+        """With gradients and without, in random numbers, what the parts are given that are called, and what is kept."""
         got, expected = (self._seen(forward, training) for forward in (fused, _original))
         return len(got) == len(expected) and all(map(_alike, got, expected))
 
@@ -170,19 +195,24 @@ class Trial:
     def _seen(self, forward: Forward, training: bool) -> list:
         """All that somebody outside can see of a call, of dropout at a rate of one half."""
         module, seen = _copy(self.module).train(training), []
-        for name in self.used.called:
-            attribute(module, name).register_forward_pre_hook(functools.partial(_given, seen))
+        called = [attribute(module, name) for name in self.used.called]
+        hooks = [part.register_forward_pre_hook(functools.partial(_given, seen)) for part in called]
         dropout = self.used.dropout and attribute(module, self.used.dropout)
         if isinstance(dropout, nn.Dropout):
             dropout.p = 0.5
-        before = watch_all(module, self.used.names)
+        before, numbers = watch_all(module), _random_numbers()
         inputs = _each(lambda x: x.clone().requires_grad_(), self.inputs)
         torch.manual_seed(0)
+        with torch.no_grad():
+            seen.append(_result(self._run(forward, module, inputs)))
         with torch.enable_grad():
             out = _result(self._run(forward, module, inputs))
             leaves = (*dict.fromkeys(inputs), *module.parameters())
+            seen += [out, torch.get_rng_state(), _random_numbers() == numbers]
             gradients = torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
-        return [*seen, out, *module.buffers(), why_not_all_as_before(module, before), gradients]
+        for hook in hooks:
+            hook.remove()
+        return [*seen, *module.buffers(), why_not_all_as_before(module, before), gradients]
 
 
 def found_out(trials: list[Trial], fused: Forward) -> Agreement | None:
