@@ -4,12 +4,14 @@ import array
 import copy
 import functools
 import logging
+import random
 import weakref
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -165,7 +167,17 @@ def test_contents_of_constants(change, monkeypatch):
         check_same(module, module)
 
 
-@pytest.mark.parametrize("held", [array.array("d", [1.0]), Options(several=[torch.ones(())])], ids=["array", "tensor"])
+UNSEEN = {
+    "an array": array.array("d", [1.0]),
+    "a tensor": Options(several=[torch.ones(())]),
+    "Python's random numbers": random.Random(0),
+    "torch's": torch.Generator(),
+    "NumPy's": numpy.random.default_rng(0),
+    "a method of those": numpy.random.RandomState(0).rand,
+}
+
+
+@pytest.mark.parametrize("held", UNSEEN.values(), ids=UNSEEN)
 def test_what_could_change_unseen(held):
     assert "may change without being seen" in reason(Reading(held, lambda held: 1.0))
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import random
 import types
 import weakref
 from collections import deque
@@ -20,6 +21,7 @@ _CONTAINERS = (*_SEQUENCES, *_SETS, dict)
 _NOT_LOOKED_INTO = (types.ModuleType, logging.Logger)
 _UNSEEN = (torch.Tensor, nn.Module, Iterator)  # what they compute is in their values
 _UNSEEN += (MappingView, weakref.ProxyType, weakref.CallableProxyType)  # of what others hold
+_UNSEEN += (random.Random, torch.Generator)  # each number changes them
 _MOST = 10_000  # things in one attribute; with more it is never as before
 
 
@@ -57,7 +59,8 @@ class _Held:
 
 
 def _is_unseen(value) -> bool:
-    return issubclass(type(value), _UNSEEN)  # isinstance would ask a proxy, which may be dead
+    kind = type(value)  # isinstance would ask a proxy, which may be dead
+    return issubclass(kind, _UNSEEN) or str(kind.__module__).startswith("numpy.random")
 
 
 def _is_memory(value) -> bool:
