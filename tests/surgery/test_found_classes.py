@@ -529,6 +529,23 @@ def test_a_class_with_its_own_pickles():
     assert reason(OwnPickle()) == "its class has a way of its own to be pickled"
 
 
+class Register(type):
+    names = set()
+
+    def __init__(cls, name, *_):
+        if name in Register.names:
+            raise RuntimeError(f"{name} is there already")
+        Register.names.add(name)
+
+
+class Registered(Changing, metaclass=Register):
+    pass
+
+
+def test_a_class_that_another_than_type_makes():
+    assert reason(Registered()) == "its class is made by Register"
+
+
 class Recording(Changing):
     def changed(self, x):
         RECORDED.append(x[:, :1] * 2)

@@ -1,5 +1,6 @@
 """Fused classes for classes of somebody else's, made when one is found."""
 
+import abc
 import functools
 import inspect
 from collections.abc import Hashable
@@ -51,7 +52,8 @@ def _new_fused(found: type[Found], original: type[nn.Module], details: Hashable)
 
 
 def why_not_names(module: nn.Module, found: type[Found]) -> str | None:
-    """Attributes of the module or its class that those of the fused class would hide, or its own way of pickling."""
+    """Attributes of the module or its class that those of the fused class would hide, its own way of pickling, or of
+    making classes, such as one that keeps a register of names."""
     bases = [base for base in found.__mro__ if issubclass(base, DropIn)]
     names = {name for base in bases for name in (*vars(base), *inspect.get_annotations(base))} - {"forward"}
     taken = sorted(name for name in names.intersection(dir(module)) if not name.startswith("__"))
@@ -59,4 +61,6 @@ def why_not_names(module: nn.Module, found: type[Found]) -> str | None:
         return f"it has attributes of the names that its fused class has: {', '.join(taken)}"
     if any(getattr(type(module), name) is not getattr(object, name) for name in ("__reduce__", "__reduce_ex__")):
         return "its class has a way of its own to be pickled"
+    if type(type(module)) not in (type, abc.ABCMeta):
+        return f"its class is made by {type(type(module)).__name__}"
     return None
