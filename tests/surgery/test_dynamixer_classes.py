@@ -26,7 +26,8 @@ class Op(PlainOp):
     def matrices(self, x):
         lines, length, _ = x.shape
         compressed = self.compress(x).reshape(lines, length, self.num_head, -1).transpose(1, 2).flatten(2)
-        return self.softmax(self.generate(compressed).reshape(lines, self.num_head, length, length) / self.tau)
+        tau = getattr(self.generate, "tau", self.tau)
+        return self.softmax(self.generate(compressed).reshape(lines, self.num_head, length, length) / tau)
 
     def mix(self, x, matrices):
         segments = x.unflatten(-1, (self.num_head, -1)).permute(0, 2, 3, 1) @ matrices
@@ -48,7 +49,7 @@ class Block(SomebodysBlock):
         self.alpha, self.resolution = 1.0, 5
 
     def forward(self, x):
-        return self.alpha * super().forward(x)
+        return getattr(self.proj, "alpha", self.alpha) * super().forward(x)
 
 
 def x_of(module: nn.Module, batch: int = 3) -> torch.Tensor:
@@ -62,11 +63,13 @@ def resize(op: Op) -> None:
 
 CHANGES = {
     "an attribute": (Op, lambda op: setattr(op, "tau", 0.1)),
+    "an attribute of a part": (Op, lambda op: setattr(op.generate, "tau", 0.1)),
     "sizes": (Op, resize),
     "a hook on the softmax": (Op, lambda op: op.softmax.register_forward_hook(lambda *_: _[2] * 2)),
     "another softmax": (Op, lambda op: setattr(op, "softmax", nn.Softmax(dim=-1))),
     "a hook": (Op, lambda op: op.compress.register_forward_hook(lambda *_: _[2] * 2)),
     "a hook on the result": (Op, lambda op: op.out.register_forward_hook(lambda *_: _[2] * 2)),
+    "an attribute of a part of the block": (Block, lambda block: setattr(block.proj, "alpha", 0.5)),
     "an attribute of the block": (Block, lambda block: setattr(block, "alpha", 0.5)),
     "a number in the place of sizes": (Block, lambda block: setattr(block, "resolution", 7)),
     "an attribute of an operation": (Block, lambda block: setattr(block.mix_h, "tau", 0.1)),

@@ -147,6 +147,20 @@ def test_buffers_have_values_that_a_trial_has_not(dtype, persistent):
     assert reason(OfBuffer(dtype, persistent)) is not None
 
 
+class OfAPart(Changing):
+    """An adapter, or whatever somebody puts into a part."""
+
+    def changed(self, x):
+        return x * getattr(self.kv, "gain", 1.0) if not hasattr(self.kv, "adapter") else self.kv.adapter(x)
+
+
+@pytest.mark.parametrize("name, value", [("gain", 2.0), ("adapter", nn.Linear(DIM, DIM))])
+def test_what_is_put_into_a_part_that_is_read_past(name, value):
+    module = fused(OfAPart)
+    setattr(module.kv, name, value)
+    check_original(module, tokens()[:, :1], tokens())
+
+
 class Window(Changing):
     def changed(self, x):
         return x[:, :196]

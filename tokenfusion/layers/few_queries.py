@@ -109,7 +109,7 @@ class FewQueries(Found):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         if STATE in vars(self):
-            remember(*self._fused_state.watched)
+            remember(*self._fused_state)
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -120,7 +120,7 @@ class FewQueries(Found):
         if reason is not None or not isinstance(module, cls):
             return reason
         state = getattr(module, STATE, None)
-        return "it was not tried" if state is None else why_not_as_tried(module, parts, state)
+        return "it was not tried" if state is None else why_not_all_as_before(module, state)
 
     def __prepare_scriptable__(self):
         kind = type(self).__name__
@@ -251,19 +251,10 @@ def _why_not_dropout(module: nn.Module, name: str | None) -> str | None:
     return None if name is None else why_not_part(part(module, name), name, nn.Dropout, nn.Identity)
 
 
-class State(NamedTuple):
-    """A module and its parts that are read past: what each holds, and the sizes of those whose weights are read."""
-
-    watched: tuple[Watched, ...]
-    sizes: tuple[torch.Size, ...]
-
-
-def state_of(module: nn.Module, parts: Parts) -> State:
-    return State(watch_all(module, used_parts(module, parts).names, *parts.depends_on), _sizes(module, parts))
-
-
-def _sizes(module: nn.Module, parts: Parts) -> tuple[torch.Size, ...]:
-    return tuple([weight.shape for weight in _weights_read(module, parts)])
+def state_of(module: nn.Module, parts: Parts) -> tuple[Watched, ...]:
+    """Of the module and its parts, but those that are called, and dropout, whose rate may be any."""
+    used = used_parts(module, parts)
+    return watch_all(module, (*used.called, *filter(None, [used.dropout])), *parts.depends_on)
 
 
 def used_parts(module: nn.Module, parts: Parts) -> UsedParts:
@@ -271,14 +262,6 @@ def used_parts(module: nn.Module, parts: Parts) -> UsedParts:
     called = (parts.query if parts.latent is None else None, parts.norm if normed else None, parts.out)
     read = (parts.key, parts.value, parts.norm, parts.dropout)
     return UsedParts(tuple(filter(None, called)), tuple(filter(None, read)), parts.dropout)
-
-
-def why_not_as_tried(module: nn.Module, parts: Parts, state: State) -> str | None:
-    """What differs from this state of the module, or may do so without being seen."""
-    reason = why_not_all_as_before(module, state.watched)
-    if reason is not None:
-        return reason
-    return None if _sizes(module, parts) == state.sizes else "its weights have other sizes than when it was tried"
 
 
 def _serves(module: nn.Module, parts: Parts, form: Form, call: Call) -> bool:

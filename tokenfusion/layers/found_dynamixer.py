@@ -116,7 +116,7 @@ def become(module: nn.Module, fused: type[FoundDynaMixer]) -> None:
 
 
 def state_of(module: nn.Module, kind: Kind, in_pieces: bool) -> State:
-    return State(watch_all(module, kind.used.names), watch_all(module.reweight) if in_pieces else ())
+    return State(watch_all(module, (*kind.used.called, *OPS)), watch_all(module.reweight) if in_pieces else ())
 
 
 def why_not_parts(module: nn.Module, kind: Kind) -> str | None:

@@ -16,6 +16,7 @@ from tokenfusion.layers import few_queries
 from tokenfusion.layers.drop_in import DropIn, why_not_surroundings
 from tokenfusion.layers.few_queries import FEWEST, Arguments, FewQueries, Form, Parts
 from tokenfusion.layers.found import fused_class, why_not_names
+from tokenfusion.layers.watched import why_not_all_as_before
 from tokenfusion.surgery.rules.rule import DECIDED_PER_CALL, Plan, with_forward_on_instance
 from tokenfusion.surgery.rules.trial import (
     Draws,
@@ -216,7 +217,7 @@ def _form(module: nn.Module, parts: Parts) -> Form | str:
             with without_a_trace():
                 _tried[what] = _tried_form(module, parts, arguments)
         found = _tried[what]
-        return found if isinstance(found, str) else few_queries.why_not_as_tried(module, parts, state) or found
+        return found if isinstance(found, str) else why_not_all_as_before(module, state) or found
     except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
         return _Unlike(failed(error))
 
