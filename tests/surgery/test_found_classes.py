@@ -305,6 +305,20 @@ def test_dtypes_that_a_class_changes(autocast):
         check_original(module, tokens(dtype=dtype)[:, :1], tokens(dtype=dtype))
 
 
+class AlmostTheSame(Changing):
+    """As where 1e-8 is added to a denominator: nothing in float32."""
+
+    def forward(self, q, x):
+        return super().forward(q, x) / (1 + 1e-8)
+
+
+def test_what_only_float64_shows():
+    module, x = fused(AlmostTheSame), tokens()
+    with assert_runs(FORWARD):
+        check_same(module, unfused(copy.deepcopy(module)))
+    check_original(module.double(), x[:, :1].double(), x.double())
+
+
 class LimitedInAutocast(Changing):
     def changed(self, x):
         return x.clamp(-1.0, 1.0) if torch.is_autocast_enabled("cpu") else x

@@ -71,6 +71,7 @@ class Form(NamedTuple):
     pair: bool  # whether None follows, in the place of weights
     extra: bool  # whether the query is a token, too, where no argument says so
     in_training: bool  # whether all of it holds in training, too
+    in_float64: bool  # and to the rounding of float64
     in_autocast: bool  # and under autocast
     modes: tuple[str, ...]  # the parts for which it counts whether they are in training
 
@@ -270,7 +271,7 @@ def _serves(module: nn.Module, parts: Parts, form: Form, call: Call) -> bool:
     batch, count, channels = call.tokens.shape
     if call.tokens.is_meta or query.dtype != call.tokens.dtype or call.tokens.numel() == 0 or query.numel() == 0:
         return False
-    if count < FEWEST:
+    if count < FEWEST or (query.dtype == torch.float64 and not form.in_float64):
         return False
     if call.query is not None and (len(query) != batch or (call.extra and query.shape[-1] != channels)):
         return False

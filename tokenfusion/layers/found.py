@@ -15,6 +15,7 @@ class Agreement(NamedTuple):
     """Where a fused form agrees with a class's own forward, beside in evaluation."""
 
     in_training: bool
+    in_float64: bool  # to its rounding
     in_autocast: bool  # also of the result's dtype
     modes: tuple[str, ...]  # the parts for which it counts whether they are in training
 

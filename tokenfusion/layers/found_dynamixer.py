@@ -134,8 +134,11 @@ def _serves(module: FoundDynaMixer, x: torch.Tensor) -> bool:
     """Whether the class was tried with such tensors; others are its own business."""
     if type(x) not in PLAIN or x.is_nested or x.is_meta or x.numel() == 0:
         return False
-    in_autocast = type(module).details.agreement.in_autocast
-    return x.shape[1:] == module._kind.sizes(module) and (in_autocast or not torch.is_autocast_enabled(x.device.type))
+    agreement = type(module).details.agreement
+    if x.dtype == torch.float64 and not agreement.in_float64:
+        return False
+    in_autocast = agreement.in_autocast or not torch.is_autocast_enabled(x.device.type)
+    return in_autocast and x.shape[1:] == module._kind.sizes(module)
 
 
 def _tokens(op: nn.Module) -> int:

@@ -266,7 +266,7 @@ def _forms(module: nn.Module, parts: Parts, extra: bool) -> Iterator[Form]:
     scales = ("scale", "heads", None) if type(getattr(module, "scale", None)) is float else ("heads", None)
     normed = ("tokens", "query", "both") if type(few_queries.part(module, parts.norm)) is nn.LayerNorm else ("tokens",)
     for choice in itertools.product(scales, normed, (None, "mean", "flat"), (False, True)):
-        yield Form(*choice, extra, in_training=False, in_autocast=False, modes=())
+        yield Form(*choice, extra, in_training=False, in_float64=False, in_autocast=False, modes=())
 
 
 def _inputs(module: nn.Module, parts: Parts, tensors: int, sizes: tuple[int, int, int], drawn: Draws) -> Inputs:

@@ -22,7 +22,8 @@ from tokenfusion.layers.watched import UsedParts, attribute, watch_all, why_not_
 
 Inputs = tuple[torch.Tensor, ...]
 Forward = Callable[..., Any]  # of a module, its inputs and its keywords
-_TOLERANCE = 1e-6  # relative, in float64
+_TOLERANCE = 1e-6  # relative, in float64, in which a forward may compute its softmax in float32
+_TOLERANCE_OF_FLOAT64 = 1e-11  # of one that does not
 _TOLERANCE_OF_FLOAT32 = 1e-4
 _TOLERANCE_OF_HALF = 0.1
 _LARGE = 1e6
@@ -137,6 +138,11 @@ class Trial:
                 return False
         return True
 
+    def agrees_in_float64(self, fused: Forward) -> bool:
+        with torch.no_grad():
+            got = _result(self._run(fused, self.module, self.inputs))
+        return same(got, _result(self.expected), tolerance=_TOLERANCE_OF_FLOAT64)
+
     def agrees_in_float32(self, fused: Forward) -> bool:
         """Autocast in a forward leaves float64 alone, and gives another dtype here, or rounds more."""
         got, expected = self._in(torch.float32, fused)
@@ -229,6 +235,7 @@ def found_out(trials: list[Trial], fused: Forward) -> Agreement | None:
         return None
     return Agreement(
         in_training=all(trial.agrees_in_all(fused, training=True) for trial in trials),
+        in_float64=all(trial.agrees_in_float64(fused) for trial in trials),
         in_autocast=trials[0].agrees_in_half(fused, torch.float32, autocast=True),
         modes=trials[0].modes(),
     )
