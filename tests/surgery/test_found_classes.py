@@ -246,6 +246,55 @@ def test_what_one_trial_would_not_show(kind):
     assert "does not compute attention of few queries" in reason(kind())
 
 
+class Limit(Changing):
+    """Takes no more tokens than a number says that it holds."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        vars(self).update(attributes)
+
+    def limit(self):
+        return self.most
+
+    def changed(self, x):
+        return x[:, : self.limit()]
+
+
+class LimitInTraining(Limit):
+    def changed(self, x):
+        return super().changed(x) if self.training else x
+
+
+class OfConfiguration(Limit):
+    def limit(self):
+        return self.options["tokens"].most
+
+
+class WithoutClassToken(Limit):
+    def changed(self, x):
+        return x[:, 1:] if x.shape[1] == self.patches + 1 else x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Limit(most=300),
+        lambda: OfConfiguration(options={"tokens": SimpleNamespace(most=300)}),
+        lambda: WithoutClassToken(patches=196),
+        lambda: WithoutClassToken(patches=300.0),
+    ],
+)
+def test_how_many_tokens_a_module_knows_of(make):
+    assert "does not compute attention of few queries" in reason(make())
+
+
+def test_how_many_tokens_a_module_knows_of_in_training():
+    module, query, x = fused(lambda: LimitInTraining(most=300)), torch.randn(1, 1, DIM), torch.randn(1, 301, DIM)
+    with assert_runs(FORWARD), torch.no_grad():
+        module(query, x)
+    check_original(module.train(), query, x)
+
+
 class LongInTraining(Changing):
     """Of a bag, training takes some tokens."""
 

@@ -24,6 +24,7 @@ from tokenfusion.surgery.rules.trial import (
     Trial,
     failed,
     found_out,
+    numbers_held,
     with_drawn_parameters,
     without_a_trace,
 )
@@ -91,6 +92,7 @@ _KNOWN = {  # by the names of the parameters, without ".weight" and ".bias", of 
 _BY_NAMES = {frozenset(names.split()): parts for names, parts in _KNOWN.items()}
 _registered: dict[type[nn.Module], Parts] = {}
 _tried: dict[tuple, Form | str] = {}
+_MOST_VALUES = 1 << 21  # in the tokens of a trial
 _MANY = 263  # tokens: more than what windows and thresholds are made for, and no multiple of anything
 
 
@@ -225,15 +227,18 @@ def _form(module: nn.Module, parts: Parts) -> Form | str:
 def _tried_form(module: nn.Module, parts: Parts, arguments: Arguments) -> Form | str:
     drawn = Draws()
     plain = with_drawn_parameters(module, drawn)
-    why_not = _Unlike(_OTHER)
+    used, why_not = few_queries.used_parts(plain, parts), _Unlike(_OTHER)
+    counts = _counts(numbers_held(plain, used), _channels(plain, parts))
+
+    def trial(batch: int, count: int, length: int, keywords: dict) -> Trial:
+        inputs = _inputs(plain, parts, len(arguments.tensors), (batch, count, length), drawn)
+        return Trial(plain, inputs, used, keywords)
+
     for extra, shown in _ways(arguments):
-        trials = []
-        for batch, count, length, keywords in shown:
-            inputs = _inputs(plain, parts, len(arguments.tensors), (batch, count, length), drawn)
-            trials.append(Trial(plain, inputs, few_queries.used_parts(plain, parts), keywords))
+        trials, keywords = [trial(*each) for each in shown], shown[-1][-1]
         for form in _forms(plain, parts, extra):
             fused = functools.partial(_fused, parts, arguments, form)
-            found = found_out(trials, fused)
+            found = found_out(trials, fused, (trial(1, count, 1, keywords) for count in counts))
             if found is not None:
                 return form._replace(**found._asdict())
         if any(trial.comparable for trial in trials):
@@ -262,6 +267,13 @@ def _ways(arguments: Arguments) -> Iterator[tuple[bool, list[tuple[int, int, int
         yield False, [(*several, keywords[0]), (*one, keywords[0]), (2, FEWEST, 1, keywords[1]), (*one, keywords[1])]
 
 
+def _counts(numbers: set[float], channels: int) -> list[int]:
+    """Of tokens, for which a forward may do something of its own: numbers that the module holds, such as a limit or how
+    many patches there are, and one more than these."""
+    held = {int(number) for number in numbers if number.is_integer() and FEWEST <= number <= _MOST_VALUES // channels}
+    return sorted(held | {number + 1 for number in held})
+
+
 def _forms(module: nn.Module, parts: Parts, extra: bool) -> Iterator[Form]:
     scales = ("scale", "heads", None) if type(getattr(module, "scale", None)) is float else ("heads", None)
     normed = ("tokens", "query", "both") if type(few_queries.part(module, parts.norm)) is nn.LayerNorm else ("tokens",)
@@ -271,11 +283,15 @@ def _forms(module: nn.Module, parts: Parts, extra: bool) -> Iterator[Form]:
 
 def _inputs(module: nn.Module, parts: Parts, tensors: int, sizes: tuple[int, int, int], drawn: Draws) -> Inputs:
     batch, count, length = sizes
-    projection = few_queries.part(module, parts.key or parts.value)
-    channels = few_queries.part(module, parts.latent).shape[-1] if projection is None else projection.in_features
+    channels = _channels(module, parts)
     tokens = drawn(batch, count, channels)
     if tensors == 1:
         return (tokens,)
     query = few_queries.part(module, parts.query)
     query = drawn(batch, length, channels if query is None else query.in_features)
     return query, *(tokens,) * (tensors - 1)
+
+
+def _channels(module: nn.Module, parts: Parts) -> int:
+    projection = few_queries.part(module, parts.key or parts.value)
+    return few_queries.part(module, parts.latent).shape[-1] if projection is None else projection.in_features

@@ -6,7 +6,7 @@ import functools
 import pickle
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ _TOLERANCE_OF_FLOAT64 = 1e-11  # of one that does not
 _TOLERANCE_OF_FLOAT32 = 1e-4
 _TOLERANCE_OF_HALF = 0.1
 _LARGE = 1e6
+_MOST_NUMBERS = 100
 _MARKS = {0.0, 1.0, -1.0, -100.0}  # what a token of padding is made of
 
 
@@ -66,6 +67,13 @@ def with_drawn_parameters(module: nn.Module, drawn: Draws) -> nn.Module:
     for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):  # not all buffers are in the state_dict
         tensor.data.copy_(_drawn_like(tensor, name, drawn))
     return plain.requires_grad_()
+
+
+def numbers_held(module: nn.Module, used: UsedParts) -> set[float]:
+    """What a module, and what is in its attributes, could look for in its tokens, or compare their number with."""
+    held = (tree_leaves((then.plain, then.contained, then.frozen)) for then in watch_all(module, used.names))
+    numbers = {float(each) for leaves in held for each in leaves if type(each) in (int, float) and abs(each) <= _LARGE}
+    return set(sorted(numbers, key=abs)[:_MOST_NUMBERS])
 
 
 def same(
@@ -120,15 +128,15 @@ class Trial:
             return False
         return self._same(got, self.expected)
 
-    def agrees_in_all(self, fused: Forward, training: bool) -> bool:
+    def agrees_in_all(self, fused: Forward, training: bool, backward: bool = True) -> bool:
         """With gradients and without, in random numbers, what the parts are given that are called, and what is kept."""
-        got, expected = (self._seen(forward, training) for forward in (fused, _original))
+        got, expected = (self._seen(forward, training, backward) for forward in (fused, _original))
         return len(got) == len(expected) and all(map(_alike, got, expected))
 
     def agrees_for_special_values(self, fused: Forward) -> bool:
         """Which a class may leave out, replace, limit or refuse."""
         module = _copy(self.module)
-        for inputs in _special(self.inputs, _MARKS | self._numbers()):
+        for inputs in _special(self.inputs, _MARKS | numbers_held(self.module, self.used)):
             got, expected = (self._outcome(forward, module, inputs) for forward in (fused, _original))
             if got is None or expected is None:
                 agrees = got is expected
@@ -180,11 +188,6 @@ class Trial:
         except Exception:  # noqa: BLE001  (whatever a class raises)
             return None
 
-    def _numbers(self) -> set[float]:
-        """That the module holds, and could look for in its tokens."""
-        plain = (value for then in watch_all(self.module, self.used.names) for _, value in then.plain)
-        return {float(value) for value in plain if type(value) in (int, float) and abs(value) <= _LARGE}
-
     @torch.no_grad()
     def _in(self, dtype: torch.dtype, fused: Forward, autocast: bool = False) -> list[torch.Tensor]:
         module, inputs = copy.deepcopy(self.module).to(dtype), _each(lambda x: x.to(dtype), self.inputs)
@@ -198,7 +201,7 @@ class Trial:
         rest, others = ([each is None for each in out] if isinstance(out, tuple) else [] for out in (got, expected))
         return rest == others and same(_result(got), _result(expected))
 
-    def _seen(self, forward: Forward, training: bool) -> list:
+    def _seen(self, forward: Forward, training: bool, backward: bool) -> list:
         """All that somebody outside can see of a call, of dropout at a rate of one half."""
         module, seen = _copy(self.module).train(training), []
         called = [attribute(module, name) for name in self.used.called]
@@ -211,18 +214,25 @@ class Trial:
         torch.manual_seed(0)
         with torch.no_grad():
             seen.append(_result(self._run(forward, module, inputs)))
+        if backward:
+            seen += self._with_gradients(forward, module, inputs)
+        seen += [torch.get_rng_state(), _random_numbers() == numbers]
+        for hook in hooks:
+            hook.remove()
+        return [*seen, *module.buffers(), why_not_all_as_before(module, before)]
+
+    def _with_gradients(self, forward: Forward, module: nn.Module, inputs: Inputs) -> list:
         with torch.enable_grad():
             out = _result(self._run(forward, module, inputs))
             leaves = (*dict.fromkeys(inputs), *module.parameters())
-            seen += [out, torch.get_rng_state(), _random_numbers() == numbers]
-            gradients = torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
-        for hook in hooks:
-            hook.remove()
-        return [*seen, *module.buffers(), why_not_all_as_before(module, before), gradients]
+            return [out, torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)]
 
 
-def found_out(trials: list[Trial], fused: Forward) -> Agreement | None:
-    """None where the fused form is another than the class's own; every second trial is one of few tokens."""
+def found_out(trials: list[Trial], fused: Forward, of_values: Iterable[Trial] = ()) -> Agreement | None:
+    """None where the fused form is another than the class's own; every second trial is one of few tokens.
+
+    of_values: further ones, without gradients.
+    """
     if not all(trial.agrees(fused) for trial in trials) or any(trial.keeps for trial in trials):
         return None
     if not all(trial.agrees_in_all(fused, training=False) for trial in trials):
@@ -233,8 +243,13 @@ def found_out(trials: list[Trial], fused: Forward) -> Agreement | None:
         return None
     if not all(trials[0].agrees_in_half(fused, dtype) for dtype in (torch.bfloat16, torch.float16)):
         return None
+    in_training = all(trial.agrees_in_all(fused, training=True) for trial in trials)
+    for trial in of_values:
+        if not trial.agrees(fused):
+            return None
+        in_training = in_training and trial.agrees_in_all(fused, training=True, backward=False)
     return Agreement(
-        in_training=all(trial.agrees_in_all(fused, training=True) for trial in trials),
+        in_training,
         in_float64=all(trial.agrees_in_float64(fused) for trial in trials),
         in_autocast=trials[0].agrees_in_half(fused, torch.float32, autocast=True),
         modes=trials[0].modes(),
