@@ -176,6 +176,16 @@ class Detached(Changing):
         return x.detach()
 
 
+class Clipped(Changing):
+    """Gradients that are larger than ordinary ones."""
+
+    def changed(self, x):
+        x = x.view_as(x)
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient.clamp(-100.0, 100.0))
+        return x
+
+
 class WithGradients(Changing):
     def changed(self, x):
         return x.tanh() if torch.is_grad_enabled() else x
@@ -239,7 +249,18 @@ class Uncalled(Changing):
 
 @pytest.mark.parametrize(
     "kind",
-    [Window, Long, Detached, WithGradients, Counting, Keeping, KeepingForPictures, KeepingInAPart, KeepingInACalledPart]
+    [
+        Window,
+        Long,
+        Detached,
+        Clipped,
+        WithGradients,
+        Counting,
+        Keeping,
+        KeepingForPictures,
+        KeepingInAPart,
+        KeepingInACalledPart,
+    ]
     + [OneImage, OneQuery, Uncalled],
 )
 def test_what_one_trial_would_not_show(kind):

@@ -225,7 +225,8 @@ class Trial:
         with torch.enable_grad():
             out = _result(self._run(forward, module, inputs))
             leaves = (*dict.fromkeys(inputs), *module.parameters())
-            return [out, torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)]
+            gradient = _LARGE * torch.randn_like(out)  # which a hook may clip
+            return [out, torch.autograd.grad(out, leaves, gradient, allow_unused=True)]
 
 
 def found_out(trials: list[Trial], fused: Forward, of_values: Iterable[Trial] = ()) -> Agreement | None:
