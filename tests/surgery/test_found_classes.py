@@ -526,6 +526,16 @@ class NothingIsThere(Changing):
         return torch.where((x == 0).flatten(1).all(dim=1)[:, None, None], 1.0, x)
 
 
+class NothingAtAll(Changing):
+    def changed(self, x):
+        return x if x.any() else x + 1.0
+
+
+class AlmostNothing(Changing):
+    def changed(self, x):
+        return torch.ones_like(x) if x.abs().max() < 1e-3 else x
+
+
 class Cleaned(Changing):
     def changed(self, x):
         return torch.nan_to_num(x)
@@ -575,7 +585,7 @@ class LimitedInHalf(Changing):
         return x.clamp(-1.0, 1.0) if x.dtype == torch.float16 else x
 
 
-PADDED = [ZeroIsPadding, NumberIsPadding, MinusOneIsPadding, NothingIsThere]
+PADDED = [ZeroIsPadding, NumberIsPadding, MinusOneIsPadding, NothingIsThere, NothingAtAll, AlmostNothing]
 LIMITED = [Cleaned, Finite, Refusing, Limited, QueryIsCleaned]
 
 

@@ -276,26 +276,22 @@ def _each(change: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs) -> Inp
 
 
 def _special(inputs: Inputs, marks: set[float]) -> Iterator[Inputs]:
-    """Each tensor by itself, large and with an infinite value, with NaN, or with a row or image of one of the marks."""
+    """Each tensor by itself, small, large and with an infinite value, with NaN, or with a mark in a row, an image, or
+    everywhere."""
     for each in dict.fromkeys(inputs):
-        large, unknown = _LARGE * each, each.clone()
+        small, large, unknown = each / _LARGE, _LARGE * each, each.clone()
         _rows(large[-1])[-1, :1] = torch.inf
         _rows(unknown[-1])[-1, :1] = torch.nan
-        marked = (rows(each, mark) for mark in sorted(marks) for rows in (_marked_row, _marked_image))
-        for special in (large, unknown, *marked):
+        marked = (where for mark in sorted(marks) for where in _marked(each, mark))
+        for special in (small, large, unknown, *marked):
             yield tuple(special if x is each else x for x in inputs)
 
 
-def _marked_row(x: torch.Tensor, mark: float) -> torch.Tensor:
-    marked = x.clone()
-    _rows(marked[0])[-1] = mark
-    return marked
-
-
-def _marked_image(x: torch.Tensor, mark: float) -> torch.Tensor:
-    marked = x.clone()
-    marked[0] = mark
-    return marked
+def _marked(x: torch.Tensor, mark: float) -> tuple[torch.Tensor, ...]:
+    row, image = x.clone(), x.clone()
+    _rows(row[0])[-1] = mark
+    image[0] = mark
+    return row, image, torch.full_like(x, mark)
 
 
 def _rows(image: torch.Tensor) -> torch.Tensor:
