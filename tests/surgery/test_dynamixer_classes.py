@@ -106,6 +106,15 @@ def test_attributes_are_the_class_own():
     assert module.resolution == 5 and module.mix_h.tau == 1.0 and not hasattr(module, "dim")
 
 
+class AsksForItsClass(Op):
+    def forward(self, x):
+        return super(type(self), self).forward(x)
+
+
+def test_a_forward_that_asks_for_its_class():
+    assert OTHER_RESULTS in reason(AsksForItsClass())
+
+
 class FunctionalDropout(Op):
     def forward(self, x):
         return F.dropout(super().forward(x), 0.5, self.training)

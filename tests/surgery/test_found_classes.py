@@ -654,6 +654,21 @@ def test_a_class_that_another_than_type_makes():
     assert reason(Registered()) == "its class is made by Register"
 
 
+class AsksForItsClass(Changing):
+    def changed(self, x):
+        return x if type(self) is AsksForItsClass else x.tanh()
+
+
+class CallsWhatItsClassIsDerivedFrom(Changing):
+    def forward(self, q, x):
+        return super(type(self), self).forward(q, x)
+
+
+@pytest.mark.parametrize("kind", [AsksForItsClass, CallsWhatItsClassIsDerivedFrom])
+def test_a_forward_that_asks_for_its_class(kind):
+    assert reason(kind()) == "its forward asks for its class, which is another when it is fused"
+
+
 class Recording(Changing):
     def changed(self, x):
         RECORDED.append(x[:, :1] * 2)

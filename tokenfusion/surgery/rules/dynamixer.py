@@ -4,6 +4,7 @@ They are recognised by the names and shapes of their parameters. That a module o
 paper says is tried out before it is replaced.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from tokenfusion.surgery.rules.trial import (
     Trial,
     failed,
     found_out,
+    in_its_place,
     same,
     with_drawn_parameters,
     without_a_trace,
@@ -154,7 +156,9 @@ class StructuralRule:
         if agreement is None:
             return _OTHER
         in_pieces = self.found is FoundBlock and _works_in_pieces(plain.reweight, drawn(_MANY, plain.proj.in_features))
-        return Details(agreement, in_pieces)
+        details = Details(agreement, in_pieces)
+        fused = functools.partial(in_its_place, fused_class(self.found, type(module), details))
+        return details if all(trial.agrees(fused) for trial in trials) else _OTHER
 
 
 def _works_in_pieces(reweight: nn.Module, x: torch.Tensor) -> bool:

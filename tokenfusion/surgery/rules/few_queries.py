@@ -24,6 +24,7 @@ from tokenfusion.surgery.rules.trial import (
     Trial,
     failed,
     found_out,
+    in_its_place,
     numbers_held,
     with_drawn_parameters,
     without_a_trace,
@@ -172,7 +173,6 @@ class FewQueriesRule:
         if isinstance(found, _Unlike) and kind not in _registered:
             return None
         reason = with_forward_on_instance(module) or (found if isinstance(found, str) else None)
-        reason = reason or why_not_names(module, FewQueries)
         if reason is not None:
             return Plan(kind.__name__, reason)
         return _plan(module, fused_class(FewQueries, kind, (parts, found)))
@@ -240,10 +240,19 @@ def _tried_form(module: nn.Module, parts: Parts, arguments: Arguments) -> Form |
             fused = functools.partial(_fused, parts, arguments, form)
             found = found_out(trials, fused, (trial(1, count, 1, keywords) for count in counts))
             if found is not None:
-                return form._replace(**found._asdict())
+                return _why_not_in_its_place(module, parts, form := form._replace(**found._asdict()), trials) or form
         if any(trial.comparable for trial in trials):
             why_not = _OTHER
     return why_not
+
+
+def _why_not_in_its_place(module: nn.Module, parts: Parts, form: Form, trials: list[Trial]) -> str | None:
+    reason = why_not_names(module, FewQueries)
+    if reason is not None:
+        return reason
+    fused = fused_class(FewQueries, type(module), (parts, form))
+    agree = all(trial.agrees(functools.partial(in_its_place, fused)) for trial in trials)
+    return None if agree else "its forward asks for its class, which is another when it is fused"
 
 
 def _fused(parts: Parts, arguments: Arguments, form: Form, module: nn.Module, *inputs: torch.Tensor, **keywords):
