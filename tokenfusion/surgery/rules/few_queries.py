@@ -93,7 +93,7 @@ _KNOWN = {  # by the names of the parameters, without ".weight" and ".bias", of 
 _BY_NAMES = {frozenset(names.split()): parts for names, parts in _KNOWN.items()}
 _registered: dict[type[nn.Module], Parts] = {}
 _tried: dict[tuple, Form | str] = {}
-_MOST_VALUES = 1 << 21  # in the tokens of a trial
+_MOST_VALUES = 1 << 21  # in the tokens of the trials for numbers of them
 _MANY = 263  # tokens: more than what windows and thresholds are made for, and no multiple of anything
 
 
@@ -240,7 +240,8 @@ def _tried_form(module: nn.Module, parts: Parts, arguments: Arguments) -> Form |
             fused = functools.partial(_fused, parts, arguments, form)
             found = found_out(trials, fused, (trial(1, count, 1, keywords) for count in counts))
             if found is not None:
-                return _why_not_in_its_place(module, parts, form := form._replace(**found._asdict()), trials) or form
+                form = form._replace(**found._asdict())
+                return _why_not_in_its_place(module, parts, form, trials) or form
         if any(trial.comparable for trial in trials):
             why_not = _OTHER
     return why_not
@@ -278,9 +279,11 @@ def _ways(arguments: Arguments) -> Iterator[tuple[bool, list[tuple[int, int, int
 
 def _counts(numbers: set[float], channels: int) -> list[int]:
     """Of tokens, for which a forward may do something of its own: numbers that the module holds, such as a limit or how
-    many patches there are, and one more than these."""
+    many patches there are, and one more than these; the smallest, as far as they take no long time together."""
     held = {int(number) for number in numbers if number.is_integer() and FEWEST <= number <= _MOST_VALUES // channels}
-    return sorted(held | {number + 1 for number in held})
+    counts = sorted(held | {number + 1 for number in held})
+    together = itertools.accumulate(counts)
+    return [count for count, all_so_far in zip(counts, together) if all_so_far * channels <= _MOST_VALUES]
 
 
 def _forms(module: nn.Module, parts: Parts, extra: bool) -> Iterator[Form]:
