@@ -164,6 +164,40 @@ def test_a_function_that_somebody_replaced(name, monkeypatch, caplog):
     assert f"runs its original forward: F.{name} was replaced" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "path, reason",
+    [
+        ("torch.nn.Linear.forward", "attn.k: the forward of Linear was replaced"),
+        ("torch.nn.Module.__call__", "attn: the __call__ of ClassAttn was replaced"),
+        ("timm.models.cait.ClassAttn.forward", "attn: the forward of ClassAttn was replaced"),
+    ],
+)
+def test_a_method_that_somebody_replaced_before_the_package_saw_its_class(path, reason, run_python):
+    run_python(
+        f"""
+        import functools, timm, torch
+        from timm.models import cait
+        owner, name = {path.rpartition(".")[0]}, "{path.rpartition(".")[2]}"
+        method, calls = getattr(owner, name), []
+
+        @functools.wraps(method)
+        def seen(self, *args, **kwargs):
+            calls.append(type(self).__name__)
+            return method(self, *args, **kwargs)
+
+        setattr(owner, name, seen)
+        import tokenfusion
+        model, tokens, token = cait.LayerScaleBlockClassAttn(16, 2).eval(), torch.randn(2, 5, 16), torch.randn(2, 1, 16)
+        expected = model(tokens, token)
+        of_plain = [*calls]
+        reports = {{module.name: module for module in tokenfusion.fuse(model).modules}}
+        assert not reports[""].replaced and reports[""].reason == "{reason}", reports[""].reason
+        calls.clear()
+        assert torch.equal(model(tokens, token), expected) and calls == of_plain, (calls, of_plain)
+        """
+    )
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_prepared_for_quantisation():
     example = torch.randn(1, 16, 4, 4)

@@ -6,6 +6,7 @@ call, and `fuse` asks the same function first.
 """
 
 import logging
+import sys
 import types
 import weakref
 from typing import ClassVar
@@ -28,8 +29,9 @@ PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: quantized, distributed and 
 _log = logging.getLogger("tokenfusion")
 _told_of: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _told_of_replicas: set[tuple[str, type[nn.Module], str]] = set()
-_forwards: dict[type[nn.Module], types.FunctionType] = {}
-_calls: dict[type[nn.Module], tuple[types.FunctionType, types.FunctionType]] = {}
+_forwards: dict[type[nn.Module], types.FunctionType | None] = {}
+_calls: dict[type[nn.Module], tuple[types.FunctionType, types.FunctionType] | None] = {}
+_CALLS = ("__call__", "_call_impl")
 
 
 class DropIn:
@@ -134,16 +136,26 @@ def remember_forwards(*kinds: type[nn.Module]) -> None:
     """Takes the forward of these classes, as it is when they are first seen, for the one that is read past, and what
     calls it.
 
-    One that is patched at that moment counts as the class's own. When the patch is taken off, the class counts as
-    changed, and its modules run their original forward until the process ends.
+    One of torch's or timm's that is patched at that moment is no forward to read past; in a class of somebody else's,
+    which is tried as it is, it counts as the class's own. When the patch is taken off, the class counts as changed.
+    Either way its modules run their original forward until the process ends.
     """
     for kind in kinds:
-        _forwards.setdefault(kind, kind.forward)
-        _calls.setdefault(kind, _call_of(kind))
+        _forwards.setdefault(kind, kind.forward if _is_as_written(kind, "forward") else None)
+        _calls.setdefault(kind, _call_of(kind) if all(_is_as_written(kind, name) for name in _CALLS) else None)
 
 
 def _call_of(kind: type[nn.Module]) -> tuple[types.FunctionType, types.FunctionType]:
     return kind.__call__, kind._call_impl
+
+
+def _is_as_written(kind: type[nn.Module], name: str) -> bool:
+    """Whether a method that is torch's or timm's comes from the file of its class; of others nobody knows."""
+    base = next(base for base in kind.__mro__ if name in vars(base))
+    if base.__module__.partition(".")[0] not in ("torch", "timm") or issubclass(base, DropIn):
+        return True
+    module = sys.modules.get(base.__module__)
+    return module is not None and getattr(vars(base)[name], "__globals__", None) is vars(module)
 
 
 def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> str | None:
