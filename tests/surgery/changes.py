@@ -385,12 +385,12 @@ def under_a_dispatch_mode(model, part, undo):
     undo.enter_context(_Coarse())
 
 
-def _of_another_make(name: str) -> Callable:
-    """A function of torch.nn.functional that somebody put there."""
+def _of_another_make(name: str, owner=F) -> Callable:
+    """A function of torch.nn.functional, or of owner, that somebody put there."""
 
     def change(model, part, undo):
-        function = getattr(F, name)
-        undo.enter_context(mock.patch.object(F, name, functools.wraps(function)(_with_scaled_result(function))))
+        function = getattr(owner, name)
+        undo.enter_context(mock.patch.object(owner, name, functools.wraps(function)(_with_scaled_result(function))))
 
     return change
 
@@ -539,6 +539,8 @@ CHANGES = {
     "a dispatch mode": Change(under_a_dispatch_mode, _attn),
     "F.linear of another make": Change(_of_another_make("linear"), _model),
     "attention of another make": Change(_of_another_make("scaled_dot_product_attention"), _attn),
+    "softmax of another make": Change(_of_another_make("softmax", torch.Tensor), _attn),
+    "products of another make": Change(_of_another_make("__matmul__", torch.Tensor), _attn),
     "forward hook on all": Change(
         _on_all_modules(every.register_module_forward_hook, lambda module, args, out: _noted(out)), _model
     ),

@@ -150,18 +150,24 @@ def test_a_mask_from_the_model_takes_timms_path():
             assert torch.equal(model(patches), expected)
 
 
-FUNCTIONS = ("linear", "layer_norm", "scaled_dot_product_attention", "multi_head_attention_forward", "softmax")
-FUNCTIONS += ("dropout", "conv_transpose2d", "conv2d", "gelu", "relu", "silu")
+OF_F = ("linear", "layer_norm", "scaled_dot_product_attention", "multi_head_attention_forward", "softmax")
+OF_F += ("dropout", "conv_transpose2d", "conv2d", "gelu", "relu", "silu")
+OF_TORCH = ("softmax", "matmul", "bmm", "baddbmm", "layer_norm", "cat")
+FUNCTIONS = [(F, f"F.{name}") for name in OF_F] + [(torch, f"torch.{name}") for name in OF_TORCH]
+FUNCTIONS += [(torch.Tensor, f"torch.Tensor.{name}") for name in ("softmax", "matmul", "__matmul__")]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_that_somebody_replaced(name, monkeypatch, caplog):
-    fused, function = LATENT(), getattr(F, name)
+@pytest.mark.parametrize("owner, path", FUNCTIONS, ids=[path for _, path in FUNCTIONS])
+def test_a_function_that_somebody_replaced(owner, path, monkeypatch, caplog):
+    name = path.rpartition(".")[2]
+    fused, function = LATENT(), getattr(owner, name)
     tokenfusion.fuse(fused, strict=True)
-    monkeypatch.setattr(F, name, wraps(function)(lambda *args, **options: function(*args, **options)))
-    assert left(LATENT())[""] == f"F.{name} was replaced"
-    fused(torch.randn(2, 5, 16))
-    assert f"runs its original forward: F.{name} was replaced" in caplog.text
+    with monkeypatch.context() as replaced:
+        replaced.setattr(owner, name, wraps(function)(lambda *args, **options: function(*args, **options)))
+        assert left(LATENT())[""] == f"{path} was replaced"
+        fused(torch.randn(2, 5, 16))
+    assert f"runs its original forward: {path} was replaced" in caplog.text
+    assert not left(LATENT())
 
 
 @pytest.mark.parametrize(
