@@ -83,3 +83,28 @@ def test_hooks_after_compiling(kind):
         changes.forward_hook(model, f"module.{(*subject.weighted, subject.norm)[0]}", None)
         results.append(result(runs, subject))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "part", ["blocks.0.0", "blocks.0.0.mlp", "blocks.0", "fusion.0", "fusion.0.0", "fusion.0.0.attn"]
+)
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_a_part_that_is_compiled_by_itself(part, fused_first):
+    """It runs as it was compiled, and is not read past."""
+    subject, results = SUBJECTS["CrossViT stage"], []
+    for fuses in (False, True):
+        torch.compiler.reset()
+        model = subject.model()
+        for step in (True, False):
+            if step is not fused_first:
+                model.module.get_submodule(part).compile(backend=_larger)
+            elif fuses:
+                tokenfusion.fuse(model)
+        with torch.no_grad():
+            results.append(model(subject.inputs()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def _larger(graph, inputs):
+    """A backend with a fault."""
+    return lambda *args: [1.5 * out for out in graph(*args)]

@@ -171,6 +171,8 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
     state = part.__dict__
     if not callable(part.forward) or "forward" in state:  # torch.compile watches the attribute, and not the dictionary
         return f"{name} has its forward set on the instance"
+    if state.get("_compiled_call_impl") is not None:
+        return f"{name} is compiled by itself"
     if kind.forward is not _forwards[kind]:
         return f"{name}: the forward of {kind.__name__} was replaced"
     if not torch.compiler.is_compiling() and _call_of(kind) != _calls[kind]:
