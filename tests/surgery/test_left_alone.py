@@ -204,6 +204,21 @@ def test_a_method_that_somebody_replaced_before_the_package_saw_its_class(path, 
     )
 
 
+def _first_token_twice(self, x: torch.Tensor) -> torch.Tensor:
+    return 2.0 * x[:, :1]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_compiles_the_forward_that_the_class_has_now(monkeypatch):
+    model, x = (
+        nn.Sequential(cait.ClassAttn(24, 6)).eval(),
+        torch.randn(2, 5, 24),
+    )  # of a size that no other test compiles
+    tokenfusion.fuse(model, strict=True)
+    monkeypatch.setattr(cait.ClassAttn, "forward", _first_token_twice)
+    torch.testing.assert_close(torch.jit.script(model)(x), 2.0 * x[:, :1])
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_prepared_for_quantisation():
     example = torch.randn(1, 16, 4, 4)

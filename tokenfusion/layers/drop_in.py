@@ -86,6 +86,13 @@ class DropIn:
             _report(self, reason)
         return reason is None
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What TorchScript compiles: as the original's forward is now."""
+        cls = type(self)
+        if "plain_forward" in vars(cls) and cls.original is not cls:
+            cls.plain_forward = renamed(cls.original.forward, "plain_forward")
+        return super().__prepare_scriptable__()
+
     def as_leaf(self, tensors: tuple[torch.Tensor, ...], options: dict) -> torch.fx.Proxy:
         """The call of a module in a graph of torch.fx, which looks into none of torch's own."""
         tracer = next(tensor.tracer for tensor in tensors if symbolic(tensor))
