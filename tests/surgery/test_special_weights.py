@@ -1,10 +1,14 @@
-"""NaN and infinities in parameters come out of a fused module as out of the plain one, in inference, too."""
+"""NaN and infinities in parameters come out of a fused module as out of the plain one, in inference, too, and so does
+what parameters of a subclass mean."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import tokenfusion
-from tests.surgery.subjects import SUBJECTS
+from tests.surgery.subjects import SUBJECTS, Subject
+from tokenfusion.layers import SingleQueryAttention
 
 BIASES = {  # of keys, which cancel where they are numbers
     "CrossViT block": "attn.wk.bias",
@@ -39,3 +43,39 @@ def test_biases_of_keys(kind, value, training):
     plain, fused = results
     assert plain.any()
     assert torch.equal(fused, plain)
+
+
+class Sharper(torch.Tensor):
+    """A tensor that makes tensors of its kind, and attention of another temperature."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (F.scaled_dot_product_attention, torch.Tensor.softmax):
+            args = (2.0 * args[0], *args[1:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+OWN = Subject(lambda: SingleQueryAttention(16, 4, num_latents=1), (3, 6, 16), ("k", "v"))
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+@pytest.mark.parametrize("kind", [*SUBJECTS, "SingleQueryAttention"])
+def test_parameters_of_a_subclass(kind, fused_first):
+    """Of parts that are called, too: the query of an attention is of the subclass then."""
+    subject = SUBJECTS.get(kind, OWN)
+    for name, _ in subject.model().named_parameters():
+        results = []
+        for fuses in (False, True):
+            model = subject.model().eval()
+            for step in (fused_first, not fused_first):
+                if step and fuses:
+                    tokenfusion.fuse(model)
+                elif not step:
+                    owner, _, own = name.rpartition(".")
+                    value = model.get_parameter(name).detach().as_subclass(Sharper)
+                    setattr(model.get_submodule(owner), own, nn.Parameter(value))
+            if kind == "SingleQueryAttention" and not fuses:
+                model.module.forward = model.module.plain_forward
+            with torch.no_grad():
+                results.append(model(subject.inputs()).as_subclass(torch.Tensor))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5, msg=f"{kind}, {name}")

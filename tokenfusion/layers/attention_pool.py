@@ -8,7 +8,7 @@ import torch
 from timm.layers import attention_pool
 from torch import nn
 
-from tokenfusion.layers.drop_in import DropIn, why_not_linear, why_not_part
+from tokenfusion.layers.drop_in import DropIn, why_not_linear, why_not_parameters, why_not_part
 from tokenfusion.layers.single_query_attention import (
     absorbed_attention,
     scale_of,
@@ -35,6 +35,7 @@ class AttentionPoolLatent(DropIn, attention_pool.AttentionPoolLatent):
             or why_not_part(parts.get("q"), "q", nn.Linear, nn.Identity)
             or why_not_part(parts.get("q_norm"), "q_norm", nn.Identity)
             or why_not_part(k_norm, "k_norm", nn.Identity)
+            or why_not_parameters(module, "it")
             or why_not_scale(module)
         )
         latent = module._parameters.get("latent")

@@ -9,7 +9,7 @@ from timm.layers import attention_pool2d, resample_abs_pos_embed
 from timm.models import register_notrace_module
 from torch import nn
 
-from tokenfusion.layers.drop_in import DropIn, dropout, why_not_linear, why_not_part
+from tokenfusion.layers.drop_in import DropIn, dropout, why_not_linear, why_not_parameters, why_not_part
 from tokenfusion.layers.single_query_attention import (
     absorbed_attention,
     scale_of,
@@ -45,6 +45,7 @@ class AttentionPool2d(DropIn, attention_pool2d.AttentionPool2d):
         return (
             why_not_part(drop, "drop", nn.Dropout, nn.Identity)
             or why_not_part(parts.get("proj"), "proj", nn.Linear, nn.Identity)
+            or why_not_parameters(module, "it")
             or why_not_scale(module)
         )
 

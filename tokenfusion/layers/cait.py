@@ -13,6 +13,7 @@ from tokenfusion.layers.drop_in import (
     why_not_dropout,
     why_not_linear,
     why_not_norm,
+    why_not_parameters,
     why_not_part,
     within,
 )
@@ -53,6 +54,7 @@ class ClassAttn(DropIn, cait.ClassAttn):
         return (
             why_not_linear(key, "k", channels, channels)
             or why_not_linear(parts.get("v"), "v", channels, channels)
+            or why_not_parameters(parts.get("q"), "q")
             or why_not_dropout(parts.get("attn_drop"), "attn_drop", module.training)
             or why_not_scale(module)
         )

@@ -17,6 +17,7 @@ from tokenfusion.layers.drop_in import (
     why_not_dropout,
     why_not_linear,
     why_not_norm,
+    why_not_parameters,
     why_not_part,
     within,
 )
@@ -46,6 +47,7 @@ class CrossAttentionBlock(DropIn, crossvit.CrossAttentionBlock):
             "attn",
             why_not_linear(parts.get("wk"), "wk", channels, channels)
             or why_not_linear(parts.get("wv"), "wv", channels, channels)
+            or why_not_parameters(parts.get("wq"), "wq")
             or why_not_dropout(parts.get("attn_drop"), "attn_drop", attn.training)
             or why_not_scale(attn),
         )

@@ -201,6 +201,15 @@ def why_not_part(part: nn.Module | None, name: str, *kinds: type[nn.Module]) -> 
     return None
 
 
+def why_not_parameters(part: nn.Module | None, name: str) -> str | None:
+    """Why what a part that is called computes of its own parameters may not go to an operator: of a subclass, it has a
+    meaning of its own for the functions that the original gives it to."""
+    for parameter in part._parameters.values() if isinstance(part, nn.Module) else ():
+        if parameter is not None and type(parameter) not in PLAIN:
+            return f"{name} has a parameter of class {type(parameter).__name__}"
+    return None
+
+
 def why_not_linear(
     part: nn.Module | None, name: str, rows: int | None = None, columns: int | None = None
 ) -> str | None:

@@ -16,6 +16,7 @@ from tokenfusion.layers.drop_in import (
     renamed,
     why_not_linear,
     why_not_norm,
+    why_not_parameters,
     why_not_part,
 )
 from tokenfusion.layers.found import Found
@@ -238,6 +239,8 @@ def why_not_parts(module: nn.Module, parts: Parts) -> str | None:
     reason = None
     if parts.latent is not None and parts.query is not None:  # projected once, and not for each image
         reason = why_not_linear(part(module, parts.query), parts.query)
+    elif parts.query is not None:
+        reason = why_not_parameters(part(module, parts.query), parts.query)
     return reason or _why_not_norm(module, parts.norm) or _why_not_dropout(module, parts.dropout)
 
 

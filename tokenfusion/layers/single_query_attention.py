@@ -20,7 +20,7 @@ from tokenfusion.layers.attention_weights import (
     scores_of,
     weighted_sum,
 )
-from tokenfusion.layers.drop_in import PLAIN, why_not_linear, why_not_norm
+from tokenfusion.layers.drop_in import PLAIN, why_not_linear, why_not_norm, why_not_parameters
 from tokenfusion.layers.own_layer import OwnLayer
 
 
@@ -318,6 +318,8 @@ class SingleQueryAttention(OwnLayer, nn.Module):
         return (
             why_not_linear(key, "k", dim, dim)
             or why_not_linear(parts.get("v"), "v", dim, dim)
+            or why_not_parameters(parts.get("q"), "q")
+            or why_not_parameters(module, "it")
             or why_not_scale(module)
             or (None if norm is None else why_not_norm(norm, "norm"))
         )

@@ -13,6 +13,7 @@ from tokenfusion.layers.drop_in import (
     why_not_dropout,
     why_not_linear,
     why_not_norm,
+    why_not_parameters,
     why_not_part,
     within,
 )
@@ -53,6 +54,7 @@ class ClassAttention(DropIn, volo.ClassAttention):
         channels = kv.in_features if type(kv) is nn.Linear else 0
         return (
             why_not_linear(kv, "kv", 2 * module.num_heads * module.head_dim, channels)
+            or why_not_parameters(parts.get("q"), "q")
             or why_not_dropout(parts.get("attn_drop"), "attn_drop", module.training)
             or why_not_scale(module)
         )
