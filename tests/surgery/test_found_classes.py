@@ -296,6 +296,12 @@ class WithoutClassToken(Limit):
         return x[:, 1:] if x.shape[1] == self.patches + 1 else x
 
 
+class OfGrid(Limit):
+    def changed(self, x):
+        rows, columns = self.grid
+        return x[:, 1:] if x.shape[1] == rows * columns + 1 else x
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -303,6 +309,7 @@ class WithoutClassToken(Limit):
         lambda: OfConfiguration(options={"tokens": SimpleNamespace(most=300)}),
         lambda: WithoutClassToken(patches=196),
         lambda: WithoutClassToken(patches=300.0),
+        lambda: OfGrid(grid=(14, 14)),
     ],
 )
 def test_how_many_tokens_a_module_knows_of(make):

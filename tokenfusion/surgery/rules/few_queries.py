@@ -228,7 +228,7 @@ def _tried_form(module: nn.Module, parts: Parts, arguments: Arguments) -> Form |
     drawn = Draws()
     plain = with_drawn_parameters(module, drawn)
     used, why_not = few_queries.used_parts(plain, parts), _Unlike(_OTHER)
-    counts = _counts(numbers_held(plain, used), _channels(plain, parts))
+    counts = list(_counts(numbers_held(plain, used), _channels(plain, parts)))
 
     def trial(batch: int, count: int, length: int, keywords: dict) -> Trial:
         inputs = _inputs(plain, parts, len(arguments.tensors), (batch, count, length), drawn)
@@ -277,13 +277,16 @@ def _ways(arguments: Arguments) -> Iterator[tuple[bool, list[tuple[int, int, int
         yield False, [(*several, keywords[0]), (*one, keywords[0]), (2, FEWEST, 1, keywords[1]), (*one, keywords[1])]
 
 
-def _counts(numbers: set[float], channels: int) -> list[int]:
+def _counts(numbers: set[float], channels: int) -> Iterator[int]:
     """Of tokens, for which a forward may do something of its own: numbers that the module holds, such as a limit or how
-    many patches there are, and one more than these; the smallest, as far as they take no long time together."""
-    held = {int(number) for number in numbers if number.is_integer() and FEWEST <= number <= _MOST_VALUES // channels}
-    counts = sorted(held | {number + 1 for number in held})
-    together = itertools.accumulate(counts)
-    return [count for count, all_so_far in zip(counts, together) if all_so_far * channels <= _MOST_VALUES]
+    many patches there are, their squares, of a grid, and one more than these; as far as they take no long time."""
+    left = _MOST_VALUES // channels
+    held = sorted(int(number) for number in numbers if number.is_integer() and 1 < number <= left)
+    wanted = (count + more for counts in (held, [number**2 for number in held]) for count in counts for more in (0, 1))
+    for count in dict.fromkeys(wanted):
+        if FEWEST <= count <= left:
+            left -= count
+            yield count
 
 
 def _forms(module: nn.Module, parts: Parts, extra: bool) -> Iterator[Form]:
