@@ -232,6 +232,12 @@ def test_a_path_that_cannot_be_written_is_said_first(tmp_path):
         tune(workloads=[INFERENCE], path=tmp_path / "file" / "tuning.json", report=pytest.fail)
 
 
+@pytest.mark.parametrize("minutes", [-1.0, float("nan")])
+def test_a_time_that_is_none_is_refused(minutes, tmp_path):
+    with pytest.raises(ValueError, match="minutes: got"):
+        tune(workloads=[INFERENCE], minutes=minutes, path=tmp_path / "tuning.json")
+
+
 def test_a_model_stays_as_it_is():
     """Its statistics, the modes of its parts, and the random numbers of whoever asks."""
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))

@@ -110,7 +110,10 @@ def tune(
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: minutes is negative or no number.
     """
+    if not minutes >= 0:
+        raise ValueError(f"minutes: got {minutes}, expected a number of at least 0")
     path = files.user_path() if path is None else Path(path)
     limit = _Limit(time.monotonic() + 60 * minutes)
     kept = _kept(path)
