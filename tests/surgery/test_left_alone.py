@@ -210,10 +210,7 @@ def _first_token_twice(self, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript_compiles_the_forward_that_the_class_has_now(monkeypatch):
-    model, x = (
-        nn.Sequential(cait.ClassAttn(24, 6)).eval(),
-        torch.randn(2, 5, 24),
-    )  # of a size that no other test compiles
+    model, x = nn.Sequential(cait.ClassAttn(24, 6)).eval(), torch.randn(2, 5, 24)  # a size of this test alone
     tokenfusion.fuse(model, strict=True)
     monkeypatch.setattr(cait.ClassAttn, "forward", _first_token_twice)
     torch.testing.assert_close(torch.jit.script(model)(x), 2.0 * x[:, :1])
