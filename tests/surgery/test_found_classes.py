@@ -480,6 +480,14 @@ def test_a_trial_leaves_nothing_behind(kind, inference):
     assert not hooks and all(parameter.grad is None for parameter in module.parameters())
 
 
+def test_a_trial_seeds_no_gpu(monkeypatch):
+    """Whose processes, each with a seed of its own, would draw the same numbers afterwards."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    assert tokenfusion.fuse(RandomInPython()).modules and tokenfusion.fuse(Changing()).replaced
+    assert not seeds
+
+
 def test_exporting_with_sizes_that_change():
     module, batch, count = fused(Changing), torch.export.Dim("batch"), torch.export.Dim("count", max=999)
     plain = unfused(copy.deepcopy(module))

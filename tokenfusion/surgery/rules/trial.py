@@ -212,7 +212,7 @@ class Trial:
             dropout.p = 0.5
         before, numbers = watch_all(module), _random_numbers()
         inputs = _each(lambda x: x.clone().requires_grad_(), self.inputs)
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # those of GPUs are somebody else's
         with torch.no_grad():
             seen.append(_result(self._run(forward, module, inputs)))
         if backward:
