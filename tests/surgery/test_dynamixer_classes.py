@@ -1,6 +1,8 @@
 """DynaMixer classes that nobody here has read: what they hold counts, and what they do in training."""
 
 import copy
+import gc
+import weakref
 from unittest import mock
 
 import pytest
@@ -113,6 +115,35 @@ class AsksForItsClass(Op):
 
 def test_a_forward_that_asks_for_its_class():
     assert OTHER_RESULTS in reason(AsksForItsClass())
+
+
+class OfKind(Op):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return super().forward(-x if self.number is True else x)
+
+
+def test_numbers_that_are_equal_are_not_the_same():
+    assert tokenfusion.fuse(OfKind(1)).replaced
+    assert OTHER_RESULTS in reason(OfKind(True))
+
+
+class Holding(Op):
+    def __init__(self, held):
+        super().__init__()
+        self.held = [held]
+
+
+def test_a_trial_keeps_nothing_of_a_module_alive():
+    part = nn.Identity()
+    there = weakref.ref(part)
+    assert "may change without being seen" in reason(Holding(part))
+    del part
+    gc.collect()
+    assert there() is None
 
 
 class FunctionalDropout(Op):

@@ -1,7 +1,9 @@
 """Classes that nobody here has read: what they hold counts, and what a trial of one size or mode would not show."""
 
 import copy
+import gc
 import random
+import weakref
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -115,6 +117,30 @@ def test_each_module_is_tried_with_what_it_holds():
     fused(Holding)
     for attributes in (dict(_private=2.0), dict(several=[2.0]), dict(function=torch.tanh)):
         assert "does not compute attention of few queries" in reason(Holding(**attributes))
+
+
+class OfKind(Changing):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def changed(self, x):
+        return x.tanh() if self.number is True else x
+
+
+def test_numbers_that_are_equal_are_not_the_same():
+    fused(lambda: OfKind(1))
+    assert "does not compute attention of few queries" in reason(OfKind(True))
+    fused(lambda: OfKind(1.0))
+
+
+def test_a_trial_keeps_nothing_of_a_module_alive():
+    part = nn.Identity()
+    there = weakref.ref(part)
+    assert "may change without being seen" in reason(Holding(spare=[part]))
+    del part
+    gc.collect()
+    assert there() is None
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,11 @@ def why_not_all_as_before(module: nn.Module, watched: tuple[Watched, ...]) -> st
     return None
 
 
+def kinds_of_numbers(watched: tuple[Watched, ...]) -> tuple[type, ...]:
+    """Of those that stand for themselves, beside them in a key: 1, 1.0 and True are equal."""
+    return tuple(type(value) for then in watched for _, value in (*then.plain, *then.deeper))
+
+
 def why_not_modes(module: nn.Module, paths: tuple[str, ...]) -> str | None:
     """A trial has all of a module in training, or nothing of it."""
     for path in paths:

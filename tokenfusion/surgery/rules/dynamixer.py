@@ -25,7 +25,7 @@ from tokenfusion.layers.found_dynamixer import (
     become,
     why_not_parts,
 )
-from tokenfusion.layers.watched import watch_all, why_not_all_as_before
+from tokenfusion.layers.watched import kinds_of_numbers, watch_all, why_not_all_as_before
 from tokenfusion.surgery.rules.rule import Plan, with_forward_on_instance
 from tokenfusion.surgery.rules.trial import (
     Draws,
@@ -134,11 +134,14 @@ class StructuralRule:
         """What a trial shows, or why the module is not to be replaced; tried once for what it holds and its sizes."""
         try:
             state = watch_all(module)
-            what = (self.found, type(module).forward, state)
-            if what not in _tried:
+            what = (self.found, type(module).forward, state, kinds_of_numbers(state))
+            found = _tried.get(what)
+            if found is None:
                 with without_a_trace():
-                    _tried[what] = self._tried_details(module)
-            return why_not_all_as_before(module, watch_all(module, self.found._kind.used.names)) or _tried[what]
+                    found = self._tried_details(module)
+            if why_not_all_as_before(module, state) is None:  # else it would keep alive what the module holds
+                _tried[what] = found
+            return why_not_all_as_before(module, watch_all(module, self.found._kind.used.names)) or found
         except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
             return failed(error)
 

@@ -16,7 +16,7 @@ from tokenfusion.layers import few_queries
 from tokenfusion.layers.drop_in import DropIn, why_not_surroundings
 from tokenfusion.layers.few_queries import FEWEST, Arguments, FewQueries, Form, Parts
 from tokenfusion.layers.found import fused_class, why_not_names
-from tokenfusion.layers.watched import why_not_all_as_before
+from tokenfusion.layers.watched import kinds_of_numbers, why_not_all_as_before
 from tokenfusion.surgery.rules.rule import DECIDED_PER_CALL, Plan, with_forward_on_instance
 from tokenfusion.surgery.rules.trial import (
     Draws,
@@ -214,12 +214,15 @@ def _form(module: nn.Module, parts: Parts) -> Form | str:
         state = few_queries.state_of(module, parts)
         sizes = tuple((name, tensor.shape) for name, tensor in module.state_dict().items())
         kinds = tuple(type(part) for part in module.modules())
-        what = (type(module).forward, parts, state, kinds, sizes)
-        if what not in _tried:
+        what = (type(module).forward, parts, state, kinds_of_numbers(state), kinds, sizes)
+        found = _tried.get(what)
+        if found is None:
             with without_a_trace():
-                _tried[what] = _tried_form(module, parts, arguments)
-        found = _tried[what]
-        return found if isinstance(found, str) else why_not_all_as_before(module, state) or found
+                found = _tried_form(module, parts, arguments)
+        changed = why_not_all_as_before(module, state)
+        if changed is None:  # else it would be found by no other module, and keep alive what this one holds
+            _tried[what] = found
+        return found if isinstance(found, str) else changed or found
     except Exception as error:  # noqa: BLE001  (whatever a module of somebody else's raises, it is left alone)
         return _Unlike(failed(error))
 
