@@ -240,6 +240,18 @@ class KeepingForPictures(Changing):
         return x
 
 
+kept: list[torch.Tensor] = []
+
+
+class KeepingElsewhere(Changing):
+    """What it saw, where somebody trains, in a list that is global."""
+
+    def changed(self, x):
+        if torch.is_grad_enabled():
+            kept.append(x + 1.0)
+        return x
+
+
 class KeepingInAPart(Changing):
     def changed(self, x):
         self.kv.last = x
@@ -284,6 +296,7 @@ class Uncalled(Changing):
         Counting,
         Keeping,
         KeepingForPictures,
+        KeepingElsewhere,
         KeepingInAPart,
         KeepingInACalledPart,
     ]
@@ -359,6 +372,20 @@ class LongInTraining(Changing):
 class OneImageInTraining(Changing):
     def changed(self, x):
         return x.tanh() if self.training and len(x) == 1 else x
+
+
+class KeepingInTraining(Changing):
+    def changed(self, x):
+        if self.training:
+            kept.append(x + 1.0)
+        return x
+
+
+def test_what_is_kept_elsewhere_in_training():
+    module = fused(KeepingInTraining).train()
+    kept.clear()
+    check_original(module, tokens()[:, :1], tokens())
+    assert len(kept) == 2
 
 
 @pytest.mark.parametrize("kind", [LongInTraining, OneImageInTraining])

@@ -213,10 +213,12 @@ class Trial:
         before, numbers = watch_all(module), _random_numbers()
         inputs = _each(lambda x: x.clone().requires_grad_(), self.inputs)
         torch.default_generator.manual_seed(0)  # those of GPUs are somebody else's
-        with torch.no_grad():
-            seen.append(_result(self._run(forward, module, inputs)))
-        if backward:
-            seen += self._with_gradients(forward, module, inputs)
+        with _Made() as made:
+            with torch.no_grad():
+                seen.append(_result(self._run(forward, module, inputs)))
+            if backward:
+                seen += self._with_gradients(forward, module, inputs)
+        seen.append(made.outlives((*inputs, *module.parameters(), *module.buffers(), *tree_leaves(seen))))
         seen += [torch.get_rng_state(), _random_numbers() == numbers]
         for hook in hooks:
             hook.remove()
@@ -227,7 +229,7 @@ class Trial:
             out = _result(self._run(forward, module, inputs))
             leaves = (*dict.fromkeys(inputs), *module.parameters())
             gradient = _LARGE * torch.randn_like(out)  # which a hook may clip
-            return [out, torch.autograd.grad(out, leaves, gradient, allow_unused=True)]
+            return [out.detach(), torch.autograd.grad(out, leaves, gradient, allow_unused=True)]
 
 
 def found_out(trials: list[Trial], fused: Forward, of_values: Iterable[Trial] = ()) -> Agreement | None:
@@ -270,7 +272,7 @@ def _original(module: nn.Module, *inputs: torch.Tensor, **keywords):
 
 
 def _given(seen: list, part: nn.Module, args: tuple) -> None:
-    seen.append(None if isinstance(part, nn.BatchNorm1d) else args[0])  # whose channels are elsewhere
+    seen.append(None if isinstance(part, nn.BatchNorm1d) else args[0].detach())  # whose channels are elsewhere
 
 
 def _result(out) -> torch.Tensor:
