@@ -510,6 +510,24 @@ def test_what_happens_rarely_in_training(number):
     check_original(fused(lambda: Rarely(number)).train(), tokens()[:, :1], tokens())
 
 
+class NoiseInTraining(Changing):
+    def changed(self, x):
+        return x + random.random() + numpy.random.rand() if self.training else x
+
+
+def test_noise_in_training():
+    module, x = fused(NoiseInTraining), tokens()
+    with assert_runs(FORWARD), torch.no_grad():
+        module(x[:, :1], x)
+    results = []
+    for each in (module.train(), unfused(copy.deepcopy(module))):
+        random.seed(0)
+        numpy.random.seed(0)
+        with assert_runs():
+            results.append(each(x[:, :1], x))
+    assert torch.equal(*results)
+
+
 class RandomInPython(Changing):
     def changed(self, x):
         return x + random.random() + numpy.random.rand()
@@ -732,7 +750,12 @@ class CallsWhatItsClassIsDerivedFrom(Changing):
         return super(type(self), self).forward(q, x)
 
 
-@pytest.mark.parametrize("kind", [AsksForItsClass, CallsWhatItsClassIsDerivedFrom])
+class AsksInTraining(Changing):
+    def changed(self, x):
+        return x.tanh() if self.training and type(self) is AsksInTraining else x
+
+
+@pytest.mark.parametrize("kind", [AsksForItsClass, AsksInTraining, CallsWhatItsClassIsDerivedFrom])
 def test_a_forward_that_asks_for_its_class(kind):
     assert reason(kind()) == "its forward asks for its class, which is another when it is fused"
 

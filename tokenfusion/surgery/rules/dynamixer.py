@@ -4,7 +4,6 @@ They are recognised by the names and shapes of their parameters. That a module o
 paper says is tried out before it is replaced.
 """
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,9 +29,9 @@ from tokenfusion.surgery.rules.rule import Plan, with_forward_on_instance
 from tokenfusion.surgery.rules.trial import (
     Draws,
     Trial,
+    agree_in_its_place,
     failed,
     found_out,
-    in_its_place,
     same,
     with_drawn_parameters,
     without_a_trace,
@@ -160,8 +159,7 @@ class StructuralRule:
             return _OTHER
         in_pieces = self.found is FoundBlock and _works_in_pieces(plain.reweight, drawn(_MANY, plain.proj.in_features))
         details = Details(agreement, in_pieces)
-        fused = functools.partial(in_its_place, fused_class(self.found, type(module), details))
-        return details if all(trial.agrees(fused) for trial in trials) else _OTHER
+        return details if agree_in_its_place(trials, fused_class(self.found, type(module), details)) else _OTHER
 
 
 def _works_in_pieces(reweight: nn.Module, x: torch.Tensor) -> bool:

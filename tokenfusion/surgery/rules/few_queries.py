@@ -22,9 +22,9 @@ from tokenfusion.surgery.rules.trial import (
     Draws,
     Inputs,
     Trial,
+    agree_in_its_place,
     failed,
     found_out,
-    in_its_place,
     numbers_held,
     with_drawn_parameters,
     without_a_trace,
@@ -254,8 +254,7 @@ def _why_not_in_its_place(module: nn.Module, parts: Parts, form: Form, trials: l
     reason = why_not_names(module, FewQueries)
     if reason is not None:
         return reason
-    fused = fused_class(FewQueries, type(module), (parts, form))
-    agree = all(trial.agrees(functools.partial(in_its_place, fused)) for trial in trials)
+    agree = agree_in_its_place(trials, fused_class(FewQueries, type(module), (parts, form)))
     return None if agree else "its forward asks for its class, which is another when it is fused"
 
 

@@ -56,6 +56,14 @@ def without_a_trace() -> Iterator[None]:
             numpy.set_state(states[1])
 
 
+def _seed() -> None:
+    torch.default_generator.manual_seed(0)  # those of GPUs are somebody else's
+    random.seed(0)
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        numpy.seed(0)
+
+
 def _random_numbers() -> bytes:
     """Where Python's and NumPy's are."""
     numpy = sys.modules.get("numpy.random")
@@ -210,9 +218,9 @@ class Trial:
         dropout = self.used.dropout and attribute(module, self.used.dropout)
         if isinstance(dropout, nn.Dropout):
             dropout.p = 0.5
+        _seed()
         before, numbers = watch_all(module), _random_numbers()
         inputs = _each(lambda x: x.clone().requires_grad_(), self.inputs)
-        torch.default_generator.manual_seed(0)  # those of GPUs are somebody else's
         with _Made() as made:
             with torch.no_grad():
                 seen.append(_result(self._run(forward, module, inputs)))
@@ -260,11 +268,21 @@ def found_out(trials: list[Trial], fused: Forward, of_values: Iterable[Trial] = 
     )
 
 
-def in_its_place(fused: type[DropIn], module: nn.Module, *inputs: torch.Tensor, **keywords):
+def agree_in_its_place(trials: list[Trial], fused: type[DropIn]) -> bool:
+    """Whether the class's own forward, of a module of the fused class, is what it was."""
+    forward = functools.partial(_in_its_place, fused)
+    modes = (False, True)
+    return all(trial.agrees(forward) and all(trial.agrees_in_all(forward, mode) for mode in modes) for trial in trials)
+
+
+def _in_its_place(fused: type[DropIn], module: nn.Module, *inputs: torch.Tensor, **keywords):
     """A class's own forward in the fused class, which is another for a forward that asks for its own."""
-    module = _copy(module)
+    kind = type(module)
     module.__class__ = fused
-    return fused.original.forward(module, *inputs, **keywords)
+    try:
+        return fused.original.forward(module, *inputs, **keywords)
+    finally:
+        module.__class__ = kind
 
 
 def _original(module: nn.Module, *inputs: torch.Tensor, **keywords):
