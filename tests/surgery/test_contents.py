@@ -4,6 +4,7 @@ import array
 import copy
 import functools
 import logging
+import pickle
 import random
 import weakref
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
@@ -115,6 +116,16 @@ def test_contents_of_attributes(make, read, change, copied):
     with assert_runs(FORWARD):
         check_same(module, module)
     change(module.held)
+    check_original(module, tokens()[:, :1], tokens())
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_any_protocol_of_pickle(protocol):
+    module = fused(lambda: Reading(SimpleNamespace(factor=1.0), _factor))
+    module = pickle.loads(pickle.dumps(module, protocol))
+    with assert_runs(FORWARD):
+        check_same(module, module)
+    _set_factor(module.held)
     check_original(module, tokens()[:, :1], tokens())
 
 

@@ -57,6 +57,10 @@ class _Held:
     def __hash__(self) -> int:
         return hash(type(self.value))
 
+    def __reduce__(self):
+        """By any protocol: the oldest ones know no slots."""
+        return _Held, (self.value,)
+
 
 def _is_unseen(value) -> bool:
     kind = type(value)  # isinstance would ask a proxy, which may be dead
