@@ -4,6 +4,7 @@ import copy
 import gc
 import random
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -557,6 +558,16 @@ def test_a_trial_seeds_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     assert tokenfusion.fuse(RandomInPython()).modules and tokenfusion.fuse(Changing()).replaced
     assert not seeds
+
+
+def test_trials_of_several_threads():
+    """One's random numbers are no other's, and nobody's afterwards."""
+    modules = [type("OfItsOwn", (Changing,), {})() for _ in range(3)]
+    state = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as pool:
+        reports = list(pool.map(tokenfusion.fuse, modules))
+    assert all(report.replaced for report in reports)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_exporting_with_sizes_that_change():

@@ -6,6 +6,7 @@ import functools
 import pickle
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ _TOLERANCE_OF_FLOAT32 = 1e-4
 _TOLERANCE_OF_HALF = 0.1
 _LARGE = 1e6
 _MOST_NUMBERS = 100
+_alone = threading.RLock()
 _MARKS = {0.0, 1.0, -1.0, -100.0}  # what a token of padding is made of
 
 
@@ -44,16 +46,20 @@ class Draws:
 
 @contextlib.contextmanager
 def without_a_trace() -> Iterator[None]:
-    """A trial within takes random numbers from nobody, and needs nothing of its surroundings."""
-    numpy = sys.modules.get("numpy.random")
-    states = random.getstate(), None if numpy is None else numpy.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), dispatch.backend("reference"):
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy is not None:
-            numpy.set_state(states[1])
+    """A trial within takes random numbers from nobody, and needs nothing of its surroundings.
+
+    One at a time: another thread's would change this one's random numbers.
+    """
+    with _alone:
+        numpy = sys.modules.get("numpy.random")
+        states = random.getstate(), None if numpy is None else numpy.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]), torch.inference_mode(False), dispatch.backend("reference"):
+                yield
+        finally:
+            random.setstate(states[0])
+            if numpy is not None:
+                numpy.set_state(states[1])
 
 
 def _seed() -> None:
