@@ -29,13 +29,14 @@ class TileProducts {
 
   TileProducts(const Params& params, void* memory) : p(params), s(memory, p.channels, p.queries) {}
 
-  // out[q] = out[q] * keep[q] + sum_t weights[q][t] tile[t]; what the means have of it is kept for `finish`.
+  // out[q] = out[q] * keep[q] + sum_t weights[q][t] (tile[t] - mean[t]). What the means have of it is taken from each
+  // tile's: the sums of many would be large beside what is left.
   TF_NOINLINE void accumulate(const A* weights, A* out, Prefetch& to_advance) const {
     constexpr int lanes = VecOf<A>::lanes;
     for (int64_t q = 0; q < s.queries; ++q) {
-      Vec<A> sum = load(of_means + q * lanes) * s.keep[q];
+      Vec<A> sum{};
       for (int t = 0; t < kTile && has_means; t += lanes) sum += load(weights + q * kTile + t) * load(mean + t);
-      store(of_means + q * lanes, sum);
+      of_means[q] = sum_lanes<A>(sum);
     }
     Prefetch next = to_advance;  // in a register
     each_block<A>(s.channels, [&](int64_t c, auto vectors) {
@@ -46,7 +47,8 @@ class TileProducts {
 #pragma GCC unroll 3
         for (int j = 0; j < queries; ++j)
 #pragma GCC unroll 8
-          for (int i = 0; i < count; ++i) sums[j][i] = load(rows + j * s.pitch + i * lanes) * s.keep[q + j];
+          for (int i = 0; i < count; ++i)
+            sums[j][i] = load(rows + j * s.pitch + i * lanes) * s.keep[q + j] - of_means[q + j];
         for (int t = 0; t < kTile; ++t) {
           next.line();
           const A* const token_row = tile + t * step + c;
@@ -120,11 +122,10 @@ class TileProducts {
   int64_t step;
   bool has_means;  // else they are zeros
   A mean[kTile];
-  A* of_means;  // [queries, lanes], partial sums of weights[q][t] mean[t]
+  A* of_means;  // [queries], of a tile: sum_t weights[q][t] mean[t]
 
-  // out[q][t] = matrix[q] . n_t; row_means are those of the matrix.
-  TF_NOINLINE void multiply(const A* matrix, const A* row_means, const A (&rstd)[kTile], A* out,
-                            Prefetch& to_advance) const {
+  // out[q][t] = matrix[q] . n_t, where rows of the matrix have no mean if the tokens have theirs.
+  TF_NOINLINE void multiply(const A* matrix, const A (&rstd)[kTile], A* out, Prefetch& to_advance) const {
     constexpr int lanes = VecOf<A>::lanes;
     Prefetch next = to_advance;  // in a register
     constexpr int tokens = lanes / kPair;
@@ -160,12 +161,7 @@ class TileProducts {
     }
     to_advance = next;
     for (int64_t q = 0; q < s.queries; ++q)
-      for (int t = 0; t < kTile; t += lanes) {
-        A* const dots = out + q * kTile + t;
-        Vec<A> dot = load(dots);
-        if (has_means) dot -= row_means[q] * A(p.channels) * load(mean + t);
-        store(dots, dot * load(rstd + t));
-      }
+      for (int t = 0; t < kTile; t += lanes) store(out + q * kTile + t, load(out + q * kTile + t) * load(rstd + t));
   }
 };
 
@@ -183,33 +179,31 @@ class VectorProducts : public TileProducts<typename Accumulator<Dtype>::type> {
   VectorProducts(const Params& params, void* memory) : Base(params, memory), copied(static_cast<A*>(s.end)) {
     of_means = copied + kTile * s.pitch;
   }
-  void* end() const { return of_means + s.queries * VecOf<A>::lanes; }
+  void* end() const { return of_means + round_up(s.queries, 64 / sizeof(A)); }
 
-  // Before the tiles of a part, whose sums go to `out`.
+  // Before the tiles of a part, whose sums go to `out`. Products with normalised tokens, which have no mean, are the
+  // same with rows less theirs.
   void begin(A* out) const {
     for (int64_t i = 0; i < s.queries * s.pitch; i += VecOf<A>::lanes) store(out + i, Vec<A>{});
-    for (int64_t q = 0; q < s.queries; ++q) store(of_means + q * VecOf<A>::lanes, Vec<A>{});
+    if (!p.normalize) return;
+    centre(s.query, s.query_mean);
+    if (p.grad_context != nullptr) centre(s.grad_context, s.grad_mean);
   }
 
   // s.scores[q][t] = query[q] . n_t and, backward, s.weights[q][t] = grad_context[q] . n_t
   TF_INLINE void dot(const TileRows<T, kTile>& rows, A (&rstd)[kTile], Prefetch& next) {
     place(rows, rstd);
-    this->multiply(s.query, s.query_mean, rstd, s.scores, next);
-    if (p.grad_context != nullptr) this->multiply(s.grad_context, s.grad_mean, rstd, s.weights, next);
+    this->multiply(s.query, rstd, s.scores, next);
+    if (p.grad_context != nullptr) this->multiply(s.grad_context, rstd, s.weights, next);
   }
 
   // After the tiles of a part.
-  void finish(A* out) const {
-    for (int64_t q = 0; q < s.queries; ++q) {
-      const A excess = sum_lanes<A>(load(of_means + q * VecOf<A>::lanes));
-      for (int64_t c = q * s.pitch; c < q * s.pitch + s.channels; c += VecOf<A>::lanes)
-        store(out + c, load(out + c) - excess);
-    }
-  }
+  void finish(A*) const {}
 
  private:
   static constexpr int kChains = 4;
-  static constexpr A kNear = 1;  // by the variance: products with means further from zero would lose digits
+  static constexpr A kNear = 0.25;  // by the variance: products with means further from zero would lose digits
+  static constexpr A kFar = 1000;   // by the variance: the rounding of such a mean shows in what is left
 
   A* copied;  // [kTile, pitch]
   using Base::has_means;
@@ -217,6 +211,15 @@ class VectorProducts : public TileProducts<typename Accumulator<Dtype>::type> {
   using Base::of_means;
   using Base::step;
   using Base::tile;
+
+  void centre(A* matrix, A* row_means) const {
+    for (int64_t q = 0; q < s.queries; ++q) {
+      A* const row = matrix + q * s.pitch;
+      each_vector<A>(p.channels,
+                     [&](int64_t c, int64_t n) { store(row + c, first_lanes<A>(load(row + c) - row_means[q], n)); });
+      row_means[q] = 0;
+    }
+  }
 
   // The tile lies in place where that is possible, its rows do not fall into one set of the cache, and their means are
   // near zero.
@@ -272,13 +275,14 @@ class VectorProducts : public TileProducts<typename Accumulator<Dtype>::type> {
     static_assert(kTile % lanes == 0, "a tile is made of whole groups of rows");
     for (int first = 0; first < kTile; first += lanes) {
       Vec<A> squares[lanes];
+      A means[lanes];
       for (int t = 0; t < lanes; ++t) {
         const T* const row = rows.row[first + t];
         A* const out = copied + (first + t) * s.pitch;
         Vec<A> sums[kChains] = {}, products[kChains] = {};
         if (p.normalize)
           each_chain(p.channels, [&](int64_t c, int64_t n, int chain) { sums[chain] += load_lanes(row + c, n); });
-        const A mean = sum_lanes<A>(sum_of(sums)) / A(p.channels);
+        const A mean = means[t] = sum_lanes<A>(sum_of(sums)) / A(p.channels);
         each_chain(p.channels, [&](int64_t c, int64_t n, int chain) {
           const Vec<A> centred = first_lanes<A>(load_lanes(row + c, n) - mean, n);
           store(out + c, centred);
@@ -286,9 +290,25 @@ class VectorProducts : public TileProducts<typename Accumulator<Dtype>::type> {
         });
         squares[t] = sum_of(products);
       }
-      const Vec<A> variance = sum_each<A>(squares) / A(p.channels) + A(p.eps);
-      for (int t = 0; t < lanes; ++t) rstd[first + t] = p.normalize ? 1 / __builtin_sqrt(variance[t]) : 1;
+      const Vec<A> variances = sum_each<A>(squares) / A(p.channels);
+      for (int t = 0; t < lanes; ++t) {
+        A variance = variances[t];
+        if (means[t] * means[t] > kFar * variance) variance = centre_again(copied + (first + t) * s.pitch);
+        rstd[first + t] = p.normalize ? 1 / __builtin_sqrt(variance + A(p.eps)) : 1;
+      }
     }
+  }
+
+  // Returns the variance.
+  A centre_again(A* row) const {
+    const A mean = row_sum(row, s) / A(p.channels);
+    Vec<A> squares{};
+    each_vector<A>(p.channels, [&](int64_t c, int64_t n) {
+      const Vec<A> centred = first_lanes<A>(load(row + c) - mean, n);
+      store(row + c, centred);
+      squares += centred * centred;
+    });
+    return sum_lanes<A>(squares) / A(p.channels);
   }
 
   // f as of each_vector, and which of several independent sums the vector goes to.

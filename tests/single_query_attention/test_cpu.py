@@ -37,17 +37,42 @@ def test_any_channels(channels, dtype):
     check(make_inputs(3, 4, 37, channels, dtype=dtype, extra=True), normalize=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mean", [0.0, 0.9, -0.99, 1.1, 100.0])
-@pytest.mark.parametrize("every", [1, 40], ids=["all", "some"])
-def test_means_of_tokens(every, mean, dtype):
-    """Tokens lie in place where their means are small beside their deviation, and are copied less the means else."""
-    query, tokens, *others = make_inputs(3, 6, 120, 64, dtype=torch.float64)
+def with_means(inputs, mean, every, query_mean, dtype):
+    """Tokens less their own mean, plus so many of their standard deviations for one in `every`."""
+    query, tokens, *others = inputs
     with torch.no_grad():
+        query += query_mean * query.std()
         tokens -= tokens.mean(2, keepdim=True)
         tokens[:, ::every] += mean * tokens[:, ::every].std(2, keepdim=True)
-    inputs = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (query, tokens, *others)]
+    return [None if x is None else x.detach().to(dtype).requires_grad_() for x in (query, tokens, *others)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("mean", [0.0, 0.45, -0.49, 0.55, 10.0])
+@pytest.mark.parametrize("query_mean", [0.0, 3.0])
+@pytest.mark.parametrize("every", [1, 40], ids=["all", "some"])
+def test_means_of_tokens(every, query_mean, mean, dtype):
+    """Tokens lie in place where their means are small beside their deviation, and are copied less the means else."""
+    inputs = make_inputs(3, 6, 120, 64, dtype=torch.float64)
+    check(with_means(inputs, mean, every, query_mean, dtype), normalize=True)
+
+
+@pytest.mark.parametrize("mean", [0.3, -0.49, 0.55])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_means_of_many_tokens(scale, mean):
+    """Whose sum would be large beside what is left."""
+    inputs = with_means(make_inputs(1, 3, 4000, 384, dtype=torch.float64), mean, 1, 0.0, torch.float32)
+    with torch.no_grad():
+        inputs[0] *= scale
     check(inputs, normalize=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [0.1, -3.7, 1000.7])
+def test_tokens_of_equal_elements_are_zeros(value, dtype):
+    query, tokens, *_ = make_inputs(2, 3, 40, 384, dtype=dtype)
+    with torch.no_grad():
+        assert not single_query_attention(query, torch.full_like(tokens, value), normalize=True).any()
 
 
 def test_every_float16():
