@@ -51,29 +51,31 @@ def without_a_trace() -> Iterator[None]:
     One at a time: another thread's would change this one's random numbers.
     """
     with _alone:
-        numpy = sys.modules.get("numpy.random")
-        states = random.getstate(), None if numpy is None else numpy.get_state()
+        of_python, of_numpy = _states()
         try:
             with torch.random.fork_rng(devices=[]), torch.inference_mode(False), dispatch.backend("reference"):
                 yield
         finally:
-            random.setstate(states[0])
-            if numpy is not None:
-                numpy.set_state(states[1])
+            random.setstate(of_python)
+            if of_numpy is not None:
+                _numpy().set_state(of_numpy)
+
+
+def _numpy():
+    """Its random numbers, where somebody has imported it."""
+    return sys.modules.get("numpy.random")
+
+
+def _states() -> tuple:
+    """Of the random numbers of Python and of NumPy."""
+    return random.getstate(), _numpy() and _numpy().get_state()
 
 
 def _seed() -> None:
     torch.default_generator.manual_seed(0)  # those of GPUs are somebody else's
     random.seed(0)
-    numpy = sys.modules.get("numpy.random")
-    if numpy is not None:
-        numpy.seed(0)
-
-
-def _random_numbers() -> bytes:
-    """Where Python's and NumPy's are."""
-    numpy = sys.modules.get("numpy.random")
-    return pickle.dumps((random.getstate(), None if numpy is None else numpy.get_state()))
+    if _numpy() is not None:
+        _numpy().seed(0)
 
 
 def with_drawn_parameters(module: nn.Module, drawn: Draws) -> nn.Module:
@@ -225,7 +227,7 @@ class Trial:
         if isinstance(dropout, nn.Dropout):
             dropout.p = 0.5
         _seed()
-        before, numbers = watch_all(module), _random_numbers()
+        before, numbers = watch_all(module), pickle.dumps(_states())
         inputs = _each(lambda x: x.clone().requires_grad_(), self.inputs)
         with _Made() as made:
             with torch.no_grad():
@@ -233,7 +235,7 @@ class Trial:
             if backward:
                 seen += self._with_gradients(forward, module, inputs)
         seen.append(made.outlives((*inputs, *module.parameters(), *module.buffers(), *tree_leaves(seen))))
-        seen += [torch.get_rng_state(), _random_numbers() == numbers]
+        seen += [torch.get_rng_state(), pickle.dumps(_states()) == numbers]
         for hook in hooks:
             hook.remove()
         return [*seen, *module.buffers(), why_not_all_as_before(module, before)]
